@@ -1,0 +1,334 @@
+"""What a job does (`Job`) and where it runs (`ClusterSpec`): validated on construction, before anything starts."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import string
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from reducer.errors import InputError
+
+STRATEGY_NAMES = ("farthest-first", "pairs", "random")
+DECODE_NAMES = ("fast", "exact")
+FORMATS = ("csv", "parquet", "both")
+#: Photos that a dry run reads to estimate the time.
+SAMPLE_PHOTOS = 64
+GLDV2_TEMPLATE = "{id[0]}/{id[1]}/{id[2]}/{id}.jpg"
+
+
+@dataclass(frozen=True)
+class PhotoSettings:
+    """All that decides the hash and the rank of a photo, as a worker needs it.
+
+    Attributes
+    ----------
+    keep : int
+        Photos kept a label.
+    strategy : str
+        One of `STRATEGY_NAMES`.
+    decode : str
+        ``"fast"`` or ``"exact"``.
+    seed : int
+        Seed of every keyed draw.
+    max_pixels : int
+        A photo that declares more pixels is not decoded.
+    """
+
+    keep: int
+    strategy: str
+    decode: str
+    seed: int
+    max_pixels: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """One reduction: which photos, how they are looked at, how many are kept, where the results go.
+
+    Attributes
+    ----------
+    images : str
+        Folder of the photos.
+    output : str
+        The run folder to write.
+    manifest : str, optional
+        CSV or Parquet file with one row a photo. Without one every photo file below ``images`` is taken, its
+        folder is its label and its relative path its id.
+    id_column, label_column : str
+        The manifest's columns; also those of the reduced list.
+    path_column : str, optional
+        The manifest's column with paths (relative to ``images`` or absolute).
+    path_template : str, optional
+        Where a photo lies below ``images`` when there is no path column: a format string over ``id`` and
+        ``label``, ``{id[0]}`` being the first character. Default: GLDv2's layout.
+    keep : int
+        Photos kept a label.
+    candidates : int or None
+        At most so many photos a label are read, drawn at random; None reads all.
+    strategy : {"farthest-first", "pairs", "random"}
+        How photos are ranked.
+    decode : {"fast", "exact"}
+        How JPEGs are decoded.
+    seed : int
+        Of every random choice.
+    labels : tuple of str, optional
+        Only these labels (a trial run).
+    limit_labels : int, optional
+        Only so many labels, drawn at random (a trial run).
+    rank_all : bool
+        Read and rank labels with no more than ``keep`` photos too.
+    partition_images : int, optional
+        Photos a partition; default 500 to 2,000 by the size of the job.
+    max_pixels : int
+        Photos that declare more pixels fail.
+    max_failures : float
+        Share of the photos read that may fail, 0 to 1.
+    format : {"csv", "parquet", "both"}
+        Which reduced lists are written.
+    overwrite : bool
+        Replace an earlier run in ``output``.
+
+    Raises
+    ------
+    InputError
+        If a value is out of its range or two contradict each other.
+    """
+
+    images: str
+    output: str
+    manifest: str | None = None
+    id_column: str = "id"
+    label_column: str = "landmark_id"
+    path_column: str | None = None
+    path_template: str | None = None
+    keep: int = 25
+    candidates: int | None = 1000
+    strategy: str = "farthest-first"
+    decode: str = "fast"
+    seed: int = 0
+    labels: tuple[str, ...] | None = None
+    limit_labels: int | None = None
+    rank_all: bool = False
+    partition_images: int | None = None
+    max_pixels: int = 200_000_000
+    max_failures: float = 0.1
+    format: str = "both"
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("images", "output", "manifest"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if not str(value):
+                raise InputError(f"{name} is empty: give a path")
+            if "://" in str(value):
+                raise InputError(f"{name}: {value} is a URL; this version reads and writes local paths only")
+            object.__setattr__(self, name, str(value))
+        for name in ("path_column", "path_template", "id_column", "label_column"):
+            if getattr(self, name) == "":
+                raise InputError(f"{flag(name)} is empty: give it a value or leave it out")
+        if isinstance(self.labels, str):
+            raise InputError("labels: give a list of labels, not one text")
+        if self.labels is not None:
+            object.__setattr__(self, "labels", tuple(str(label) for label in self.labels))
+        choose("strategy", self.strategy, STRATEGY_NAMES)
+        choose("decode", self.decode, DECODE_NAMES)
+        choose("format", self.format, FORMATS)
+        for name in ("keep", "candidates", "limit_labels", "partition_images", "max_pixels"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise InputError(f"{flag(name)} is {value!r}: expected a whole number of 1 or more")
+        if self.candidates is not None and self.candidates < self.keep:
+            raise InputError(
+                f"--candidates {self.candidates} is less than --keep {self.keep}: no ranked label could keep that "
+                "many; raise --candidates or lower --keep"
+            )
+        if not 0 <= self.max_failures <= 1:
+            raise InputError(f"--max-failures is {self.max_failures}: expected a share from 0 to 1")
+        if self.id_column == self.label_column:
+            raise InputError(f"--id-column and --label-column are both {self.id_column!r}")
+        if self.path_column is not None and self.path_template is not None:
+            raise InputError("--path-column and --path-template exclude each other: give one")
+        if self.manifest is None and (self.path_column or self.path_template):
+            raise InputError("--path-column and --path-template say where a manifest's photos lie: give --manifest")
+        template_fields(self.template)
+
+    @property
+    def template(self) -> str:
+        """The path template in force."""
+        return self.path_template or GLDV2_TEMPLATE
+
+    @property
+    def photo_settings(self) -> PhotoSettings:
+        """The part of the job that decides hashes and ranks."""
+        return PhotoSettings(
+            keep=self.keep,
+            strategy=self.strategy,
+            decode=self.decode,
+            seed=self.seed,
+            max_pixels=self.max_pixels,
+        )
+
+
+@dataclass(frozen=True)
+class ClusterSpec:
+    """Where a job runs: in this process, on a LocalCluster of ours, on a cluster class, or at an address.
+
+    Attributes
+    ----------
+    workers : int, optional
+        Processes of a LocalCluster; default the CPUs that this process may use; 0 runs the job in this process.
+    threads : int, optional
+        Threads a worker of the LocalCluster; default 1.
+    address : str, optional
+        Of a running scheduler, such as ``tcp://10.0.0.1:8786``; it is never closed.
+    class_path : str, optional
+        Dotted path of a Dask deployment class, which is started and closed.
+    kwargs : mapping
+        Its arguments.
+
+    Raises
+    ------
+    InputError
+        If they contradict each other.
+    """
+
+    workers: int | None = None
+    threads: int | None = None
+    address: str | None = None
+    class_path: str | None = None
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("address", "class_path"):
+            if getattr(self, name) == "":
+                raise InputError(
+                    f"the cluster's {name.removesuffix('_path')} is empty: give it a value or leave it out"
+                )
+        if self.address is not None and self.class_path is not None:
+            raise InputError("a cluster is an address or a class, not both")
+        if (self.address or self.class_path) and (self.workers is not None or self.threads is not None):
+            raise InputError(
+                "--workers and --threads are for the LocalCluster that a run starts itself: leave them out with "
+                "--address and --cluster"
+            )
+        if self.kwargs and self.class_path is None:
+            raise InputError("cluster: kwargs need a class")
+        for name, least in (("workers", 0), ("threads", 1)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise InputError(f"{flag(name)} is {value!r}: expected a whole number of {least} or more")
+        if self.workers == 0 and self.threads is not None:
+            raise InputError("--workers 0 runs in this process, one photo at a time: leave --threads out")
+
+    @property
+    def serial(self) -> bool:
+        """Whether the job runs in this process, without Dask."""
+        return self.workers == 0
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> ClusterSpec:
+        """Read ``cluster.yaml``.
+
+        Parameters
+        ----------
+        path : str or Path
+            The file; its keys are explained in the one at the top of the repository.
+
+        Raises
+        ------
+        InputError
+            If it cannot be read or is not of the form.
+        """
+        import yaml
+
+        try:
+            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputError(f"--cluster {path}: {error.strerror or error}") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise InputError(f"--cluster {path} is no YAML: {' '.join(str(error).split())}") from None
+        top = known_keys(str(path), content, ("version", "cluster"))
+        if top.get("version") != 1:
+            raise InputError(f"{path}: version is {top.get('version')!r}; this Reducer reads version 1")
+        cluster = known_keys(f"{path}: cluster", top.get("cluster"), ("class", "kwargs", "address"))
+        kwargs = cluster.get("kwargs")
+        if kwargs is not None and not isinstance(kwargs, dict):
+            raise InputError(f"{path}: cluster: kwargs is {kwargs!r}; expected keys with values")
+        for key in ("class", "address"):
+            if cluster.get(key) is not None and not isinstance(cluster[key], str):
+                raise InputError(f"{path}: cluster: {key} is {cluster[key]!r}; expected text")
+        if cluster.get("class") is None and cluster.get("address") is None:
+            raise InputError(f"{path}: cluster needs a class (started for the run) or an address (running already)")
+        return cls(address=cluster.get("address"), class_path=cluster.get("class"), kwargs=kwargs or {})
+
+
+def flag(name: str) -> str:
+    """A field's name as the command line writes it."""
+    return "--" + name.replace("_", "-")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`` (did you mean 'x'?)`` for the nearest known word, or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def choose(name: str, value: str, known: tuple[str, ...]) -> None:
+    """Refuse a value that is not one of the known ones."""
+    if value not in known:
+        raise InputError(f"{flag(name)} {value!r}{nearest(str(value), known)}: expected one of {', '.join(known)}")
+
+
+def known_keys(where: str, content: object, known: tuple[str, ...]) -> dict[str, Any]:
+    """Check that a YAML mapping has only known keys, and return it."""
+    if not isinstance(content, dict):
+        raise InputError(f"{where}: expected the keys {', '.join(known)}; found {content!r}")
+    for key in content:
+        if key not in known:
+            raise InputError(f"{where}: unknown key {key!r}{nearest(str(key), known)}; known are {', '.join(known)}")
+    return content
+
+
+def template_fields(template: str) -> list[tuple[str, str | None, int | None]]:
+    """Take a path template apart.
+
+    Parameters
+    ----------
+    template : str
+        Such as ``{id[0]}/{id}.jpg``.
+
+    Returns
+    -------
+    list of (str, str or None, int or None)
+        Literal text, then the field behind it (``id`` or ``label``) if any, then which of its characters, None
+        for all.
+
+    Raises
+    ------
+    InputError
+        If it uses anything but ``{id}``, ``{label}`` and single characters of them.
+    """
+    fields: list[tuple[str, str | None, int | None]] = []
+    try:
+        for text, name, spec, conversion in string.Formatter().parse(template):
+            if name is None:
+                fields.append((text, None, None))
+                continue
+            found = re.fullmatch(r"(id|label)(?:\[(\d+)\])?", name)
+            if found is None or spec or conversion:
+                raise ValueError(f"{{{name}}} is not known")
+            fields.append((text, found[1], None if found[2] is None else int(found[2])))
+    except ValueError as error:
+        raise InputError(
+            f"--path-template {template!r}: {error}; it may use {{id}}, {{label}} and single characters such as "
+            "{id[0]}"
+        ) from None
+    if ("id", None) not in {field[1:] for field in fields}:
+        raise InputError(f"--path-template {template!r} does not tell photos apart: it must use {{id}}")
+    return fields

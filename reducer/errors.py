@@ -1,0 +1,31 @@
+"""Expected failures: one clear message for a person, and the exit code of the command."""
+
+from __future__ import annotations
+
+
+class ReducerError(Exception):
+    """An expected failure: one clear message for a person, and the exit code of the command.
+
+    Attributes
+    ----------
+    exit_code : int
+        What the command line exits with.
+    """
+
+    exit_code = 1
+
+
+class InputError(ReducerError):
+    """Something is wrong with the input or the configuration; found before the first photo is hashed."""
+
+    exit_code = 2
+
+
+class TooManyFailuresError(ReducerError):
+    """More photos could not be read than the job allows."""
+
+    exit_code = 3
+
+
+class ClusterError(ReducerError):
+    """The cluster failed in the middle of a job."""

@@ -1,0 +1,350 @@
+"""The Dask bag: submit partitions, gather them as they finish, write what they found."""
+
+from __future__ import annotations
+
+import platform
+import sys
+import time
+import uuid
+import warnings
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+from tqdm.auto import tqdm
+
+import reducer
+from reducer.cluster import connect, dashboard, refuse_import_of_main, worker_threads
+from reducer.config import ClusterSpec, Job
+from reducer.errors import ClusterError, ReducerError, TooManyFailuresError
+from reducer.pipeline import run_partition
+from reducer.plan import Plan, make_plan
+from reducer.quality import NEAR_COPY_BITS
+from reducer.store import RunFolder
+from reducer.types import KEPT, KEPT_SMALL_LABEL, PartitionResult, PartitionTask, Spread, from_ipc
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+#: At most so many partitions a worker thread are with the scheduler at a time, so that its graph stays small.
+WINDOW = 16
+#: A job whose first so many photos all fail has a wrong path, not bad photos.
+ALL_FAILED = 200
+#: Rows of the ledger's part files that hold the photos which were not read.
+UNREAD_PART = 100_000
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run has made.
+
+    Attributes
+    ----------
+    output : Path
+        The run folder.
+    summary : dict
+        ``summary.json``.
+    """
+
+    output: Path
+    summary: dict[str, Any] = field(repr=False)
+
+    @property
+    def reduced(self) -> pd.DataFrame:
+        """The reduced list: the rows and columns of ``reduced.parquet``."""
+        job = self.summary["job"]
+        frame: pd.DataFrame = RunFolder(str(self.output)).reduced(job["id_column"], job["label_column"]).to_pandas()
+        return frame
+
+    @property
+    def images(self) -> pd.DataFrame:
+        """The ledger: one row a photo of the manifest, in its order."""
+        frame: pd.DataFrame = RunFolder(str(self.output)).ledger().to_pandas()
+        return frame
+
+
+@dataclass
+class _Totals:
+    """Sums over the partitions that are done."""
+
+    partitions: int = 0
+    read: int = 0
+    failed: int = 0
+    bytes_read: int = 0
+    worker_seconds: float = 0.0
+    peak_memory: int = 0
+    selection: Spread = field(default_factory=Spread)
+    random: Spread = field(default_factory=Spread)
+    first_failure: str | None = None
+
+    def add(self, result: PartitionResult) -> None:
+        self.partitions += 1
+        self.read += result.read
+        self.failed += result.failed
+        self.bytes_read += result.bytes_read
+        self.worker_seconds += result.seconds
+        self.peak_memory = max(self.peak_memory, result.peak_memory)
+        self.selection += result.selection
+        self.random += result.random
+        self.first_failure = self.first_failure or result.first_failure
+
+
+def reduce_images(job: Job, cluster: ClusterSpec | None = None, *, progress: bool = True) -> Result:
+    """Rank the photos of every label and keep the first K.
+
+    Parameters
+    ----------
+    job : Job
+        What to do.
+    cluster : ClusterSpec, optional
+        Where; default a LocalCluster with a worker for each CPU that this process may use.
+    progress : bool
+        Whether to show a progress bar.
+
+    Returns
+    -------
+    Result
+        The run folder ``job.output`` is complete.
+
+    Raises
+    ------
+    InputError
+        If anything is found wrong before the first photo is hashed.
+    TooManyFailuresError
+        If more than ``job.max_failures`` of the photos read have failed (everything is written), or the first
+        200 have all failed (the run is given up).
+    ClusterError
+        If a partition cannot be finished.
+
+    Examples
+    --------
+    >>> from reducer import Job, reduce_images
+    >>> result = reduce_images(Job("photos/train", "run", manifest="photos/train.csv"))  # doctest: +SKIP
+    >>> result.reduced  # doctest: +SKIP
+    """
+    refuse_import_of_main()
+    spec = cluster or ClusterSpec()
+    started = time.time()
+    clock = time.perf_counter()
+    folder = RunFolder(job.output)
+    folder.check_free(overwrite=job.overwrite)
+    plan = make_plan(job)
+    timings = {"plan_seconds": time.perf_counter() - clock}
+
+    totals = _Totals()
+    summary = _opening(plan, spec, started)
+    clock = time.perf_counter()
+    with ExitStack() as open_cluster:
+        # A job with nothing to read needs no cluster.
+        serial = spec.serial or plan.read.num_rows == 0
+        client = None if serial else open_cluster.enter_context(connect(spec))
+        timings["cluster_start_seconds"] = time.perf_counter() - clock
+        threads = 1 if client is None else worker_threads(client)
+        if client is not None and progress and (link := dashboard(client)):
+            tqdm.write(f"Dask dashboard: {link}", file=sys.stderr)
+        folder.start(summary)
+        with _noting_a_stop(folder, summary, totals, timings):
+            clock = time.perf_counter()
+            tasks = plan.tasks(threads, uuid.uuid4().hex)
+            _work_off(tasks, client, folder, totals, progress)
+            timings["hash_seconds"] = time.perf_counter() - clock
+            open_cluster.close()  # the rest needs no workers
+            clock = time.perf_counter()
+            for number, start in enumerate(range(0, plan.unread.num_rows, UNREAD_PART), start=len(tasks)):
+                folder.write_part(number, plan.unread.slice(start, UNREAD_PART))
+            folder.write_reduced(job.id_column, job.label_column, job.format)
+            outcome = _outcome(plan, folder)
+            timings["write_seconds"] = time.perf_counter() - clock
+            timings["total_seconds"] = time.time() - started
+            folder.write_summary(summary | outcome | _figures(totals, timings) | {"status": "done"})
+
+    if totals.read and totals.failed > job.max_failures * totals.read:
+        raise TooManyFailuresError(
+            f"{totals.failed} of {totals.read} photos read have failed, over --max-failures {job.max_failures:g}. "
+            f"Everything is written to {job.output}; the column error of images/ says why. The first: "
+            f"{totals.first_failure}"
+        )
+    return Result(Path(job.output), folder.read_summary())
+
+
+@contextmanager
+def _noting_a_stop(
+    folder: RunFolder, summary: dict[str, Any], totals: _Totals, timings: dict[str, float]
+) -> Iterator[None]:
+    """Whatever stops the run meanwhile, ``summary.json`` tells how far it came."""
+    try:
+        yield
+    except BaseException:
+        with suppress(ReducerError):  # a full disk has no room for it either, and is what is reported
+            folder.write_summary(summary | _figures(totals, timings) | {"status": "stopped"})
+        raise
+
+
+def _work_off(
+    tasks: Sequence[PartitionTask],
+    client: Client | None,
+    folder: RunFolder,
+    totals: _Totals,
+    progress: bool,
+) -> None:
+    """Run all tasks and write each part as it comes."""
+    results = (run_partition(task) for task in tasks) if client is None else _gather(client, tasks)
+    total = sum(task.photos for task in tasks)
+    clock = time.perf_counter()
+    with (
+        closing(results),  # what is still running is cancelled while there is a client to do it
+        tqdm(total=total, unit=" photos", disable=not progress, smoothing=0.1, file=sys.stderr) as bar,
+    ):
+        for result in results:
+            folder.write_part(result.index, from_ipc(result.ledger))
+            totals.add(result)
+            rate = totals.bytes_read / 1e6 / max(time.perf_counter() - clock, 1e-9)
+            bar.set_postfix_str(f"{rate:.1f} MB/s, {totals.failed} failed", refresh=False)
+            bar.update(result.read)
+            if totals.read >= ALL_FAILED and totals.failed == totals.read:
+                raise TooManyFailuresError(
+                    f"the first {totals.read} photos have all failed, so the run was given up. The first path tried: "
+                    f"{totals.first_failure}. Check IMAGES, --path-template or --path-column, and that the workers "
+                    "see this path"
+                )
+
+
+def _gather(client: Client, tasks: Sequence[PartitionTask]) -> Generator[PartitionResult, None, None]:
+    """Run partitions on a cluster: windows of tasks, each a Dask bag; results in the order of their arrival."""
+    import dask.bag
+    from distributed import as_completed
+    from distributed.client import futures_of
+
+    waiting = deque(tasks)
+    running: set[Any] = set()
+    done = as_completed(loop=client.loop, with_results=True, raise_errors=False)
+    try:
+        while waiting or running:
+            room = WINDOW * max(1, worker_threads(client)) - len(running)
+            # Filled up by halves, so that workers never wait and a window is worth a graph.
+            if waiting and room >= min(len(waiting), (room + len(running)) // 2):
+                window = [waiting.popleft() for _ in range(min(room, len(waiting)))]
+                bag = dask.bag.from_sequence(window, partition_size=1).map(run_partition)
+                with warnings.catch_warnings():
+                    # The rows travel in the tasks on purpose: data that is scattered dies with its worker.
+                    warnings.filterwarnings("ignore", message="Sending large graph")
+                    futures = futures_of(client.persist(bag))
+                running.update(futures)
+                done.update(futures)
+            future, result = next(done)
+            running.discard(future)
+            if future.status != "finished":
+                raise ClusterError(_what_happened(future, result))
+            future.release()
+            yield from result
+    finally:
+        client.cancel(list(running), force=True)
+
+
+def _what_happened(future: Any, result: Any) -> str:
+    error = future.exception() if future.status == "error" else result
+    return (
+        f"a partition could not be finished ({future.status}): {type(error).__name__}: {' '.join(str(error).split())}. "
+        "What was hashed so far is kept in the run folder's images/. If workers died, look for a photo that takes "
+        "more memory than they have (--max-pixels), and for their logs"
+    )
+
+
+def _opening(plan: Plan, spec: ClusterSpec, started: float) -> dict[str, Any]:
+    """What is known of a run before it begins."""
+    sizes, manifest = plan.label_sizes, plan.manifest
+    return {
+        "status": "running",
+        "job": asdict(plan.job),
+        "cluster": {
+            "workers": spec.workers,
+            "threads": spec.threads,
+            "address": spec.address,
+            "class": spec.class_path,
+            # Values may be secrets: only the names of the arguments are kept.
+            "kwargs": sorted(spec.kwargs),
+        },
+        "started": pd.Timestamp(started, unit="s", tz="UTC").isoformat(timespec="seconds"),
+        "versions": versions(),
+        "manifest": {
+            "rows": manifest.table.num_rows + manifest.duplicates,
+            "duplicate_rows": manifest.duplicates,
+            "ids_under_several_labels": manifest.shared_ids,
+            "ids_under_several_labels_examples": list(manifest.shared_examples),
+            "skipped_files": manifest.skipped_files,
+        },
+        "labels": len(sizes),
+        "photos": int(sizes.sum()),
+        "photos_to_read": plan.read.num_rows,
+    }
+
+
+def _figures(totals: _Totals, timings: dict[str, float]) -> dict[str, Any]:
+    """What the partitions that are done add up to."""
+    hashing = timings.get("hash_seconds")
+    return {
+        "partitions": totals.partitions,
+        "photos_read": totals.read,
+        "photos_failed": totals.failed,
+        "bytes_read": totals.bytes_read,
+        "photos_per_second": round(totals.read / hashing, 1) if hashing and totals.read else None,
+        "timings": {name: round(seconds, 3) for name, seconds in timings.items()}
+        | {"worker_seconds": round(totals.worker_seconds, 3)},
+        "worker_peak_memory_bytes": totals.peak_memory,
+        "quality": {
+            "near_copy_bits": NEAR_COPY_BITS,
+            "selection": _spread_figures(totals.selection),
+            "random": _spread_figures(totals.random),
+        },
+    }
+
+
+def _spread_figures(spread: Spread) -> dict[str, Any]:
+    return {
+        "labels": spread.labels,
+        "pairs": spread.pairs,
+        "near_copy_pairs": spread.near_copies,
+        "mean_pair_distance": round(spread.distance_sum / spread.pairs, 3) if spread.pairs else None,
+        "mean_smallest_pair_distance": round(spread.smallest_sum / spread.labels, 3) if spread.labels else None,
+    }
+
+
+def _outcome(plan: Plan, folder: RunFolder) -> dict[str, Any]:
+    """What the finished ledger says."""
+    ledger = folder.ledger(["label", "kept", "bytes", "reason", "error"])
+    with_photo = set(pc.unique(ledger.filter(ledger["kept"])["label"]).to_pylist())
+    left_out = ledger.filter(pc.invert(ledger["kept"]))["bytes"]
+    reasons = _counts(ledger["reason"])
+    return {
+        "photos_kept": reasons.get(KEPT, 0) + reasons.get(KEPT_SMALL_LABEL, 0),
+        "labels_ranked": len(np.unique(plan.read_label)),
+        "labels_without_photos": [name for name in plan.label_names if name not in with_photo],
+        "reasons": reasons,
+        "failures": _counts(pc.list_element(pc.split_pattern(ledger["error"].drop_null(), ":", max_splits=1), 0)),
+        # Of photos that were not read only a folder's listing knows the size.
+        "bytes_left_out": pc.sum(left_out).as_py() or 0,
+        "photos_left_out_of_unknown_size": left_out.null_count,
+    }
+
+
+def _counts(column: pa.ChunkedArray) -> dict[str, int]:
+    """How often each text stands in a column, sorted by text."""
+    return dict(sorted((pair["values"], pair["counts"]) for pair in pc.value_counts(column).to_pylist()))
+
+
+def versions() -> dict[str, str]:
+    """Versions of all that may decide a result."""
+    packages = ("Pillow", "imagehash", "numpy", "pyarrow", "pandas", "dask", "distributed")
+    return {
+        "reducer": reducer.__version__,
+        "python": platform.python_version(),
+        **{name.lower(): version(name) for name in packages},
+    }

@@ -1,0 +1,290 @@
+"""From a manifest, or a folder of photos, to one checked table: row, id, label, path, bytes."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from PIL import Image
+
+from reducer.config import Job, nearest, template_fields
+from reducer.errors import InputError
+from reducer.types import MANIFEST_SCHEMA
+
+#: How many rows or ids an error message or a report names.
+EXAMPLES = 5
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The photos of a job, checked.
+
+    Attributes
+    ----------
+    table : pyarrow.Table
+        `MANIFEST_SCHEMA` rows, sorted by (label, id), no two with the same (id, label).
+    duplicates : int
+        Rows left out because an equal (id, label) was there already.
+    shared_ids : int
+        Ids that stand under more than one label; all their rows are kept.
+    shared_examples : tuple of str
+        The first few of them.
+    skipped_files : mapping of str to int
+        Files of a folder that were not taken, counted by why.
+    """
+
+    table: pa.Table
+    duplicates: int = 0
+    shared_ids: int = 0
+    shared_examples: tuple[str, ...] = ()
+    skipped_files: dict[str, int] = field(default_factory=dict)
+
+
+def read_manifest(job: Job) -> Manifest:
+    """Read and check the photos that a job is about.
+
+    Raises
+    ------
+    InputError
+        If there is nothing to read, a column is missing, an id or label is null, or a path cannot be made.
+    """
+    try:
+        is_folder = stat.S_ISDIR(os.stat(job.images).st_mode)
+    except FileNotFoundError:
+        raise InputError(f"IMAGES {job.images} does not exist: give the folder that holds the photos") from None
+    except OSError as error:
+        raise InputError(f"IMAGES {job.images}: {error.strerror or error}") from None
+    if not is_folder:
+        raise InputError(f"IMAGES {job.images} is no folder: give the folder that holds the photos")
+    if not _is_text(os.path.abspath(job.images)):
+        raise InputError(f"IMAGES {os.fsencode(job.images)!r} is not UTF-8 text: rename the folder")
+    if job.manifest is None:
+        return check(*_list_folder(job.images))
+    return check(_read_table(job, job.manifest), {})
+
+
+def check(table: pa.Table, skipped_files: dict[str, int]) -> Manifest:
+    """Sort the rows by (label, id) and leave out all but one of those with the same (id, label).
+
+    Parameters
+    ----------
+    table : pyarrow.Table
+        `MANIFEST_SCHEMA` rows, without nulls in id, label and path.
+    skipped_files : dict of str to int
+        Passed on.
+    """
+    ids, labels = _ranks(table["id"]), _ranks(table["label"])
+    order = np.lexsort((ids, labels))
+    new = _starts(ids[order], labels[order])
+    if not new.all():
+        # The smallest path stands for all rows of a duplicate, whatever the order of the manifest.
+        order = np.lexsort((_ranks(table["path"]), ids, labels))
+    keep = order[new]
+    shared = np.flatnonzero(np.bincount(ids[keep]) > 1)
+    examples = _values_of_ranks(table["id"], shared[:EXAMPLES])
+    return Manifest(
+        table=table.take(pa.array(keep)),
+        duplicates=len(order) - len(keep),
+        shared_ids=len(shared),
+        shared_examples=tuple(examples),
+        skipped_files=skipped_files,
+    )
+
+
+def _starts(*columns: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Where sorted rows differ from the row before."""
+    new = np.ones(len(columns[0]), dtype=bool)
+    new[1:] = np.logical_or.reduce([column[1:] != column[:-1] for column in columns])
+    return new
+
+
+def _ranks(column: pa.ChunkedArray) -> NDArray[np.int64]:
+    """Whole numbers that sort as the texts do (by code point), equal for equal texts."""
+    encoded = column.combine_chunks().dictionary_encode()
+    order = pc.sort_indices(encoded.dictionary).to_numpy()
+    rank = np.empty(len(order), dtype=np.int64)
+    rank[order] = np.arange(len(order))
+    result: NDArray[np.int64] = rank[encoded.indices.to_numpy()]
+    return result
+
+
+def _values_of_ranks(column: pa.ChunkedArray, ranks: NDArray[np.int64]) -> list[str]:
+    if len(ranks) == 0:
+        return []
+    values = pc.unique(column).sort()
+    found: list[str] = values.take(pa.array(ranks)).to_pylist()
+    return found
+
+
+def _read_table(job: Job, manifest: str) -> pa.Table:
+    wanted = [job.id_column, job.label_column] + ([job.path_column] if job.path_column else [])
+    table = _read_columns(manifest, list(dict.fromkeys(wanted)))
+    if table.num_rows == 0:
+        raise InputError(f"--manifest {manifest} has no rows: expected one row a photo")
+    columns = {name: _as_text(manifest, name, table[name]) for name in table.column_names}
+    for name, column in columns.items():
+        _refuse_nulls(manifest, name, column)
+    ids, labels = columns[job.id_column], columns[job.label_column]
+    root = os.path.abspath(job.images)
+    if job.path_column:
+        paths = pa.array([os.path.join(root, p) for p in columns[job.path_column].to_pylist()], pa.string())
+    else:
+        paths = _paths_by_template(job, root, ids, labels)
+    rows = pa.array(np.arange(table.num_rows, dtype=np.int64))
+    unknown = pa.nulls(table.num_rows, pa.int64())
+    return pa.table([rows, ids, labels, paths, unknown], schema=MANIFEST_SCHEMA)
+
+
+def _read_columns(manifest: str, wanted: list[str]) -> pa.Table:
+    try:
+        with open(manifest, "rb") as file:
+            start = file.read(4)
+        if not start:
+            raise InputError(f"--manifest {manifest} is empty: expected a CSV or Parquet file")
+        if start == b"PAR1":
+            names = pq.read_schema(manifest).names
+            _require_columns(manifest, names, wanted)
+            return pq.read_table(manifest, columns=wanted)
+        parse = pa.csv.ParseOptions(newlines_in_values=True)
+        with pa.csv.open_csv(manifest, parse_options=parse) as reader:
+            names = reader.schema.names
+        _require_columns(manifest, names, wanted)
+        return pa.csv.read_csv(
+            manifest,
+            parse_options=parse,
+            convert_options=pa.csv.ConvertOptions(
+                include_columns=wanted,
+                column_types={name: pa.string() for name in wanted},
+                # Only an empty cell is null: "NA", "None" and "null" are names like any other.
+                null_values=[""],
+                strings_can_be_null=True,
+            ),
+        )
+    except OSError as error:
+        raise InputError(f"--manifest {manifest}: {error.strerror or error}") from None
+    except pa.ArrowInvalid as error:
+        raise InputError(f"--manifest {manifest} cannot be read: {' '.join(str(error).split())[:300]}") from None
+
+
+def _require_columns(manifest: str, names: list[str], wanted: list[str]) -> None:
+    for name in wanted:
+        if names.count(name) > 1:
+            raise InputError(f"--manifest {manifest} has {names.count(name)} columns called {name!r}")
+        if name not in names:
+            raise InputError(
+                f"--manifest {manifest} has no column {name!r}{nearest(name, names)}; it has "
+                f"{', '.join(map(repr, names))}. Say which to use with --id-column, --label-column and "
+                "--path-column"
+            )
+
+
+def _as_text(manifest: str, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    if not (text or pa.types.is_integer(kind)):
+        raise InputError(f"--manifest {manifest}: column {name!r} is {column.type}; expected text or whole numbers")
+    return column.cast(kind).cast(pa.string())
+
+
+def _refuse_nulls(manifest: str, name: str, column: pa.ChunkedArray) -> None:
+    rows = np.flatnonzero(pc.or_kleene(pc.is_null(column), pc.equal(column, "")).to_numpy())
+    if len(rows):
+        shown = ", ".join(str(row + 1) for row in rows[:EXAMPLES])
+        more = f" and {len(rows) - EXAMPLES} more" if len(rows) > EXAMPLES else ""
+        raise InputError(
+            f"--manifest {manifest}: column {name!r} is empty in row {shown}{more} (the first row below the "
+            "header is row 1): fill it in or take the row out"
+        )
+
+
+def _paths_by_template(job: Job, root: str, ids: pa.ChunkedArray, labels: pa.ChunkedArray) -> pa.ChunkedArray:
+    parts: list[pa.ChunkedArray | str] = [f"{root}/"]
+    for text, name, character in template_fields(job.template):
+        parts.append(text)
+        if name is None:
+            continue
+        column = ids if name == "id" else labels
+        if character is not None:
+            short = pc.index(pc.less_equal(pc.utf8_length(column), character), True).as_py()
+            if short >= 0:
+                raise InputError(
+                    f"row {short + 1} of the manifest: {name} {column[short].as_py()!r} is too short for "
+                    f"--path-template {job.template!r}; give the layout of your photos, or --path-column"
+                )
+            column = pc.utf8_slice_codeunits(column, character, character + 1)
+        parts.append(column)
+    return pc.binary_join_element_wise(*parts, "")
+
+
+def _list_folder(images: str) -> tuple[pa.Table, dict[str, int]]:
+    """Every photo file below a folder, by the extensions that Pillow knows."""
+    extensions = set(Image.registered_extensions())
+    root = os.path.abspath(images)
+    ids: list[str] = []
+    sizes: list[int | None] = []
+    skipped: Counter[str] = Counter()
+
+    def walk(folder: str, prefix: str, above: frozenset[tuple[int, int]]) -> None:
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as error:
+            raise InputError(f"IMAGES: the folder {folder} cannot be listed: {error.strerror}") from None
+        for entry in entries:
+            try:
+                found = entry.stat()
+            except OSError:
+                found = None  # a link to nowhere or to itself, say: reading it will tell
+            if found is not None and stat.S_ISDIR(found.st_mode):
+                if entry.name.startswith("."):
+                    skipped["hidden folder"] += 1
+                elif (found.st_dev, found.st_ino) in above:
+                    skipped["folder link that leads back"] += 1
+                else:
+                    walk(entry.path, f"{prefix}{entry.name}/", above | {(found.st_dev, found.st_ino)})
+            elif entry.name.startswith("."):
+                skipped["hidden file"] += 1
+            elif os.path.splitext(entry.name)[1].lower() not in extensions:
+                skipped["file without a photo's extension"] += 1
+            else:
+                ids.append(prefix + entry.name)
+                sizes.append(None if found is None else found.st_size)
+
+    top = os.stat(root)
+    walk(root, "", frozenset([(top.st_dev, top.st_ino)]))
+    odd = [name for name in ids if not _is_text(name)]
+    if odd:
+        raise InputError(
+            f"IMAGES: {len(odd)} file names are not UTF-8 text, the first is {os.fsencode(odd[0])!r}: rename them, "
+            "or give a --manifest that leaves them out"
+        )
+    if not ids:
+        found = ", ".join(f"{count} x {why}" for why, count in skipped.items() if count) or "nothing"
+        raise InputError(f"IMAGES {images} holds no photo; found {found}")
+    order = sorted(range(len(ids)), key=ids.__getitem__)
+    ids = [ids[i] for i in order]
+    columns = [
+        np.arange(len(ids), dtype=np.int64),
+        ids,
+        # A photo that lies in IMAGES itself is labelled ".", as a relative path to its folder would be.
+        [name.rpartition("/")[0] or "." for name in ids],
+        [f"{root}/{name}" for name in ids],
+        [sizes[i] for i in order],
+    ]
+    arrays = [pa.array(column, f.type) for column, f in zip(columns, MANIFEST_SCHEMA, strict=True)]
+    return pa.table(arrays, schema=MANIFEST_SCHEMA), {why: n for why, n in skipped.items() if n}
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

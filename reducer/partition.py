@@ -1,0 +1,80 @@
+"""From a table of photos to partitions: whole labels, balanced by photos. Pure and deterministic."""
+
+from __future__ import annotations
+
+import heapq
+
+import numpy as np
+from numpy.typing import NDArray
+
+#: A partition holds about this many photos: enough to drown the cost of a task, few enough that the work
+#: spreads evenly and progress shows.
+FEWEST_PHOTOS, MOST_PHOTOS = 500, 2000
+#: What a partition holds at least where a small job is spread over all worker threads.
+SMALLEST_PARTITION = 50
+PARTITIONS_A_THREAD = 4
+#: The largest partition holds at most this many times the mean, unless one label alone is larger.
+IMBALANCE = 1.5
+
+
+def partition_count(photos: int, threads: int, partition_images: int | None = None) -> int:
+    """How many partitions to aim at.
+
+    Parameters
+    ----------
+    photos : int
+        Photos to read.
+    threads : int
+        Worker threads in all.
+    partition_images : int, optional
+        Photos a partition that the user asked for; then threads do not matter.
+    """
+    if partition_images is not None:
+        return max(1, round(photos / partition_images))
+    # 32 partitions a thread keep the end of the job short; more only cost overhead.
+    target = min(MOST_PHOTOS, max(FEWEST_PHOTOS, photos // (32 * threads)))
+    spread_thin = min(PARTITIONS_A_THREAD * threads, photos // SMALLEST_PARTITION)
+    return max(1, -(-photos // target), spread_thin)
+
+
+def assign(sizes: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """Deal whole labels out to partitions, the largest label first, always to the emptiest partition.
+
+    That is Graham's LPT rule (1969, "Bounds on multiprocessing timing anomalies"). The number of partitions
+    is lowered until the largest holds at most `IMBALANCE` times the mean, or is one label alone.
+
+    Parameters
+    ----------
+    sizes : ndarray of int64, shape (labels,)
+        Photos a label, in the order of the labels' names.
+    count : int
+        How many partitions to aim at.
+
+    Returns
+    -------
+    ndarray of int64, shape (labels,)
+        The partition of each label; partitions are numbered by falling number of photos.
+    """
+    count = max(1, min(count, len(sizes)))
+    while True:
+        partition, photos, labels = _longest_first(sizes, count)
+        largest = int(np.argmax(photos))
+        if photos[largest] <= IMBALANCE * photos.mean() or labels[largest] == 1:
+            break
+        count = min(count - 1, int(count * 0.97))
+    number = np.empty(count, dtype=np.int64)
+    number[np.argsort(-photos, kind="stable")] = np.arange(count)
+    return number[partition]
+
+
+def _longest_first(
+    sizes: NDArray[np.int64], count: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    partition = np.empty(len(sizes), dtype=np.int64)
+    heap = [(0, number) for number in range(count)]
+    for label in np.argsort(-sizes, kind="stable").tolist():
+        load, number = heapq.heappop(heap)
+        partition[label] = number
+        heapq.heappush(heap, (load + int(sizes[label]), number))
+    photos = np.bincount(partition, weights=sizes, minlength=count).astype(np.int64)
+    return partition, photos, np.bincount(partition, minlength=count)

@@ -1,0 +1,166 @@
+"""Plan first, then execute: which photos are read, and in which partitions. Pure but for reading the manifest."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from reducer.config import Job, nearest
+from reducer.draw import CANDIDATES, TRIAL_LABELS, draw_order
+from reducer.errors import InputError
+from reducer.manifest import Manifest, read_manifest
+from reducer.partition import assign, partition_count
+from reducer.types import KEPT_SMALL_LABEL, LEDGER_SCHEMA, NOT_SAMPLED, PartitionTask, to_ipc
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do.
+
+    Attributes
+    ----------
+    job : Job
+        Whose plan it is.
+    manifest : Manifest
+        The photos, of the chosen labels only.
+    label_names : tuple of str
+        The chosen labels, sorted.
+    label_sizes : ndarray of int64, shape (labels,)
+        Photos a label.
+    read : pyarrow.Table
+        The rows to read, sorted by (label, id).
+    read_label : ndarray of int64, shape (rows to read,)
+        The number of the label of each.
+    unread : pyarrow.Table
+        `LEDGER_SCHEMA` rows of the photos that are not read.
+    """
+
+    job: Job
+    manifest: Manifest
+    label_names: tuple[str, ...]
+    label_sizes: NDArray[np.int64]
+    read: pa.Table
+    read_label: NDArray[np.int64]
+    unread: pa.Table
+
+    def partitions(self, threads: int) -> NDArray[np.int64]:
+        """The partition of each row to read.
+
+        Parameters
+        ----------
+        threads : int
+            Worker threads in all; decides how many partitions there are, and nothing else.
+
+        Returns
+        -------
+        ndarray of int64, shape (rows to read,)
+            Partitions are numbered by falling number of photos, so that the end of the job is short.
+        """
+        numbers, label, photos = np.unique(self.read_label, return_inverse=True, return_counts=True)
+        if not len(numbers):
+            return label
+        count = partition_count(len(self.read_label), threads, self.job.partition_images)
+        return assign(photos, count)[label]
+
+    def tasks(self, threads: int, run_token: str) -> list[PartitionTask]:
+        """One task a partition, in the order in which they are to be done."""
+        partition = self.partitions(threads)
+        order = np.argsort(partition, kind="stable")
+        sizes = np.bincount(partition)
+        stops = np.cumsum(sizes)
+        return [
+            PartitionTask(
+                index=index,
+                photos=int(size),
+                rows=to_ipc(self.read.take(pa.array(order[stop - size : stop]))),
+                settings=self.job.photo_settings,
+                run_token=run_token,
+            )
+            for index, (size, stop) in enumerate(zip(sizes, stops, strict=True))
+        ]
+
+
+def make_plan(job: Job) -> Plan:
+    """Read the manifest, choose the labels, draw the candidates.
+
+    Parameters
+    ----------
+    job : Job
+        What to do.
+
+    Raises
+    ------
+    InputError
+        If the manifest or the chosen labels are wrong.
+    """
+    manifest = read_manifest(job)
+    table = manifest.table
+    names, starts, label_of_row = _labels(table)
+    chosen = _choose_labels(job, names)
+    if chosen is not None:
+        table = table.filter(pa.array(np.isin(label_of_row, chosen)))
+        names, starts, label_of_row = _labels(table)
+    sizes = np.diff(starts)
+
+    ranked = np.ones(len(sizes), dtype=bool) if job.rank_all else sizes > job.keep
+    read = ranked[label_of_row]
+    if job.candidates is not None:
+        for label in np.flatnonzero(ranked & (sizes > job.candidates)).tolist():
+            start, stop = int(starts[label]), int(starts[label + 1])
+            ids = table["id"].slice(start, stop - start).to_pylist()
+            left_out = draw_order(CANDIDATES, job.seed, names[label], ids)[job.candidates :]
+            read[start + np.array(left_out)] = False
+
+    reasons = np.where(ranked[label_of_row[~read]], NOT_SAMPLED, KEPT_SMALL_LABEL)
+    return Plan(
+        job=job,
+        manifest=manifest,
+        label_names=tuple(names),
+        label_sizes=sizes,
+        read=table.filter(pa.array(read)),
+        read_label=label_of_row[read],
+        unread=_unread_rows(table.filter(pa.array(~read)), reasons),
+    )
+
+
+def parse_labels(text: str) -> tuple[str, ...]:
+    """Labels separated by commas; one that holds a comma stands in double quotes, as in CSV."""
+    return tuple(label for row in csv.reader([text]) for label in row)
+
+
+def _labels(table: pa.Table) -> tuple[list[str], NDArray[np.int64], NDArray[np.int64]]:
+    """Names of the labels, where each starts in the sorted table (and the end), and the label of each row."""
+    ends = pa.compute.run_end_encode(table["label"].combine_chunks(), run_end_type=pa.int64())
+    starts = np.concatenate([[0], ends.run_ends.to_numpy()]).astype(np.int64)
+    return ends.values.to_pylist(), starts, np.repeat(np.arange(len(starts) - 1), np.diff(starts))
+
+
+def _choose_labels(job: Job, names: list[str]) -> NDArray[np.int64] | None:
+    """Numbers of the labels of a trial run, or None for all."""
+    if job.labels is None and job.limit_labels is None:
+        return None
+    number = {name: i for i, name in enumerate(names)}
+    chosen = list(dict.fromkeys(names if job.labels is None else job.labels))
+    for name in chosen:
+        if name not in number:
+            raise InputError(f"--labels: no photo has the label {name!r}{nearest(name, names)}")
+    if not chosen:
+        raise InputError("--labels names no label")
+    if job.limit_labels is not None:
+        drawn = draw_order(TRIAL_LABELS, job.seed, "", chosen)[: job.limit_labels]
+        chosen = [chosen[i] for i in drawn]
+    return np.array(sorted(number[name] for name in chosen))
+
+
+def _unread_rows(rows: pa.Table, reasons: NDArray[np.str_]) -> pa.Table:
+    kept = reasons == KEPT_SMALL_LABEL
+    known = {name: rows[name] for name in rows.column_names}
+    known["kept"] = pa.array(kept)
+    known["reason"] = pa.array(reasons.tolist(), pa.string())
+    known["nearest_kept"] = pa.compute.if_else(pa.array(kept), rows["id"], pa.scalar(None, pa.string()))
+    columns = [known.get(f.name, pa.nulls(rows.num_rows, f.type)) for f in LEDGER_SCHEMA]
+    return pa.table(columns, schema=LEDGER_SCHEMA)

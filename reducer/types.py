@@ -1,0 +1,211 @@
+"""What crosses a border between stages: frozen dataclasses and Arrow schemas."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from reducer.config import PhotoSettings
+
+
+def _field(name: str, kind: pa.DataType, description: str, unit: str | None = None) -> pa.Field:
+    metadata = {"description": description}
+    if unit is not None:
+        metadata["unit"] = unit
+    return pa.field(name, kind, metadata=metadata)
+
+
+#: One row per photo of the manifest, as `reducer.manifest` returns it.
+MANIFEST_SCHEMA = pa.schema(
+    [
+        _field("row", pa.int64(), "position in the manifest, the first row is 0"),
+        _field("id", pa.string(), "photo id, as written in the manifest"),
+        _field("label", pa.string(), "label, as written in the manifest"),
+        _field("path", pa.string(), "where the photo lies"),
+        _field("bytes", pa.int64(), "file size; null where it is not known", "bytes"),
+    ]
+)
+
+#: The ledger `RUN/images/part-*.parquet`: one row per manifest row (after duplicates).
+LEDGER_SCHEMA = pa.schema(
+    [
+        *MANIFEST_SCHEMA,
+        _field("width", pa.int32(), "width as stored, before any EXIF rotation", "pixels"),
+        _field("height", pa.int32(), "height as stored, before any EXIF rotation", "pixels"),
+        _field("format", pa.string(), "file format that Pillow found, whatever the file's name says"),
+        _field("mtime", pa.timestamp("ns", tz="UTC"), "time of the file's last change"),
+        _field("etag", pa.string(), "entity tag of an object in a store; null for local files"),
+        _field("shard", pa.string(), "tar shard that holds the photo; null for single files"),
+        _field("offset", pa.int64(), "where the photo starts in its shard", "bytes"),
+        _field("hash", pa.string(), "perceptual hash in hex, as str() of imagehash's; null if not hashed"),
+        _field("rank", pa.int32(), "place in the order of its label, the first is 0; null if not ranked"),
+        _field(
+            "insertion_distance",
+            pa.float64(),
+            "distance to the nearest photo of the label with a smaller rank; null for rank 0",
+            "bits",
+        ),
+        _field("nearest_kept", pa.string(), "id of the nearest kept photo of the label; itself if kept"),
+        _field("nearest_kept_distance", pa.float64(), "distance to nearest_kept", "bits"),
+        _field("kept", pa.bool_(), "whether the photo is in the reduced list"),
+        _field("reason", pa.string(), "kept, kept-small-label, beyond-keep, not-sampled or failed"),
+        _field("error", pa.string(), "why the photo could not be read, one line; null if it could"),
+    ]
+)
+
+KEPT = "kept"
+KEPT_SMALL_LABEL = "kept-small-label"
+BEYOND_KEEP = "beyond-keep"
+NOT_SAMPLED = "not-sampled"
+FAILED = "failed"
+
+#: Columns of `reduced.parquet` after the manifest's own two.
+REDUCED_COLUMNS = ("rank", "insertion_distance", "hash", "path", "bytes", "width", "height")
+
+
+def reduced_schema(id_column: str, label_column: str) -> pa.Schema:
+    """Schema of `reduced.parquet`: the manifest's own two columns, then `REDUCED_COLUMNS`.
+
+    One of the latter whose name the manifest uses for its id or label gets the prefix ``photo_``.
+
+    Parameters
+    ----------
+    id_column, label_column : str
+        What the manifest calls them.
+    """
+    own = (id_column, label_column)
+    extra = [LEDGER_SCHEMA.field(name) for name in REDUCED_COLUMNS]
+    return pa.schema(
+        [
+            LEDGER_SCHEMA.field("id").with_name(id_column),
+            LEDGER_SCHEMA.field("label").with_name(label_column),
+            *(field.with_name(f"photo_{field.name}") if field.name in own else field for field in extra),
+        ]
+    )
+
+
+def to_ipc(table: pa.Table) -> bytes:
+    """Pack a table into one compressed Arrow IPC stream.
+
+    The whole stream is compressed rather than each buffer, so that an id that stands again in its path costs less.
+    """
+    sink = pa.BufferOutputStream()
+    with (
+        pa.CompressedOutputStream(sink, "zstd") as compressed,
+        pa.ipc.new_stream(compressed, table.schema) as writer,
+    ):
+        writer.write_table(table)
+    packed: bytes = sink.getvalue().to_pybytes()
+    return packed
+
+
+def from_ipc(packed: bytes) -> pa.Table:
+    """Unpack what `to_ipc` packed."""
+    with (
+        pa.CompressedInputStream(pa.BufferReader(packed), "zstd") as stream,
+        pa.ipc.open_stream(stream) as reader,
+    ):
+        return reader.read_all()
+
+
+@dataclass(frozen=True)
+class PartitionTask:
+    """The rows of one partition (whole labels) and what to do with them; travels inside the Dask task.
+
+    Attributes
+    ----------
+    index : int
+        Number of the partition, and of its part file.
+    photos : int
+        Rows in it.
+    rows : bytes
+        `MANIFEST_SCHEMA` rows, sorted by (label, id), packed by `to_ipc`.
+    settings : PhotoSettings
+        The same for all partitions of a run.
+    run_token : str
+        Names this run in the Dask keys, so that no result of an earlier run answers for this one.
+    """
+
+    index: int
+    photos: int
+    rows: bytes
+    settings: PhotoSettings
+    run_token: str
+
+    def __repr__(self) -> str:
+        # Dask prints tasks in its logs and on its dashboard: no path list there.
+        return f"PartitionTask(index={self.index}, photos={self.photos})"
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How different the chosen photos are, summed over labels; sums of integers, so order-free.
+
+    Attributes
+    ----------
+    labels : int
+        Labels with at least two chosen photos.
+    pairs : int
+        Pairs of chosen photos within a label.
+    near_copies : int
+        Those of the pairs that are at most `reducer.quality.NEAR_COPY_BITS` bits apart.
+    distance_sum : int
+        Sum of all pair distances, in bits.
+    smallest_sum : int
+        Sum over labels of the smallest pair distance, in bits.
+    """
+
+    labels: int = 0
+    pairs: int = 0
+    near_copies: int = 0
+    distance_sum: int = 0
+    smallest_sum: int = 0
+
+    def __add__(self, other: Spread) -> Spread:
+        return Spread(
+            self.labels + other.labels,
+            self.pairs + other.pairs,
+            self.near_copies + other.near_copies,
+            self.distance_sum + other.distance_sum,
+            self.smallest_sum + other.smallest_sum,
+        )
+
+
+@dataclass(frozen=True)
+class PartitionResult:
+    """What a worker sends back for one partition.
+
+    Attributes
+    ----------
+    index : int
+        Number of the partition.
+    ledger : bytes
+        `LEDGER_SCHEMA` rows, packed by `to_ipc`.
+    read, failed : int
+        Photos tried, and those of them that could not be hashed.
+    bytes_read : int
+        Bytes of photos read.
+    first_failure : str or None
+        ``path: error`` of the first failed photo.
+    selection, random : Spread
+        What the strategy chose, and a seeded random choice of the same size from the same candidates.
+    seconds : float
+        Wall time on the worker.
+    peak_memory : int
+        Highest resident memory of the worker process so far, in bytes; 0 where it cannot be told.
+    """
+
+    index: int
+    ledger: bytes
+    read: int
+    failed: int
+    bytes_read: int
+    first_failure: str | None
+    selection: Spread
+    random: Spread
+    seconds: float
+    peak_memory: int
+
+    def __repr__(self) -> str:
+        return f"PartitionResult(index={self.index}, read={self.read}, failed={self.failed})"

@@ -1,0 +1,119 @@
+"""Fixtures: a small collection, the trial photos, and a real Dask scheduler with workers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from reducer import ClusterSpec, Job, reduce_images
+from reducer.job import Result
+from reducer.sample import write_sample
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--photos", help="folder with photos/ and malformed/: real files to try things on")
+    parser.addoption("--no-skips", action="store_true", help="fail when a test is skipped")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if terminalreporter.config.getoption("--no-skips") and terminalreporter.stats.get("skipped"):
+        terminalreporter.write_line("--no-skips: tests were skipped", red=True)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if session.config.getoption("--no-skips") and reporter.stats.get("skipped"):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.fixture(scope="session")
+def trial_files(request: pytest.FixtureRequest) -> Path:
+    folder = request.config.getoption("--photos")
+    if folder is None:
+        pytest.skip("needs --photos DIR")
+    return Path(folder).resolve()
+
+
+@pytest.fixture(scope="session")
+def collection(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """240 photos of 12 landmarks: train/, train.csv, truth.csv."""
+    folder = tmp_path_factory.mktemp("collection")
+    write_sample(str(folder), labels=12, images=240, progress=False)
+    return folder
+
+
+def job_on(collection: Path, output: Path, **options: object) -> Job:
+    settings: dict[str, object] = {"keep": 8, "manifest": str(collection / "train.csv"), **options}
+    return Job(str(collection / "train"), str(output), **settings)  # type: ignore[arg-type]
+
+
+def run_on(collection: Path, output: Path, spec: ClusterSpec | None = None, **options: object) -> Result:
+    return reduce_images(job_on(collection, output, **options), spec or ClusterSpec(workers=0), progress=False)
+
+
+def reduced_files(run: Path) -> dict[str, bytes]:
+    return {name: (run / name).read_bytes() for name in ("reduced.csv", "reduced.parquet")}
+
+
+@pytest.fixture
+def clean_env() -> dict[str, str]:
+    """The environment without Dask's own variables."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("DASK_")}
+
+
+@pytest.fixture
+def dask_cluster(tmp_path: Path, clean_env: dict[str, str]) -> Iterator[Callable[..., str]]:
+    """Start a real ``dask scheduler`` and ``dask worker`` processes on loopback; gives the address."""
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def spawn(*arguments: str) -> None:
+        with open(tmp_path / f"dask-{len(processes)}.log", "wb") as log:
+            command = [sys.executable, "-m", "dask", *arguments]
+            processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=clean_env, cwd=tmp_path))
+
+    def start(workers: int = 2, threads: int = 1) -> str:
+        scheduler_file = tmp_path / f"scheduler-{len(processes)}.json"
+        spawn(
+            *("scheduler", "--host", "127.0.0.1", "--port", "0", "--dashboard-address", "127.0.0.1:0"),
+            *("--scheduler-file", str(scheduler_file)),
+        )
+        wait_for(scheduler_file.exists, "the scheduler's file")
+        import json
+
+        address: str = json.loads(scheduler_file.read_text())["address"]
+        for _ in range(workers):
+            spawn(
+                *("worker", address, "--host", "127.0.0.1", "--nthreads", str(threads)),
+                *("--dashboard-address", "127.0.0.1:0", "--local-directory", str(tmp_path)),
+            )
+        return address
+
+    yield start
+    for process in reversed(processes):
+        process.send_signal(signal.SIGTERM)
+    for process in processes:
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def wait_for(condition: Callable[[], object], what: str, seconds: float = 60) -> None:
+    stop = time.monotonic() + seconds
+    while True:
+        with contextlib.suppress(OSError, ValueError):
+            if condition():
+                return
+        assert time.monotonic() < stop, f"waited {seconds} s for {what}"
+        time.sleep(0.1)

@@ -1,0 +1,113 @@
+"""What happens when something breaks in the middle of a run."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import reduced_files, run_on, wait_for
+
+import reducer.job
+from reducer import ClusterError, ClusterSpec, ReducerError
+from reducer.store import RunFolder
+from reducer.types import PartitionTask
+
+IN_PROCESS = ClusterSpec(
+    class_path="distributed.LocalCluster",
+    kwargs={"n_workers": 1, "threads_per_worker": 2, "processes": False, "dashboard_address": None},
+)
+
+
+@pytest.fixture(scope="module")
+def slow_collection(collection: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same photos under many labels: some seconds of work."""
+    folder = tmp_path_factory.mktemp("slow")
+    (folder / "train").symlink_to(collection / "train")
+    header, *lines = (collection / "train.csv").read_text().splitlines()
+    (folder / "train.csv").write_text("\n".join([header, *(f"{line}-{i}" for i in range(12) for line in lines)]) + "\n")
+    return folder
+
+
+def test_a_killed_worker_costs_time_and_nothing_else(slow_collection: Path, tmp_path: Path) -> None:
+    run_on(slow_collection, tmp_path / "reference", keep=1)
+    killed: list[int] = []
+
+    def kill_one() -> None:
+        wait_for(lambda: len(list((tmp_path / "run" / "images").glob("part-*"))) > 2, "the first parts")
+        for child in psutil.Process().children(recursive=True):
+            if "spawn_main" in " ".join(child.cmdline()):
+                child.kill()
+                killed.append(child.pid)
+                return
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    result = run_on(slow_collection, tmp_path / "run", ClusterSpec(workers=2), keep=1, partition_images=100)
+    killer.join()
+    assert killed
+    assert result.summary["photos_failed"] == 0
+    assert reduced_files(tmp_path / "run") == reduced_files(tmp_path / "reference")
+
+
+def test_a_partition_that_cannot_be_finished_ends_the_run_and_keeps_the_others(
+    collection: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = reducer.job.run_partition
+
+    def breaks(task: PartitionTask):
+        if task.index == 1:
+            time.sleep(1)
+            raise RuntimeError("a bug\nof ours")
+        return real(task)
+
+    monkeypatch.setattr(reducer.job, "run_partition", breaks)
+    with pytest.raises(ClusterError, match=r"could not be finished \(error\): RuntimeError: a bug of ours\."):
+        run_on(collection, tmp_path / "run", IN_PROCESS, partition_images=20)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["status"] == "stopped"
+    assert summary["photos_read"] == RunFolder(str(tmp_path / "run")).ledger().num_rows > 0
+    assert not (tmp_path / "run" / "reduced.csv").exists()
+
+
+def test_a_stop_while_the_cluster_closes_tells_what_is_kept(
+    collection: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(cluster: object) -> None:
+        cluster.close()  # type: ignore[attr-defined]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("reducer.cluster._close", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run_on(collection, tmp_path / "run", IN_PROCESS)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["status"] == "stopped"
+    assert summary["photos_read"] == summary["photos_to_read"] == RunFolder(str(tmp_path / "run")).ledger().num_rows
+
+
+def test_a_full_disk_is_reported_and_leaves_only_whole_files(
+    collection: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.fsync
+    calls: list[int] = []
+
+    def full(handle: int) -> None:
+        calls.append(handle)
+        if len(calls) > 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ReducerError, match=r"part-\d+\.parquet cannot be written: No space left on device"):
+        run_on(collection, tmp_path / "run", partition_images=20)
+    names = sorted(path.name for path in (tmp_path / "run").rglob("*") if path.is_file())
+    assert names == ["part-00000.parquet", "part-00001.parquet", "summary.json"]
+    assert RunFolder(str(tmp_path / "run")).ledger().num_rows > 0
+    monkeypatch.undo()
+    run_on(collection, tmp_path / "run", overwrite=True)
+    assert (tmp_path / "run" / "reduced.csv").exists()

@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import gzip
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from reducer import InputError, Job
+from reducer.manifest import read_manifest
+from reducer.types import MANIFEST_SCHEMA
+
+
+def manifest_of(folder: Path, content: str | bytes, name: str = "train.csv", **options: object):
+    path = folder / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    (folder / "train").mkdir(exist_ok=True)
+    settings: dict[str, object] = {"path_template": "{id}.jpg", **options}
+    if "path_column" in options:
+        del settings["path_template"]
+    return read_manifest(Job(str(folder / "train"), str(folder / "run"), manifest=str(path), **settings))
+
+
+def rows(manifest) -> list[tuple[int, str, str]]:
+    return list(zip(*(manifest.table[name].to_pylist() for name in ("row", "id", "label")), strict=True))
+
+
+def test_ids_and_labels_stay_as_they_are_written(tmp_path: Path) -> None:
+    ids = [
+        "0007",
+        "17660ef415d37059",
+        "1234567890123e45",
+        "NA",
+        "None",
+        "null",
+        "nan",
+        "1e5",
+        "true",
+        "1.0",
+        " x",
+        '"q"',
+    ]
+    lines = [
+        "id,landmark_id",
+        *(f'"""q""",{i:03}' if name == '"q"' else f"{name},{i:03}" for i, name in enumerate(ids)),
+    ]
+    found = manifest_of(tmp_path, "\n".join(lines) + "\n")
+    assert [row[1] for row in sorted(rows(found))] == ids
+    assert [row[2] for row in sorted(rows(found))] == [f"{i:03}" for i in range(len(ids))]
+    assert found.table.schema == MANIFEST_SCHEMA
+
+
+def test_rows_are_sorted_by_label_and_id_and_know_their_place(tmp_path: Path) -> None:
+    found = manifest_of(tmp_path, "url,landmark_id,id\nu,2,b\nu,10,c\nu,2,a\nu,10,é\nu,10,z\n")
+    assert rows(found) == [(1, "c", "10"), (4, "z", "10"), (3, "é", "10"), (2, "a", "2"), (0, "b", "2")]
+    assert found.table["path"].to_pylist()[0] == str(tmp_path / "train" / "c.jpg")
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.int64(), pa.dictionary(pa.int32(), pa.string())])
+def test_parquet_manifests(tmp_path: Path, kind: pa.DataType) -> None:
+    labels = pa.array([7, 7, 12]).cast(pa.string()) if not pa.types.is_integer(kind) else pa.array([7, 7, 12])
+    table = pa.table({"id": pa.array(["a", "b", "NA"]), "landmark_id": labels.cast(kind)})
+    pq.write_table(table, tmp_path / "source")
+    found = manifest_of(tmp_path, (tmp_path / "source").read_bytes(), "any.name")
+    assert rows(found) == [(2, "NA", "12"), (0, "a", "7"), (1, "b", "7")]
+
+
+def test_parquet_labels_that_are_no_names_are_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"id": ["a"], "landmark_id": [1.5]}), tmp_path / "source")
+    with pytest.raises(InputError, match=r"column 'landmark_id' is double; expected text or whole numbers"):
+        manifest_of(tmp_path, (tmp_path / "source").read_bytes())
+
+
+def test_byte_order_mark_and_gzip_and_windows_lines(tmp_path: Path) -> None:
+    plain = "id,landmark_id\r\na,1\r\nb,1\r\n"
+    expected = [(0, "a", "1"), (1, "b", "1")]
+    assert rows(manifest_of(tmp_path, b"\xef\xbb\xbf" + plain.encode())) == expected
+    assert rows(manifest_of(tmp_path, gzip.compress(plain.encode()), "train.csv.gz")) == expected
+
+
+def test_a_line_break_in_quotes_is_part_of_the_value(tmp_path: Path) -> None:
+    found = manifest_of(tmp_path, 'id,caption,landmark_id\na,"two\nlines, one cell",1\nb,c,2\n')
+    assert rows(found) == [(0, "a", "1"), (1, "b", "2")]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", r"train\.csv is empty"),
+        ("id,landmark_id\n", r"has no rows"),
+        ("id,landmark\na,1\n", r"no column 'landmark_id' \(did you mean 'landmark'\?\); it has 'id', 'landmark'"),
+        ("id,landmark_id,id\na,1,b\n", r"2 columns called 'id'"),
+        ("id,landmark_id\na,1\n,2\nb,3\n,4\n", r"column 'id' is empty in row 2, 4 \("),
+        ('id,landmark_id\na,1\nb,""\n', r"column 'landmark_id' is empty in row 2 \("),
+        ("id,landmark_id\n" + "x,\n" * 9, r"empty in row 1, 2, 3, 4, 5 and 4 more"),
+        ("id,landmark_id\na,1\nb,2,3\n", r"Expected 2 columns, got 3"),
+        (b"id,landmark_id\n\xff\xfe,1\n", r"cannot be read: .*UTF8"),
+        (b"PAR1 but no more", r"cannot be read"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, content: str | bytes, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        manifest_of(tmp_path, content)
+    assert "train.csv" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_manifest_that_is_not_there(tmp_path: Path) -> None:
+    for name in ("no.csv", "."):
+        with pytest.raises(InputError, match="--manifest"):
+            read_manifest(Job(str(tmp_path), "run", manifest=str(tmp_path / name)))
+    with pytest.raises(InputError, match=r"IMAGES .*nowhere does not exist"):
+        read_manifest(Job(str(tmp_path / "nowhere"), "run"))
+
+
+def test_duplicates_leave_one_row_whatever_the_order(tmp_path: Path) -> None:
+    lines = ["a,1,z.jpg", "a,1,m.jpg", "b,1,b.jpg", "a,1,m.jpg", "c,2,c.jpg", "c,2,d.jpg"]
+    for order in (lines, lines[::-1]):
+        found = manifest_of(tmp_path, "id,landmark_id,file\n" + "\n".join(order) + "\n", path_column="file")
+        assert found.duplicates == 3
+        kept = sorted(zip(found.table["id"].to_pylist(), found.table["path"].to_pylist(), strict=True))
+        assert [(photo, Path(path).name) for photo, path in kept] == [("a", "m.jpg"), ("b", "b.jpg"), ("c", "c.jpg")]
+        assert found.table["row"].to_pylist()[0] == order.index("a,1,m.jpg")
+
+
+def test_an_id_under_two_labels_is_kept_under_both_and_reported(tmp_path: Path) -> None:
+    found = manifest_of(tmp_path, "id,landmark_id\nx,1\ny,1\nx,2\nz,3\nz,1\nz,2\n")
+    assert found.table.num_rows == 6
+    assert found.shared_ids == 2
+    assert found.shared_examples == ("x", "z")
+    assert found.duplicates == 0
+
+
+def test_paths_by_template_and_by_column(tmp_path: Path) -> None:
+    root = str(tmp_path / "train")
+    content = "id,landmark_id,file\nabcd,L1,sub/a.png\nbcde,L2,/abs/b.png\n"
+    for template, expected in [
+        (None, ["a/b/c/abcd.jpg", "b/c/d/bcde.jpg"]),
+        ("{label}/{id}", ["L1/abcd", "L2/bcde"]),
+        ("{{{id}}}-{label[1]}.{id[3]}", ["{abcd}-1.d", "{bcde}-2.e"]),
+    ]:
+        found = manifest_of(tmp_path, content, path_template=template)
+        assert found.table["path"].to_pylist() == [f"{root}/{name}" for name in expected]
+    found = manifest_of(tmp_path, content, path_column="file")
+    assert found.table["path"].to_pylist() == [f"{root}/sub/a.png", "/abs/b.png"]
+    with pytest.raises(InputError, match=r"row 2 of the manifest: id 'xy' is too short for --path-template"):
+        manifest_of(tmp_path, "id,landmark_id\nabc,1\nxy,1\n", path_template="{id[2]}/{id}")
+
+
+def test_a_folder_is_its_own_manifest(tmp_path: Path) -> None:
+    for name in [
+        "b/2.JPG",
+        "b/1.webp",
+        "a/x/deep.png",
+        "top.jpeg",
+        "a/notes.txt",
+        "a/.hidden.jpg",
+        ".git/x.png",
+        "b/raw",
+    ]:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"12345")
+    (tmp_path / "linked").symlink_to(tmp_path / "b")
+    (tmp_path / "b" / "loop").symlink_to(tmp_path)
+    (tmp_path / "b" / "dangling.jpg").symlink_to(tmp_path / "gone")
+    (tmp_path / "a" / "itself.jpg").symlink_to(tmp_path / "a" / "itself.jpg")
+    found = read_manifest(Job(str(tmp_path), "run"))
+    expected = [
+        ("top.jpeg", "."),
+        ("a/itself.jpg", "a"),
+        ("a/x/deep.png", "a/x"),
+        ("b/1.webp", "b"),
+        ("b/2.JPG", "b"),
+        ("b/dangling.jpg", "b"),
+        ("linked/1.webp", "linked"),
+        ("linked/2.JPG", "linked"),
+        ("linked/dangling.jpg", "linked"),
+    ]
+    assert [row[1:] for row in rows(found)] == expected
+    assert [row[1] for row in sorted(rows(found))] == sorted(photo for photo, _ in expected)
+    assert found.table["path"].to_pylist()[2] == str(tmp_path / "a/x/deep.png")
+    assert found.table["bytes"].to_pylist()[:6] == [5, None, 5, 5, 5, None]
+    assert found.skipped_files == {
+        "hidden folder": 1,
+        "hidden file": 1,
+        "file without a photo's extension": 3,  # one of them seen through the link as well
+        "folder link that leads back": 2,
+    }
+
+
+def test_a_folder_without_photos_or_with_names_that_are_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(InputError, match="holds no photo; found 1 x file without a photo's extension"):
+        read_manifest(Job(str(tmp_path), "run"))
+    with pytest.raises(InputError, match="File name too long"):
+        read_manifest(Job(str(tmp_path / ("x" * 300)), "run"))
+    Path(os.fsdecode(os.fsencode(str(tmp_path)) + b"/\xff.jpg")).write_bytes(b"x")
+    with pytest.raises(InputError, match=r"1 file names are not UTF-8 text, the first is b'\\xff.jpg'"):
+        read_manifest(Job(str(tmp_path), "run"))
+
+
+def test_many_rows_are_checked_as_few_are(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    ids = [f"{number:016x}" for number in generator.integers(0, 2**63, 50_000)]
+    labels = generator.integers(0, 3_000, 50_000)
+    content = "id,landmark_id\n" + "".join(f"{photo},{label}\n" for photo, label in zip(ids, labels, strict=True))
+    found = manifest_of(tmp_path, content)
+    expected = sorted(zip(map(str, labels), ids, range(50_000), strict=True))
+    assert rows(found) == [(row, photo, label) for label, photo, row in expected]

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from reducer import InputError, Job
+from reducer.draw import CANDIDATES, draw_order
+from reducer.plan import make_plan, parse_labels
+from reducer.types import LEDGER_SCHEMA, from_ipc
+
+
+@pytest.fixture
+def listed(tmp_path: Path) -> Path:
+    """A manifest of labels a to f with 1 to 32 photos; no photo needs to exist."""
+    (tmp_path / "train").mkdir()
+    lines = [f"{label}{i:02},{label}" for k, label in enumerate("abcdef") for i in range(2**k)]
+    (tmp_path / "train.csv").write_text("id,landmark_id\n" + "\n".join(lines) + "\n")
+    return tmp_path
+
+
+def plan_of(folder: Path, **options: object):
+    settings: dict[str, object] = {"keep": 4, "path_template": "{id}", "manifest": str(folder / "train.csv"), **options}
+    return make_plan(Job(str(folder / "train"), str(folder / "run"), **settings))
+
+
+def test_small_labels_are_kept_whole_and_unread(listed: Path) -> None:
+    plan = plan_of(listed)
+    assert Counter(plan.read["label"].to_pylist()) == {"d": 8, "e": 16, "f": 32}
+    unread = plan.unread.to_pylist()
+    assert Counter(row["label"] for row in unread) == {"a": 1, "b": 2, "c": 4}
+    assert plan.unread.schema == LEDGER_SCHEMA
+    for row in unread:
+        assert (row["kept"], row["reason"]) == (True, "kept-small-label")
+        assert row["nearest_kept"] == row["id"]
+        assert row["rank"] is row["hash"] is row["insertion_distance"] is row["nearest_kept_distance"] is None
+    assert Counter(plan_of(listed, rank_all=True).read["label"].to_pylist())["a"] == 1
+
+
+def test_candidates_are_the_smallest_keys_and_a_larger_draw_holds_the_smaller(listed: Path) -> None:
+    drawn = {}
+    for count in (4, 10, 20):
+        plan = plan_of(listed, candidates=count)
+        drawn[count] = set(plan.read["id"].to_pylist())
+        left_out = [row for row in plan.unread.to_pylist() if row["reason"] == "not-sampled"]
+        assert all(row["kept"] is False and row["nearest_kept"] is None for row in left_out)
+        assert Counter(row["label"] for row in left_out)["f"] == 32 - count
+    assert drawn[4] < drawn[10] < drawn[20]
+    ids = [f"f{i:02}" for i in range(32)]
+    expected = {ids[i] for i in draw_order(CANDIDATES, 0, "f", ids)[:10]}
+    assert {photo for photo in drawn[10] if photo.startswith("f")} == expected
+    assert set(plan_of(listed, candidates=10, seed=1).read["id"].to_pylist()) != drawn[10]
+    assert plan_of(listed, candidates=None).read.num_rows == 56
+
+
+def test_tasks_hold_whole_labels_once_and_no_path_in_their_names(listed: Path) -> None:
+    for threads, size in [(1, None), (2, 8), (64, 1)]:
+        plan = plan_of(listed, partition_images=size, rank_all=True)
+        tasks = plan.tasks(threads, "token")
+        tables = [from_ipc(task.rows) for task in tasks]
+        assert [task.index for task in tasks] == list(range(len(tasks)))
+        assert [task.photos for task in tasks] == [table.num_rows for table in tables]
+        assert sorted(row for table in tables for row in table["row"].to_pylist()) == list(range(63))
+        homes = [label for table in tables for label in set(table["label"].to_pylist())]
+        assert sorted(homes) == list("abcdef")
+        for table in tables:
+            keys = list(zip(table["label"].to_pylist(), table["id"].to_pylist(), strict=True))
+            assert keys == sorted(keys)
+        assert "/" not in repr(tasks[0])
+
+
+def test_trial_labels(listed: Path) -> None:
+    plan = plan_of(listed, labels=("f", "a", "f"))
+    assert plan.label_names == ("a", "f")
+    assert plan.label_sizes.tolist() == [1, 32]
+    assert plan.read.num_rows + plan.unread.num_rows == 33
+    few, more = (set(plan_of(listed, limit_labels=n).label_names) for n in (2, 4))
+    assert len(few) == 2
+    assert few < more
+    assert plan_of(listed, limit_labels=99).label_names == tuple("abcdef")
+    with pytest.raises(InputError, match=r"--labels: no photo has the label 'g'"):
+        plan_of(listed, labels=("a", "g"))
+    assert parse_labels('x,"with, comma", 7') == ("x", "with, comma", " 7")
+
+
+def test_paths_travel_small(tmp_path: Path) -> None:
+    import hashlib
+
+    (tmp_path / "train").mkdir()
+    ids = [hashlib.blake2b(str(i).encode(), digest_size=8).hexdigest() for i in range(10_000)]
+    lines = [f"{photo},{i // 1000}" for i, photo in enumerate(ids)]
+    (tmp_path / "train.csv").write_text("id,landmark_id\n" + "\n".join(lines) + "\n")
+    task = plan_of(tmp_path, path_template=None, partition_images=10_000).tasks(1, "token")[0]
+    # 8 bytes of every id are pure chance; the path repeats the id and must not cost that much again.
+    assert len(task.rows) < 32 * 10_000
