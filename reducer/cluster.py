@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.util
 import logging
@@ -87,10 +88,7 @@ def connect(spec: ClusterSpec) -> Iterator[Client]:
 
     with dask.config.set(DASK_SETTINGS):
         if spec.address:
-            try:
-                client = Client(spec.address, timeout=CONNECT_TIMEOUT, set_as_default=False)
-            except (OSError, ValueError, TypeError) as error:
-                raise InputError(f"no Dask scheduler answers at {spec.address}: {_one_line(error)}") from None
+            client = _client_at(spec.address)
             with client:
                 _check_workers(client)
                 yield client
@@ -164,6 +162,19 @@ def dashboard(client: Client) -> str | None:
 
 def _has_bokeh() -> bool:
     return importlib.util.find_spec("bokeh") is not None
+
+
+def _client_at(address: str) -> Client:
+    from distributed import Client
+
+    try:
+        return Client(address, timeout=CONNECT_TIMEOUT, set_as_default=False)
+    except (OSError, ValueError, TypeError) as error:
+        reason = _one_line(error)
+    # A client that did not come up closes itself when it is collected. Where that happens while another one starts, in
+    # its thread, each waits for the other's lock: so it is collected here and now, when no error refers to it any more.
+    gc.collect()
+    raise InputError(f"no Dask scheduler answers at {address}: {reason}")
 
 
 def _start(spec: ClusterSpec) -> Any:
