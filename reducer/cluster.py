@@ -121,6 +121,7 @@ def dask_setup(worker: object) -> None:
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.getLogger("distributed.worker.state_machine").setLevel(logging.ERROR)
+    logging.getLogger("distributed.worker").addFilter(_worth_saying)
     stderr = os.fdopen(os.dup(2), "w", buffering=1)
     for handler in logging.getLogger("distributed").handlers:
         if isinstance(handler, logging.StreamHandler):
@@ -129,6 +130,11 @@ def dask_setup(worker: object) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     os.close(nowhere)
+
+
+def _worth_saying(record: logging.LogRecord) -> bool:
+    """Not so of a heartbeat that is cut off: the scheduler lives in the client's process, which is then stopping."""
+    return not str(record.msg).startswith("Failed to communicate with scheduler during heartbeat")
 
 
 def refuse_import_of_main() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
+import inspect
+import logging
+import re
 
 import pytest
-from distributed import Client
+from distributed import Client, Worker
 
 from reducer import ClusterSpec, InputError
-from reducer.cluster import connect
+from reducer.cluster import _worth_saying, connect
 
 
 def test_a_failed_connection_leaves_no_client_behind(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,3 +29,13 @@ def test_a_failed_connection_leaves_no_client_behind(monkeypatch: pytest.MonkeyP
         assert caught.value.__context__ is None
     finally:
         gc.enable()
+
+
+def test_what_a_worker_of_ours_says_when_the_client_stops() -> None:
+    """Dask's own words, from its own code: a heartbeat to a scheduler that is gone."""
+    source = inspect.getsource(Worker.heartbeat)
+    said = re.findall(r'logger\.exception\("([^"]+)"\)', source)
+    dropped = [text for text in said if not _worth_saying(logging.makeLogRecord({"msg": text}))]
+    assert len(said) == 2
+    assert len(dropped) == 1
+    assert source.index("except OSError") < source.index(dropped[0]) < source.index("except Exception:")
