@@ -10,17 +10,16 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
-from reducer.config import Job, nearest, template_fields
+from reducer.config import Job, template_fields
 from reducer.errors import InputError
+from reducer.tables import EXAMPLES, column_names, read_columns, refuse_empty
 from reducer.types import MANIFEST_SCHEMA
 
-#: How many rows or ids an error message or a report names.
-EXAMPLES = 5
+#: The column of GLDv2's train_clean.csv that lists the ids of a label.
+ID_LISTS = "images"
 
 
 @dataclass(frozen=True)
@@ -125,87 +124,44 @@ def _values_of_ranks(column: pa.ChunkedArray, ranks: NDArray[np.int64]) -> list[
 
 
 def _read_table(job: Job, manifest: str) -> pa.Table:
-    wanted = [job.id_column, job.label_column] + ([job.path_column] if job.path_column else [])
-    table = _read_columns(manifest, list(dict.fromkeys(wanted)))
+    where = f"--manifest {manifest}"
+    hint = "Say which to use with --id-column, --label-column and --path-column"
+    names = column_names(where, manifest)
+    lists = job.id_column not in names and ID_LISTS in names
+    if lists and job.path_column:
+        raise InputError(
+            f"{where} has one row a label, its ids in the column {ID_LISTS!r}: no --path-column goes with it; give "
+            "--path-template"
+        )
+    wanted = [ID_LISTS if lists else job.id_column, job.label_column, *([job.path_column] if job.path_column else [])]
+    table = read_columns(where, manifest, wanted, hint)
     if table.num_rows == 0:
-        raise InputError(f"--manifest {manifest} has no rows: expected one row a photo")
-    columns = {name: _as_text(manifest, name, table[name]) for name in table.column_names}
-    for name, column in columns.items():
-        _refuse_nulls(manifest, name, column)
-    ids, labels = columns[job.id_column], columns[job.label_column]
+        raise InputError(f"{where} has no rows: expected one row a {'label' if lists else 'photo'}")
+    if lists:
+        table = _one_row_a_photo(where, table, job)
+    ids, labels = table[job.id_column], table[job.label_column]
     root = os.path.abspath(job.images)
     if job.path_column:
-        paths = pa.array([os.path.join(root, p) for p in columns[job.path_column].to_pylist()], pa.string())
+        paths = pa.array([os.path.join(root, p) for p in table[job.path_column].to_pylist()], pa.string())
     else:
-        paths = _paths_by_template(job, root, ids, labels)
+        paths = _paths_by_template(where, job, root, ids, labels)
     rows = pa.array(np.arange(table.num_rows, dtype=np.int64))
     unknown = pa.nulls(table.num_rows, pa.int64())
     return pa.table([rows, ids, labels, paths, unknown], schema=MANIFEST_SCHEMA)
 
 
-def _read_columns(manifest: str, wanted: list[str]) -> pa.Table:
-    try:
-        with open(manifest, "rb") as file:
-            start = file.read(4)
-        if not start:
-            raise InputError(f"--manifest {manifest} is empty: expected a CSV or Parquet file")
-        if start == b"PAR1":
-            names = pq.read_schema(manifest).names
-            _require_columns(manifest, names, wanted)
-            return pq.read_table(manifest, columns=wanted)
-        parse = pa.csv.ParseOptions(newlines_in_values=True)
-        with pa.csv.open_csv(manifest, parse_options=parse) as reader:
-            names = reader.schema.names
-        _require_columns(manifest, names, wanted)
-        return pa.csv.read_csv(
-            manifest,
-            parse_options=parse,
-            convert_options=pa.csv.ConvertOptions(
-                include_columns=wanted,
-                column_types={name: pa.string() for name in wanted},
-                # Only an empty cell is null: "NA", "None" and "null" are names like any other.
-                null_values=[""],
-                strings_can_be_null=True,
-            ),
-        )
-    except OSError as error:
-        raise InputError(f"--manifest {manifest}: {error.strerror or error}") from None
-    except pa.ArrowInvalid as error:
-        raise InputError(f"--manifest {manifest} cannot be read: {' '.join(str(error).split())[:300]}") from None
+def _one_row_a_photo(where: str, table: pa.Table, job: Job) -> pa.Table:
+    """Take lists of ids, separated by spaces, apart."""
+    trimmed = pc.utf8_trim_whitespace(table[ID_LISTS])
+    refuse_empty(where, ID_LISTS, trimmed)
+    lists = pc.utf8_split_whitespace(trimmed).combine_chunks()
+    labels = table[job.label_column].combine_chunks().take(pc.list_parent_indices(lists))
+    return pa.table({job.id_column: pc.list_flatten(lists), job.label_column: labels})
 
 
-def _require_columns(manifest: str, names: list[str], wanted: list[str]) -> None:
-    for name in wanted:
-        if names.count(name) > 1:
-            raise InputError(f"--manifest {manifest} has {names.count(name)} columns called {name!r}")
-        if name not in names:
-            raise InputError(
-                f"--manifest {manifest} has no column {name!r}{nearest(name, names)}; it has "
-                f"{', '.join(map(repr, names))}. Say which to use with --id-column, --label-column and "
-                "--path-column"
-            )
-
-
-def _as_text(manifest: str, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
-    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-    if not (text or pa.types.is_integer(kind)):
-        raise InputError(f"--manifest {manifest}: column {name!r} is {column.type}; expected text or whole numbers")
-    return column.cast(kind).cast(pa.string())
-
-
-def _refuse_nulls(manifest: str, name: str, column: pa.ChunkedArray) -> None:
-    rows = np.flatnonzero(pc.or_kleene(pc.is_null(column), pc.equal(column, "")).to_numpy())
-    if len(rows):
-        shown = ", ".join(str(row + 1) for row in rows[:EXAMPLES])
-        more = f" and {len(rows) - EXAMPLES} more" if len(rows) > EXAMPLES else ""
-        raise InputError(
-            f"--manifest {manifest}: column {name!r} is empty in row {shown}{more} (the first row below the "
-            "header is row 1): fill it in or take the row out"
-        )
-
-
-def _paths_by_template(job: Job, root: str, ids: pa.ChunkedArray, labels: pa.ChunkedArray) -> pa.ChunkedArray:
+def _paths_by_template(
+    where: str, job: Job, root: str, ids: pa.ChunkedArray, labels: pa.ChunkedArray
+) -> pa.ChunkedArray:
     parts: list[pa.ChunkedArray | str] = [f"{root}/"]
     for text, name, character in template_fields(job.template):
         parts.append(text)
@@ -216,8 +172,9 @@ def _paths_by_template(job: Job, root: str, ids: pa.ChunkedArray, labels: pa.Chu
             short = pc.index(pc.less_equal(pc.utf8_length(column), character), True).as_py()
             if short >= 0:
                 raise InputError(
-                    f"row {short + 1} of the manifest: {name} {column[short].as_py()!r} is too short for "
-                    f"--path-template {job.template!r}; give the layout of your photos, or --path-column"
+                    f"{where}: {name} {column[short].as_py()!r} of photo {short + 1} (label {labels[short].as_py()!r}) "
+                    f"is too short for --path-template {job.template!r}; give the layout of your photos, or "
+                    "--path-column"
                 )
             column = pc.utf8_slice_codeunits(column, character, character + 1)
         parts.append(column)

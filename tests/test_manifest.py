@@ -78,7 +78,40 @@ def test_byte_order_mark_and_gzip_and_windows_lines(tmp_path: Path) -> None:
     plain = "id,landmark_id\r\na,1\r\nb,1\r\n"
     expected = [(0, "a", "1"), (1, "b", "1")]
     assert rows(manifest_of(tmp_path, b"\xef\xbb\xbf" + plain.encode())) == expected
-    assert rows(manifest_of(tmp_path, gzip.compress(plain.encode()), "train.csv.gz")) == expected
+    for name in ("train.csv.gz", "train.csv"):
+        assert rows(manifest_of(tmp_path, gzip.compress(plain.encode()), name)) == expected
+
+
+def test_lists_of_ids_as_in_train_clean(tmp_path: Path) -> None:
+    """GLDv2's train_clean.csv: one row a landmark, its ids separated by spaces."""
+    content = "landmark_id,images\n7,b a\n1,0007\n12, d   NA c \n"
+    expected = [(2, "0007", "1"), (5, "c", "12"), (3, "d", "12"), (4, "NA", "12"), (1, "a", "7"), (0, "b", "7")]
+    found = manifest_of(tmp_path, content)
+    assert sorted(rows(found)) == sorted(expected)
+    assert found.table["path"].to_pylist()[0] == str(tmp_path / "train" / "0007.jpg")
+    assert sorted(rows(manifest_of(tmp_path, gzip.compress(content.encode()), "train_clean.csv.gz"))) == sorted(
+        expected
+    )
+    pq.write_table(pa.table({"landmark_id": [7, 1, 12], "images": ["b a", "0007", "d NA c"]}), tmp_path / "source")
+    assert sorted(rows(manifest_of(tmp_path, (tmp_path / "source").read_bytes()))) == sorted(expected)
+    # With a column of ids, "images" is a column like any other.
+    assert rows(manifest_of(tmp_path, "id,landmark_id,images\nx,1,a b\n")) == [(0, "x", "1")]
+    # Twice in a list, and under two labels.
+    found = manifest_of(tmp_path, "landmark_id,images\n1,a a b\n2,a\n")
+    assert (found.duplicates, found.shared_ids, found.table.num_rows) == (1, 1, 3)
+
+
+def test_a_label_s_list_of_ids_may_be_very_long(tmp_path: Path) -> None:
+    """Longer than the blocks that Arrow reads CSV by of its own."""
+    ids = [f"{i:016x}" for i in range(100_000)]
+    found = manifest_of(tmp_path, f"landmark_id,images\n1,a\n2,{' '.join(ids)}\n3,b\n")
+    assert found.table.num_rows == 100_002
+    assert found.table["id"].to_pylist()[1:-1] == ids
+
+
+def test_the_full_manifest_has_urls(tmp_path: Path) -> None:
+    content = 'id,url,landmark_id\na,"http://x/File:A,_B.jpg",1\nb,http://y/"q".jpg,2\n'
+    assert rows(manifest_of(tmp_path, content)) == [(0, "a", "1"), (1, "b", "2")]
 
 
 def test_a_line_break_in_quotes_is_part_of_the_value(tmp_path: Path) -> None:
@@ -91,6 +124,7 @@ def test_a_line_break_in_quotes_is_part_of_the_value(tmp_path: Path) -> None:
     [
         ("", r"train\.csv is empty"),
         ("id,landmark_id\n", r"has no rows"),
+        ("id,landmark_id", r"has no rows: expected one row a photo"),
         ("id,landmark\na,1\n", r"no column 'landmark_id' \(did you mean 'landmark'\?\); it has 'id', 'landmark'"),
         ("id,landmark_id,id\na,1,b\n", r"2 columns called 'id'"),
         ("id,landmark_id\na,1\n,2\nb,3\n,4\n", r"column 'id' is empty in row 2, 4 \("),
@@ -99,6 +133,12 @@ def test_a_line_break_in_quotes_is_part_of_the_value(tmp_path: Path) -> None:
         ("id,landmark_id\na,1\nb,2,3\n", r"Expected 2 columns, got 3"),
         (b"id,landmark_id\n\xff\xfe,1\n", r"cannot be read: .*UTF8"),
         (b"PAR1 but no more", r"cannot be read"),
+        (gzip.compress(b"id,landmark_id\na,1\n" * 99)[:-9], r"cannot be read: Compressed file ended"),
+        (b"\x1f\x8b and no gzip", r"train\.csv.*"),
+        ("landmark_id,images\n1,a b\n2,\n", r"column 'images' is empty in row 2 \("),
+        ("landmark_id,images\n1,a b\n2,  \n", r"column 'images' is empty in row 2 \("),
+        ("landmark,images\n1,a b\n", r"no column 'landmark_id' \(did you mean 'landmark'\?\)"),
+        ("landmark_id,images\n", r"has no rows: expected one row a label"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, content: str | bytes, message: str) -> None:
@@ -114,6 +154,11 @@ def test_a_manifest_that_is_not_there(tmp_path: Path) -> None:
             read_manifest(Job(str(tmp_path), "run", manifest=str(tmp_path / name)))
     with pytest.raises(InputError, match=r"IMAGES .*nowhere does not exist"):
         read_manifest(Job(str(tmp_path / "nowhere"), "run"))
+
+
+def test_a_path_column_does_not_go_with_lists_of_ids(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="one row a label, its ids in the column 'images': no --path-column"):
+        manifest_of(tmp_path, "landmark_id,images,file\n1,a b,x\n", path_column="file")
 
 
 def test_duplicates_leave_one_row_whatever_the_order(tmp_path: Path) -> None:
@@ -146,7 +191,7 @@ def test_paths_by_template_and_by_column(tmp_path: Path) -> None:
         assert found.table["path"].to_pylist() == [f"{root}/{name}" for name in expected]
     found = manifest_of(tmp_path, content, path_column="file")
     assert found.table["path"].to_pylist() == [f"{root}/sub/a.png", "/abs/b.png"]
-    with pytest.raises(InputError, match=r"row 2 of the manifest: id 'xy' is too short for --path-template"):
+    with pytest.raises(InputError, match=r"train.csv: id 'xy' of photo 2 \(label '1'\) is too short for"):
         manifest_of(tmp_path, "id,landmark_id\nabc,1\nxy,1\n", path_template="{id[2]}/{id}")
 
 

@@ -1,0 +1,177 @@
+"""Read named columns of a CSV or Parquet file as text, refusing what is not as it should be."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import IO, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from reducer.config import nearest
+from reducer.errors import InputError
+
+#: How many rows or ids an error message or a report names.
+EXAMPLES = 5
+PARQUET_MAGIC, GZIP_MAGIC = b"PAR1", b"\x1f\x8b"
+#: A row must fit into a block: one of train_clean.csv holds all ids of a label.
+CSV_BLOCKS = pa.csv.ReadOptions(block_size=2**26)
+CSV_FORM = pa.csv.ParseOptions(newlines_in_values=True)
+
+
+def column_names(where: str, path: str) -> list[str]:
+    """Names of a file's columns.
+
+    Parameters
+    ----------
+    where : str
+        What error messages call the file, such as ``--manifest train.csv``.
+    path : str
+        A CSV file with a header, gzipped or not, or a Parquet file, whatever its name.
+
+    Raises
+    ------
+    InputError
+        If it cannot be read.
+    """
+    with _opened(where, path) as (file, parquet):
+        if parquet:
+            names: list[str] = pq.read_schema(file).names
+        else:
+            # Not Arrow, which refuses a file of one line without a line break.
+            text = io.TextIOWrapper(cast(IO[bytes], file), "utf-8-sig", errors="replace", newline="")
+            names = next((row for row in csv.reader(text) if row), [])
+            text.detach()
+    return names
+
+
+def read_columns(where: str, path: str, wanted: Sequence[str], hint: str) -> pa.Table:
+    """Read columns of a file as text.
+
+    Parameters
+    ----------
+    where, path
+        As for `column_names`.
+    wanted : sequence of str
+        Which; each cell must hold text or a whole number.
+    hint : str
+        What to do when one is missing.
+
+    Raises
+    ------
+    InputError
+        If the file cannot be read, lacks a column, or a cell is empty.
+    """
+    wanted = list(dict.fromkeys(wanted))
+    names = column_names(where, path)
+    for name in wanted:
+        if names.count(name) > 1:
+            raise InputError(f"{where} has {names.count(name)} columns called {name!r}")
+        if name not in names:
+            known = ", ".join(map(repr, names))
+            raise InputError(f"{where} has no column {name!r}{nearest(name, names)}; it has {known}. {hint}")
+    with _opened(where, path) as (file, parquet):
+        table = pq.read_table(file, columns=wanted) if parquet else _read_csv(file, wanted)
+    columns = {name: _as_text(where, name, table[name]) for name in wanted}
+    for name, column in columns.items():
+        refuse_empty(where, name, column)
+    return pa.table(columns)
+
+
+def is_parquet(path: str) -> bool:
+    """Whether a file begins as Parquet files do."""
+    with open(path, "rb") as file:
+        return file.read(len(PARQUET_MAGIC)) == PARQUET_MAGIC
+
+
+def read_lines(where: str, path: str) -> list[str]:
+    """The lines of a text file, gzipped or not, without blank ones and the blanks around them.
+
+    Raises
+    ------
+    InputError
+        If it cannot be read.
+    """
+    with _opened(where, path) as (file, _):
+        try:
+            lines = file.read().decode("utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise InputError(f"{where} cannot be read: it is not UTF-8 text ({error})") from None
+    return [line.strip() for line in lines if line.strip()]
+
+
+@contextmanager
+def _opened(where: str, path: str) -> Iterator[tuple[IO[bytes] | gzip.GzipFile, bool]]:
+    """The file, unzipped, and whether it is a Parquet file; whatever is wrong with it names it."""
+    try:
+        with open(path, "rb") as raw:
+            start = raw.read(len(PARQUET_MAGIC))
+            raw.seek(0)
+            if not start:
+                raise InputError(f"{where} is empty: expected a CSV or Parquet file")
+            if start.startswith(GZIP_MAGIC):
+                with gzip.open(raw) as unzipped:
+                    yield unzipped, False
+            else:
+                yield raw, start == PARQUET_MAGIC
+    except (EOFError, zlib.error) as error:
+        raise InputError(f"{where} cannot be read: {error}") from None
+    except OSError as error:
+        raise InputError(f"{where}: {error.strerror or error}") from None
+    except (pa.ArrowInvalid, csv.Error) as error:
+        raise InputError(f"{where} cannot be read: {' '.join(str(error).split())[:300]}") from None
+
+
+def _read_csv(file: IO[bytes] | gzip.GzipFile, wanted: list[str]) -> pa.Table:
+    text = {name: pa.string() for name in wanted}
+    try:
+        return pa.csv.read_csv(
+            file,
+            read_options=CSV_BLOCKS,
+            parse_options=CSV_FORM,
+            convert_options=pa.csv.ConvertOptions(
+                include_columns=wanted,
+                column_types=text,
+                # Only an empty cell is null: "NA", "None" and "null" are names like any other.
+                null_values=[""],
+                strings_can_be_null=True,
+            ),
+        )
+    except pa.ArrowInvalid as error:
+        if "Empty CSV file" not in str(error):
+            raise
+        return pa.schema(text).empty_table()  # a header without a line break behind it
+
+
+def _as_text(where: str, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    if not (text or pa.types.is_integer(kind)):
+        raise InputError(f"{where}: column {name!r} is {column.type}; expected text or whole numbers")
+    return column.cast(kind).cast(pa.string())
+
+
+def refuse_empty(where: str, name: str, column: pa.ChunkedArray) -> None:
+    """Name the rows of a text column that hold nothing.
+
+    Raises
+    ------
+    InputError
+        If there are any.
+    """
+    rows = np.flatnonzero(pc.or_kleene(pc.is_null(column), pc.equal(column, "")).to_numpy())
+    if len(rows):
+        shown = ", ".join(str(row + 1) for row in rows[:EXAMPLES])
+        more = f" and {len(rows) - EXAMPLES} more" if len(rows) > EXAMPLES else ""
+        raise InputError(
+            f"{where}: column {name!r} is empty in row {shown}{more} (the first row below the header is row 1): fill "
+            "it in or take the row out"
+        )
