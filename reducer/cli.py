@@ -13,7 +13,16 @@ from typing import Any, NoReturn
 import click
 
 import reducer
-from reducer.config import DECODE_NAMES, FORMATS, GLDV2_TEMPLATE, SAMPLE_PHOTOS, STRATEGY_NAMES, ClusterSpec, Job
+from reducer.config import (
+    DECODE_NAMES,
+    FORMATS,
+    GLDV2_TEMPLATE,
+    HASH_NAMES,
+    SAMPLE_PHOTOS,
+    STRATEGY_NAMES,
+    ClusterSpec,
+    Job,
+)
 from reducer.errors import ReducerError, TooManyFailuresError
 
 
@@ -97,8 +106,8 @@ def main() -> None:
 @click.option(
     "--manifest",
     metavar="FILE",
-    help="CSV or Parquet file with one row a photo. Without one, every photo below IMAGES is taken: its folder "
-    "is its label, its relative path its id.",
+    help="CSV or Parquet file with one row a photo, or GLDv2's train_clean.csv. Without one, every photo below IMAGES "
+    "is taken: its folder is its label, its relative path its id.",
 )
 @click.option("--address", metavar="URL", help="Run on the Dask scheduler at this address, e.g. tcp://10.0.0.1:8786.")
 @click.option("--cluster", metavar="FILE", help="Run on the cluster that this YAML file describes.")
@@ -128,11 +137,41 @@ def main() -> None:
     help="How to rank.",
 )
 @click.option(
+    "--hash",
+    type=click.Choice(HASH_NAMES),
+    default="dhash",
+    show_default=True,
+    help="The perceptual hash (imagehash's) that photos are compared by.",
+)
+@click.option(
+    "--hash-size", default=8, show_default=True, help="2 to 32; a hash has so many bits squared (whash: powers of two)."
+)
+@click.option("--exif-orientation", is_flag=True, help="Turn photos upright, as EXIF says, before they are hashed.")
+@click.option("--drop-flat", is_flag=True, help="Do not keep photos without detail. Reads all labels.")
+@click.option(
+    "--always-keep",
+    metavar="FILE",
+    help="Ids that are ranked before all others and kept whatever --avoid and --drop-flat say, at most --keep a label: "
+    "one a line, or a CSV or Parquet file with the --id-column.",
+)
+@click.option(
+    "--avoid",
+    metavar="FILE",
+    help="Do not keep photos near one of these, a test set say: another run's folder, a CSV or Parquet file with a "
+    "column 'hash', or one hash a line (which must be of --hash's kind: a list does not tell). Reads all labels.",
+)
+@click.option(
+    "--avoid-distance",
+    type=int,
+    metavar="BITS",
+    help="With --avoid: at most so many bits apart is near.  [default: 6 of 64, in proportion]",
+)
+@click.option(
     "--decode",
     type=click.Choice(DECODE_NAMES),
     default="fast",
     show_default=True,
-    help="exact: bit for bit imagehash on the full decode. fast: JPEGs at reduced size, 0.15 bit off on average.",
+    help="exact: bit for bit imagehash on the full decode. fast: JPEGs at reduced size, dHash 0.15 bit off on average.",
 )
 @click.option("--seed", default=0, show_default=True, help="Seed of every random choice.")
 @click.option("--labels", metavar="A,B,C", help="Trial run: only these labels.")
@@ -189,7 +228,7 @@ def run(
     Exit codes: 0 done; 2 something is wrong with the input; 3 too many photos failed; 130 Ctrl-C; 143 SIGTERM; 1
     anything else.
     """
-    _log_to_stderr(log_level)
+    _log_to_stderr("error" if quiet and log_level == "warning" else log_level)
     by_default = click.get_current_context().get_parameter_source("cluster") is click.core.ParameterSource.DEFAULT_MAP
     if by_default and (address, workers, threads) != (None, None, None):
         cluster = None  # scripts/run_cluster.py names a file for those who say nothing else
@@ -303,18 +342,17 @@ def _print_result(job: Job, quiet: bool) -> None:
         f"Left out: {_size(summary['bytes_left_out'])}"
         + (f" and {unknown:,} photos that were not read" if unknown else "")
     )
-    if quality["selection"]["pairs"]:
-        click.echo(
-            f"Near-copy pairs kept (at most {quality['near_copy_bits']} bits apart): "
-            f"{quality['selection']['near_copy_pairs']:,}; a random choice of the same size keeps "
-            f"{quality['random']['near_copy_pairs']:,}"
-        )
+    _print_quality(quality)
     if summary["photos_read"]:
         click.echo(
             f"Read {summary['photos_read']:,} photos, {_size(summary['bytes_read'])}, in "
             f"{_duration(timings['hash_seconds'])} ({summary['photos_per_second']:,} photos/s); starting the cluster "
             f"took {_duration(timings['cluster_start_seconds'])}"
         )
+    left_out = {"flat": "without detail", "avoided": "near a photo to avoid"}
+    for reason, what in left_out.items():
+        if summary["reasons"].get(reason):
+            click.echo(f"Not kept, {what}: {summary['reasons'][reason]:,} photos (reason {reason!r})")
     if summary["failures"]:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in summary["failures"].items())
         click.echo(f"Failed: {kinds} (the column error of {output}/images says more)")
@@ -328,10 +366,44 @@ def _print_result(job: Job, quiet: bool) -> None:
         )
     for why, count in manifest["skipped_files"].items():
         click.echo(f"Skipped in IMAGES: {count:,} x {why}")
-    if summary["labels_without_photos"]:
-        names = summary["labels_without_photos"]
-        click.echo(f"Labels left with no photo: {len(names):,}: {', '.join(names[:5])}{' ...' if names[5:] else ''}")
+    for what, name in (
+        ("To be kept always, but failed", "always_keep_failed"),
+        ("Labels left with no photo", "labels_without_photos"),
+        ("Labels with fewer than --keep photos though some were not drawn (raise --candidates)", "labels_short"),
+    ):
+        if names := summary[name]:
+            click.echo(f"{what}: {len(names):,}: {', '.join(names[:5])}{' ...' if names[5:] else ''}")
     click.echo(f"Results: {output}{os.sep} ({lists}, images{os.sep}, summary.json)")
+
+
+def _print_quality(quality: dict[str, Any]) -> None:
+    selection, random = quality["selection"], quality["random"]
+    if not selection["pairs"]:
+        return
+    lines = [
+        ("smallest pair distance, mean over labels", "mean_smallest_pair_distance"),
+        ("mean pair distance", "mean_pair_distance"),
+        (f"near-copy pairs (at most {quality['near_copy_bits']} bits)", "near_copy_pairs"),
+        ("mean distance to the nearest kept photo", "mean_nearest_kept_distance"),
+        ("the largest such distance, mean over labels", "mean_coverage_radius"),
+        ("the largest such distance of all", "worst_coverage_radius"),
+    ]
+    title = f"Distances in bits, of {quality['bits']}"
+    click.echo(f"{title:<48}{'kept':>10}{'random':>10}")
+    for what, name in lines:
+        digits = ",.1f" if name.startswith("mean") else ",d"
+        click.echo(f"  {what:<46}{selection[name]:>10{digits}}{random[name]:>10{digits}}")
+    found = quality["certificate"]
+    if found:
+        click.echo(
+            f"Certificate: the smallest pair distance is at least {_percent(found['mean'])} of what any choice of the "
+            f"photos read could reach (mean over {found['labels']:,} labels; the worst {_percent(found['worst'])})"
+        )
+
+
+def _percent(share: float) -> str:
+    """Rounded down: what is "at least" so much must be so."""
+    return f"{round(1000 * share) // 10} %"
 
 
 def _size(count: int) -> str:

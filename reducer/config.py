@@ -12,7 +12,10 @@ from typing import Any
 
 from reducer.errors import InputError
 
-STRATEGY_NAMES = ("farthest-first", "pairs", "random")
+STRATEGY_NAMES = ("farthest-first", "facility-location", "pairs", "random")
+HASH_NAMES = ("dhash", "dhash-vertical", "phash", "ahash", "whash")
+#: Bits of a hash are the square of its size.
+SMALLEST_HASH, LARGEST_HASH = 2, 32
 DECODE_NAMES = ("fast", "exact")
 FORMATS = ("csv", "parquet", "both")
 #: Photos that a dry run reads to estimate the time.
@@ -30,8 +33,18 @@ class PhotoSettings:
         Photos kept a label.
     strategy : str
         One of `STRATEGY_NAMES`.
+    hash : str
+        One of `HASH_NAMES`.
+    hash_size : int
+        Rows of the hash, of so many bits each.
     decode : str
         ``"fast"`` or ``"exact"``.
+    exif_orientation : bool
+        Whether photos are turned upright before they are hashed.
+    drop_flat : bool
+        Whether photos without detail are left out.
+    avoid_distance : int
+        A photo at most so many bits from one to avoid is left out.
     seed : int
         Seed of every keyed draw.
     max_pixels : int
@@ -40,9 +53,19 @@ class PhotoSettings:
 
     keep: int
     strategy: str
+    hash: str
+    hash_size: int
     decode: str
+    exif_orientation: bool
+    drop_flat: bool
+    avoid_distance: int
     seed: int
     max_pixels: int
+
+    @property
+    def bits(self) -> int:
+        """Bits of a hash."""
+        return self.hash_size**2
 
 
 @dataclass(frozen=True)
@@ -69,8 +92,24 @@ class Job:
         Photos kept a label.
     candidates : int or None
         At most so many photos a label are read, drawn at random; None reads all.
-    strategy : {"farthest-first", "pairs", "random"}
+    strategy : {"farthest-first", "facility-location", "pairs", "random"}
         How photos are ranked.
+    hash : {"dhash", "dhash-vertical", "phash", "ahash", "whash"}
+        Which perceptual hash of imagehash's they are compared by.
+    hash_size : int
+        Its size, 2 to 32 (a power of two for whash); it has so many bits squared.
+    exif_orientation : bool
+        Turn photos upright, as their EXIF data say, before they are hashed.
+    drop_flat : bool
+        Do not keep photos without detail. As any label may have some, all labels are read.
+    always_keep : str, optional
+        File of ids that are ranked before all others of their label and are kept whatever ``drop_flat`` and ``avoid``
+        say: one a line, or a CSV or Parquet file with the column ``id_column``.
+    avoid : str, optional
+        Photos near one of these are not kept (all labels are read): another run's folder, a CSV or Parquet file with
+        a column ``hash``, or one hash a line, in hex.
+    avoid_distance : int, optional
+        How near, in bits; default as for near copies, 6 of 64.
     decode : {"fast", "exact"}
         How JPEGs are decoded.
     seed : int
@@ -108,6 +147,13 @@ class Job:
     keep: int = 25
     candidates: int | None = 1000
     strategy: str = "farthest-first"
+    hash: str = "dhash"
+    hash_size: int = 8
+    exif_orientation: bool = False
+    drop_flat: bool = False
+    always_keep: str | None = None
+    avoid: str | None = None
+    avoid_distance: int | None = None
     decode: str = "fast"
     seed: int = 0
     labels: tuple[str, ...] | None = None
@@ -120,14 +166,15 @@ class Job:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("images", "output", "manifest"):
+        for name in ("images", "output", "manifest", "always_keep", "avoid"):
             value = getattr(self, name)
             if value is None:
                 continue
+            where = "IMAGES" if name == "images" else flag(name)
             if not str(value):
-                raise InputError(f"{name} is empty: give a path")
+                raise InputError(f"{where} is empty: give a path")
             if "://" in str(value):
-                raise InputError(f"{name}: {value} is a URL; this version reads and writes local paths only")
+                raise InputError(f"{where} {value} is a URL; this version reads and writes local paths only")
             object.__setattr__(self, name, str(value))
         for name in ("path_column", "path_template", "id_column", "label_column"):
             if getattr(self, name) == "":
@@ -137,12 +184,27 @@ class Job:
         if self.labels is not None:
             object.__setattr__(self, "labels", tuple(str(label) for label in self.labels))
         choose("strategy", self.strategy, STRATEGY_NAMES)
+        choose("hash", self.hash, HASH_NAMES)
         choose("decode", self.decode, DECODE_NAMES)
         choose("format", self.format, FORMATS)
         for name in ("keep", "candidates", "limit_labels", "partition_images", "max_pixels"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise InputError(f"{flag(name)} is {value!r}: expected a whole number of 1 or more")
+        if not isinstance(self.hash_size, int) or not SMALLEST_HASH <= self.hash_size <= LARGEST_HASH:
+            raise InputError(
+                f"--hash-size is {self.hash_size!r}: expected a whole number from {SMALLEST_HASH} to {LARGEST_HASH}"
+            )
+        if self.hash == "whash" and self.hash_size.bit_count() != 1:
+            raise InputError(f"--hash-size is {self.hash_size}: whash needs a power of two (2, 4, 8, 16 or 32)")
+        if self.avoid_distance is not None:
+            if self.avoid is None:
+                raise InputError("--avoid-distance says how near a photo to avoid may be: give --avoid too")
+            if not isinstance(self.avoid_distance, int) or not 0 <= self.avoid_distance <= self.hash_size**2:
+                raise InputError(
+                    f"--avoid-distance is {self.avoid_distance!r}: expected a whole number of bits from 0 to "
+                    f"{self.hash_size**2}"
+                )
         if self.candidates is not None and self.candidates < self.keep:
             raise InputError(
                 f"--candidates {self.candidates} is less than --keep {self.keep}: no ranked label could keep that "
@@ -169,10 +231,20 @@ class Job:
         return PhotoSettings(
             keep=self.keep,
             strategy=self.strategy,
+            hash=self.hash,
+            hash_size=self.hash_size,
             decode=self.decode,
+            exif_orientation=self.exif_orientation,
+            drop_flat=self.drop_flat,
+            avoid_distance=(near_copy_bits(self.hash_size**2) if self.avoid_distance is None else self.avoid_distance),
             seed=self.seed,
             max_pixels=self.max_pixels,
         )
+
+    @property
+    def reads_all(self) -> bool:
+        """Whether labels with no more than ``keep`` photos are read too: some of theirs may have to be left out."""
+        return self.rank_all or self.drop_flat or self.avoid is not None
 
 
 @dataclass(frozen=True)
@@ -266,6 +338,14 @@ class ClusterSpec:
         if cluster.get("class") is None and cluster.get("address") is None:
             raise InputError(f"{path}: cluster needs a class (started for the run) or an address (running already)")
         return cls(address=cluster.get("address"), class_path=cluster.get("class"), kwargs=kwargs or {})
+
+
+def near_copy_bits(bits: int) -> int:
+    """At how many bits apart, of so many, two photos of a label still count as near copies.
+
+    It is 6 of dHash's 64: resizing, recompression and brightness stay within it, crops and flips do not.
+    """
+    return 6 * bits // 64
 
 
 def flag(name: str) -> str:

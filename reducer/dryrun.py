@@ -11,6 +11,7 @@ import pyarrow as pa
 from reducer.cluster import planned_threads
 from reducer.config import SAMPLE_PHOTOS, ClusterSpec, Job
 from reducer.draw import TIME_SAMPLE, draw_order
+from reducer.lists import read_avoided
 from reducer.pipeline import look_at_all
 from reducer.plan import make_plan
 from reducer.store import RunFolder
@@ -81,6 +82,7 @@ def forecast(job: Job, cluster: ClusterSpec | None = None, *, sample: int = SAMP
     """
     RunFolder(job.output).check_free(overwrite=job.overwrite)
     plan = make_plan(job)
+    read_avoided(job)  # what is wrong with it is found here too
     threads = planned_threads(cluster or ClusterSpec())
     rows = plan.read.num_rows
     ids = plan.read["id"].to_pylist() if sample else []

@@ -6,22 +6,64 @@ import io
 import re
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import imagehash
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 
-HASH_SIZE = 8
-#: dHash compares neighbours in a grid one column wider than the hash.
-HASH_GRID = (HASH_SIZE + 1, HASH_SIZE)
+from reducer.config import PhotoSettings
+
+
+@dataclass(frozen=True, slots=True)
+class HashKind:
+    """One of imagehash's functions.
+
+    Attributes
+    ----------
+    function : str
+        Its name there.
+    grid : callable
+        From the hash size to the grid (columns, rows), in pixels, that it resizes a photo to. (whash resizes it to a
+        power of two near its own size first, and comes to this grid by averaging.)
+    """
+
+    function: str
+    grid: Callable[[int], tuple[int, int]]
+
+
+HASHES = {
+    "dhash": HashKind("dhash", lambda size: (size + 1, size)),
+    "dhash-vertical": HashKind("dhash_vertical", lambda size: (size, size + 1)),
+    "phash": HashKind("phash", lambda size: (4 * size, 4 * size)),
+    "ahash": HashKind("average_hash", lambda size: (size, size)),
+    "whash": HashKind("whash", lambda size: (size, size)),
+}
 #: `fast` never decodes a JPEG to fewer pixels than this many times the grid, in each direction.
 DRAFT_FLOOR = 16
 JPEG_FORMATS = ("JPEG", "MPO")
+#: Side in pixels of the grey square that a photo's flatness is told from, however it was decoded.
+FLAT_SIDE = 64
+#: Modes of more than 8 bits; grey they are clipped, so nothing of what is to be seen can be told from it.
+DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+#: Grey standard deviation, in levels of 0 to 255, under which a photo is flat: its hash says more of noise than of what
+#: is to be seen. Of photos whose contrast is lowered so far, more than a quarter are no near copies of themselves any
+#: more; the flattest of 1,669 real photos has 8.2 (`scripts/bench.py flat`).
+FLAT_DEVIATION = 4.0
+#: How a photo is to be turned or mirrored for each EXIF orientation (EXIF 2.32, tag 274).
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class PhotoError(Exception):
@@ -41,17 +83,47 @@ class PhotoHash:
     Attributes
     ----------
     bits : bytes
-        The hash, row by row, 8 bits a byte (`numpy.packbits`); its hex is imagehash's ``str()``.
+        The hash, row by row, 8 bits a byte (`numpy.packbits`); `to_hex` gives imagehash's ``str()``.
     width, height : int
         As stored, in pixels.
     format : str
         Pillow's name of the format.
+    flat : bool
+        Whether its grey standard deviation is under `FLAT_DEVIATION`; False where that is not asked.
     """
 
     bits: bytes
     width: int
     height: int
     format: str
+    flat: bool = False
+
+
+def to_hex(packed: bytes, bits: int) -> str:
+    """Write a packed hash as imagehash's ``str()`` does.
+
+    Parameters
+    ----------
+    packed : bytes
+        The hash, padded with zero bits at its end (`numpy.packbits`).
+    bits : int
+        How many bits it has.
+    """
+    return f"{int.from_bytes(packed) >> -bits % 8:0{-(-bits // 4)}x}"
+
+
+def from_hex(text: str, bits: int) -> bytes:
+    """Pack a hash that `to_hex` or imagehash wrote.
+
+    Raises
+    ------
+    ValueError
+        If it is no hash of so many bits.
+    """
+    value = int(text, 16) if re.fullmatch(r"[0-9a-fA-F]+", text) else -1
+    if len(text) != -(-bits // 4) or not 0 <= value < 1 << bits:
+        raise ValueError(f"{text!r} is no hash of {bits} bits: expected {-(-bits // 4)} hexadecimal digits")
+    return (value << -bits % 8).to_bytes(-(-bits // 8))
 
 
 class _PillowSettings:
@@ -106,24 +178,53 @@ def _tile_size(image: Image.Image) -> tuple[int, int]:
     return image.tag_v2.get(TILEWIDTH, 0), image.tag_v2.get(TILELENGTH, 0)
 
 
-def hash_photo(content: bytes, *, decode: str = "fast", max_pixels: int) -> PhotoHash:
-    """dHash of a photo (imagehash's own function).
+def grey_deviation(image: Image.Image) -> float:
+    """How much detail a photo has: the standard deviation of its grey levels, averaged down to a small square.
+
+    Parameters
+    ----------
+    image : PIL.Image.Image
+        Of any size and mode.
+
+    Returns
+    -------
+    float
+        In levels of 0 to 255; infinite for `DEEP_MODES`.
+    """
+    if image.mode in DEEP_MODES:
+        return float("inf")
+    small = image.convert("L").resize((FLAT_SIDE, FLAT_SIDE), Image.Resampling.BOX)
+    return float(np.asarray(small).std(dtype=np.float64))
+
+
+def _orientation(image: Image.Image) -> int:
+    """A photo's EXIF orientation, 1 to 8; 1 where there is none, or none that can be read."""
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # broken EXIF data must not cost a photo that can be decoded
+        return 1
+    return found if found in TURNS else 1
+
+
+def hash_photo(content: bytes, settings: PhotoSettings) -> PhotoHash:
+    """Perceptual hash of a photo (one of imagehash's own functions).
 
     Parameters
     ----------
     content : bytes
         The whole file.
-    decode : {"fast", "exact"}
-        ``exact`` is bit for bit ``imagehash.dhash(Image.open(path))``. ``fast`` lets libjpeg decode a JPEG to
-        grey at 1/2, 1/4 or 1/8 of its size (Pillow's draft mode), never below `DRAFT_FLOOR` times the hash
-        grid; other formats are decoded exactly.
-    max_pixels : int
-        A photo that declares more pixels than this is not decoded. Call inside ``with pillow_settings(max_pixels):``,
-        or Pillow's own limit holds too.
+    settings : PhotoSettings
+        ``hash`` and ``hash_size`` say which. With ``decode="exact"`` it is bit for bit imagehash's function of
+        ``Image.open(path)``; ``"fast"`` lets libjpeg decode a JPEG to grey at 1/2, 1/4 or 1/8 of its size (Pillow's
+        draft mode), never below `DRAFT_FLOOR` times the grid that the hash resizes to; other formats are decoded
+        exactly. With ``exif_orientation`` the photo is turned upright first. A photo that declares more pixels than
+        ``max_pixels`` is not decoded. Call inside ``with pillow_settings(max_pixels):``, or Pillow's own limit holds
+        too.
 
     Returns
     -------
     PhotoHash
+        Of ``hash_size`` squared bits.
 
     Raises
     ------
@@ -132,16 +233,31 @@ def hash_photo(content: bytes, *, decode: str = "fast", max_pixels: int) -> Phot
     """
     if not content:
         raise PhotoError("empty", "the file has 0 bytes")
+    kind, max_pixels = HASHES[settings.hash], settings.max_pixels
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content)) as opened:
+            image: Image.Image = opened
             width, height = image.size
             for columns, rows in (image.size, _tile_size(image)):
                 if columns * rows > max_pixels:
                     raise PhotoError("too large", f"{columns} x {rows} pixels, over --max-pixels {max_pixels}")
-            if decode == "fast" and image.format in JPEG_FORMATS:
-                image.draft("L", (DRAFT_FLOOR * HASH_GRID[0], DRAFT_FLOOR * HASH_GRID[1]))
-            bits: NDArray[np.bool_] = imagehash.dhash(image, hash_size=HASH_SIZE).hash
-            return PhotoHash(np.packbits(bits).tobytes(), width, height, image.format or "unknown")
+            jpeg = opened.format in JPEG_FORMATS
+            if settings.exif_orientation:
+                if not jpeg:  # some formats tell it behind the pixels only
+                    image.load()
+                orientation = _orientation(image)
+            else:
+                orientation = 1
+            if settings.decode == "fast" and jpeg:
+                columns, rows = kind.grid(settings.hash_size)
+                if orientation >= 5:  # stored lying on its side
+                    columns, rows = rows, columns
+                image.draft("L", (DRAFT_FLOOR * columns, DRAFT_FLOOR * rows))
+            if orientation != 1:
+                image = image.transpose(TURNS[orientation])
+            flat = settings.drop_flat and grey_deviation(image) < FLAT_DEVIATION
+            bits: NDArray[np.bool_] = getattr(imagehash, kind.function)(image, hash_size=settings.hash_size).hash
+            return PhotoHash(np.packbits(bits).tobytes(), width, height, opened.format or "unknown", flat)
     except PhotoError:
         raise
     except Image.DecompressionBombError as error:

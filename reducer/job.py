@@ -25,11 +25,13 @@ import reducer
 from reducer.cluster import connect, dashboard, refuse_import_of_main, worker_threads
 from reducer.config import ClusterSpec, Job
 from reducer.errors import ClusterError, ReducerError, TooManyFailuresError
+from reducer.lists import read_avoided
 from reducer.pipeline import run_partition
 from reducer.plan import Plan, make_plan
-from reducer.quality import NEAR_COPY_BITS
+from reducer.quality import figures
+from reducer.ranking import Hashes
 from reducer.store import RunFolder
-from reducer.types import KEPT, KEPT_SMALL_LABEL, PartitionResult, PartitionTask, Spread, from_ipc
+from reducer.types import FAILED, KEPT, KEPT_SMALL_LABEL, NOT_SAMPLED, PartitionResult, PartitionTask, Quality, from_ipc
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -75,14 +77,14 @@ class Result:
 class _Totals:
     """Sums over the partitions that are done."""
 
+    bits: int
     partitions: int = 0
     read: int = 0
     failed: int = 0
     bytes_read: int = 0
     worker_seconds: float = 0.0
     peak_memory: int = 0
-    selection: Spread = field(default_factory=Spread)
-    random: Spread = field(default_factory=Spread)
+    quality: Quality = field(default_factory=Quality)
     first_failure: str | None = None
 
     def add(self, result: PartitionResult) -> None:
@@ -92,8 +94,7 @@ class _Totals:
         self.bytes_read += result.bytes_read
         self.worker_seconds += result.seconds
         self.peak_memory = max(self.peak_memory, result.peak_memory)
-        self.selection += result.selection
-        self.random += result.random
+        self.quality += result.quality
         self.first_failure = self.first_failure or result.first_failure
 
 
@@ -137,9 +138,10 @@ def reduce_images(job: Job, cluster: ClusterSpec | None = None, *, progress: boo
     folder = RunFolder(job.output)
     folder.check_free(overwrite=job.overwrite)
     plan = make_plan(job)
+    avoid = read_avoided(job)
     timings = {"plan_seconds": time.perf_counter() - clock}
 
-    totals = _Totals()
+    totals = _Totals(job.hash_size**2)
     summary = _opening(plan, spec, started)
     clock = time.perf_counter()
     with ExitStack() as open_cluster:
@@ -154,7 +156,7 @@ def reduce_images(job: Job, cluster: ClusterSpec | None = None, *, progress: boo
         with _noting_a_stop(folder, summary, totals, timings):
             clock = time.perf_counter()
             tasks = plan.tasks(threads, uuid.uuid4().hex)
-            _work_off(tasks, client, folder, totals, progress)
+            _work_off(tasks, avoid, client, folder, totals, progress)
             timings["hash_seconds"] = time.perf_counter() - clock
             open_cluster.close()  # the rest needs no workers
             clock = time.perf_counter()
@@ -190,13 +192,14 @@ def _noting_a_stop(
 
 def _work_off(
     tasks: Sequence[PartitionTask],
+    avoid: Hashes | None,
     client: Client | None,
     folder: RunFolder,
     totals: _Totals,
     progress: bool,
 ) -> None:
     """Run all tasks and write each part as it comes."""
-    results = (run_partition(task) for task in tasks) if client is None else _gather(client, tasks)
+    results = (run_partition(task, avoid) for task in tasks) if client is None else _gather(client, tasks, avoid)
     total = sum(task.photos for task in tasks)
     clock = time.perf_counter()
     with (
@@ -217,26 +220,30 @@ def _work_off(
                 )
 
 
-def _gather(client: Client, tasks: Sequence[PartitionTask]) -> Generator[PartitionResult, None, None]:
+def _gather(
+    client: Client, tasks: Sequence[PartitionTask], avoid: Hashes | None
+) -> Generator[PartitionResult, None, None]:
     """Run partitions on a cluster: windows of tasks, each a Dask bag; results in the order of their arrival."""
     import dask.bag
+    from dask.delayed import delayed
     from distributed import as_completed
     from distributed.client import futures_of
 
     waiting = deque(tasks)
     running: set[Any] = set()
     done = as_completed(loop=client.loop, with_results=True, raise_errors=False)
+    # Sent once and held by the workers, not sent with each partition; a task, so that it comes again where one dies.
+    shared = None
+    if avoid is not None:
+        shared = _persist(client, delayed(_unpacked, pure=False)(avoid.tobytes(), avoid.shape))
     try:
         while waiting or running:
             room = WINDOW * max(1, worker_threads(client)) - len(running)
             # Filled up by halves, so that workers never wait and a window is worth a graph.
             if waiting and room >= min(len(waiting), (room + len(running)) // 2):
                 window = [waiting.popleft() for _ in range(min(room, len(waiting)))]
-                bag = dask.bag.from_sequence(window, partition_size=1).map(run_partition)
-                with warnings.catch_warnings():
-                    # The rows travel in the tasks on purpose: data that is scattered dies with its worker.
-                    warnings.filterwarnings("ignore", message="Sending large graph")
-                    futures = futures_of(client.persist(bag))
+                bag = dask.bag.from_sequence(window, partition_size=1).map(run_partition, avoid=shared)
+                futures = futures_of(_persist(client, bag))
                 running.update(futures)
                 done.update(futures)
             future, result = next(done)
@@ -247,6 +254,17 @@ def _gather(client: Client, tasks: Sequence[PartitionTask]) -> Generator[Partiti
             yield from result
     finally:
         client.cancel(list(running), force=True)
+
+
+def _persist(client: Client, work: Any) -> Any:
+    with warnings.catch_warnings():
+        # Rows and hashes travel in the tasks on purpose: data that is scattered dies with its worker.
+        warnings.filterwarnings("ignore", message="Sending large graph")
+        return client.persist(work)
+
+
+def _unpacked(content: bytes, shape: tuple[int, ...]) -> Hashes:
+    return np.frombuffer(content, dtype=np.uint8).reshape(shape)
 
 
 def _what_happened(future: Any, result: Any) -> str:
@@ -299,27 +317,13 @@ def _figures(totals: _Totals, timings: dict[str, float]) -> dict[str, Any]:
         "timings": {name: round(seconds, 3) for name, seconds in timings.items()}
         | {"worker_seconds": round(totals.worker_seconds, 3)},
         "worker_peak_memory_bytes": totals.peak_memory,
-        "quality": {
-            "near_copy_bits": NEAR_COPY_BITS,
-            "selection": _spread_figures(totals.selection),
-            "random": _spread_figures(totals.random),
-        },
-    }
-
-
-def _spread_figures(spread: Spread) -> dict[str, Any]:
-    return {
-        "labels": spread.labels,
-        "pairs": spread.pairs,
-        "near_copy_pairs": spread.near_copies,
-        "mean_pair_distance": round(spread.distance_sum / spread.pairs, 3) if spread.pairs else None,
-        "mean_smallest_pair_distance": round(spread.smallest_sum / spread.labels, 3) if spread.labels else None,
+        "quality": figures(totals.quality, totals.bits),
     }
 
 
 def _outcome(plan: Plan, folder: RunFolder) -> dict[str, Any]:
     """What the finished ledger says."""
-    ledger = folder.ledger(["label", "kept", "bytes", "reason", "error"])
+    ledger = folder.ledger(["row", "id", "label", "kept", "bytes", "reason", "error"])
     with_photo = set(pc.unique(ledger.filter(ledger["kept"])["label"]).to_pylist())
     left_out = ledger.filter(pc.invert(ledger["kept"]))["bytes"]
     reasons = _counts(ledger["reason"])
@@ -327,12 +331,35 @@ def _outcome(plan: Plan, folder: RunFolder) -> dict[str, Any]:
         "photos_kept": reasons.get(KEPT, 0) + reasons.get(KEPT_SMALL_LABEL, 0),
         "labels_ranked": len(np.unique(plan.read_label)),
         "labels_without_photos": [name for name in plan.label_names if name not in with_photo],
+        "labels_short": _labels_short(plan.job.keep, ledger),
+        "always_keep_failed": _always_keep_failed(plan, ledger),
         "reasons": reasons,
         "failures": _counts(pc.list_element(pc.split_pattern(ledger["error"].drop_null(), ":", max_splits=1), 0)),
         # Of photos that were not read only a folder's listing knows the size.
         "bytes_left_out": pc.sum(left_out).as_py() or 0,
         "photos_left_out_of_unknown_size": left_out.null_count,
     }
+
+
+def _labels_short(keep: int, ledger: pa.Table) -> list[str]:
+    """Labels that keep fewer photos than they should although some of theirs were not drawn."""
+    rows = pa.table(
+        {
+            "label": ledger["label"],
+            "kept": ledger["kept"].cast(pa.int64()),
+            "not_drawn": pc.equal(ledger["reason"], NOT_SAMPLED).cast(pa.int64()),
+        }
+    )
+    labels = rows.group_by("label").aggregate([("kept", "sum"), ("not_drawn", "sum")])
+    short = pc.and_(pc.less(labels["kept_sum"], keep), pc.greater(labels["not_drawn_sum"], 0))
+    return sorted(labels.filter(short)["label"].to_pylist())
+
+
+def _always_keep_failed(plan: Plan, ledger: pa.Table) -> list[str]:
+    """Ids of photos that were to be kept whatever else, and could not be read."""
+    wanted = plan.read.filter(plan.read["always_keep"])["row"]
+    failed = ledger.filter(pc.equal(ledger["reason"], FAILED))
+    return sorted(failed.filter(pc.is_in(failed["row"], value_set=wanted.combine_chunks()))["id"].to_pylist())
 
 
 def _counts(column: pa.ChunkedArray) -> dict[str, int]:
@@ -342,7 +369,7 @@ def _counts(column: pa.ChunkedArray) -> dict[str, int]:
 
 def versions() -> dict[str, str]:
     """Versions of all that may decide a result."""
-    packages = ("Pillow", "imagehash", "numpy", "pyarrow", "pandas", "dask", "distributed")
+    packages = ("Pillow", "imagehash", "numpy", "scipy", "PyWavelets", "pyarrow", "pandas", "dask", "distributed")
     return {
         "reducer": reducer.__version__,
         "python": platform.python_version(),

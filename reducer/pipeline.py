@@ -12,21 +12,25 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from reducer.config import PhotoSettings
 from reducer.draw import RANDOM_ORDER, draw_order
-from reducer.hashing import PhotoError, PhotoHash, hash_photo, pillow_settings
-from reducer.quality import spread
-from reducer.ranking import STRATEGIES, nearest_kept
+from reducer.hashing import PhotoError, PhotoHash, hash_photo, pillow_settings, to_hex
+from reducer.quality import certificate, spread
+from reducer.ranking import Hashes, near_any, nearest_kept, rank
 from reducer.sources import read_photo
 from reducer.types import (
+    AVOIDED,
     BEYOND_KEEP,
     FAILED,
+    FLAT,
     KEPT,
     LEDGER_SCHEMA,
+    Certificate,
     PartitionResult,
     PartitionTask,
-    Spread,
+    Quality,
     from_ipc,
     to_ipc,
 )
@@ -51,7 +55,7 @@ def look_at(path: str, settings: PhotoSettings) -> Look:
     try:
         file = read_photo(path, max_pixels=settings.max_pixels)
         size, mtime = len(file.content), file.mtime_ns
-        hashed = hash_photo(file.content, decode=settings.decode, max_pixels=settings.max_pixels)
+        hashed = hash_photo(file.content, settings)
     except PhotoError as error:
         return Look(bytes=size, mtime_ns=mtime, error=str(error))
     return Look(hashed, size, mtime)
@@ -65,8 +69,13 @@ def look_at_all(paths: Sequence[str], settings: PhotoSettings) -> Iterator[Look]
 
 
 def rank_label(
-    label: str, ids: Sequence[str], looks: Sequence[Look], settings: PhotoSettings
-) -> tuple[pa.RecordBatch, Spread, Spread]:
+    label: str,
+    ids: Sequence[str],
+    looks: Sequence[Look],
+    settings: PhotoSettings,
+    always_keep: NDArray[np.bool_],
+    near_avoided: NDArray[np.bool_],
+) -> tuple[pa.RecordBatch, Quality]:
     """Rank the photos of one label.
 
     Parameters
@@ -79,49 +88,87 @@ def rank_label(
         What was seen of each.
     settings : PhotoSettings
         Strategy, number to keep, seed.
+    always_keep : ndarray of bool, shape (candidates,)
+        Which of them are ranked before all others, flat or to be avoided as they may be.
+    near_avoided : ndarray of bool, shape (candidates,)
+        Which of them are near a photo to avoid.
 
     Returns
     -------
     pyarrow.RecordBatch
         `RANKED_SCHEMA`, a row a candidate, in the order of ``ids``.
-    Spread, Spread
-        Of the kept photos, and of a random choice of as many from the same hashed candidates.
+    Quality
+        Of the kept photos, against a random choice of as many from the same candidates.
     """
     rows: list[dict[str, Any]] = [{"kept": False, "reason": FAILED, "error": look.error} for look in looks]
-    hashed = [i for i, look in enumerate(looks) if look.hash is not None]
+    hashed = [(i, look.hash) for i, look in enumerate(looks) if look.hash is not None]
     if not hashed:
-        return pa.RecordBatch.from_pylist(rows, schema=RANKED_SCHEMA), Spread(), Spread()
-    packed = b"".join(look.hash.bits for look in looks if look.hash is not None)
+        return pa.RecordBatch.from_pylist(rows, schema=RANKED_SCHEMA), Quality()
+    row_of = [i for i, _ in hashed]
+    names = [ids[i] for i in row_of]
+    packed = b"".join(found.bits for _, found in hashed)
     hashes = np.frombuffer(packed, dtype=np.uint8).reshape(len(hashed), -1)
-    names = [ids[i] for i in hashed]
-    ranking = STRATEGIES[settings.strategy](hashes, names, label, settings.seed)
+    always = always_keep[row_of]
+    flat = np.array([found.flat for _, found in hashed]) & ~always
+    avoided = near_avoided[row_of] & ~flat & ~always
+    for position, row in enumerate(row_of):
+        rows[row] = {
+            "hash": to_hex(hashes[position].tobytes(), settings.bits),
+            "kept": False,
+            "reason": FLAT if flat[position] else AVOIDED,
+        }
+    candidates = np.flatnonzero(~flat & ~avoided)
+    if not len(candidates):
+        return pa.RecordBatch.from_pylist(rows, schema=RANKED_SCHEMA), Quality()
+
+    own_hashes, own_ids = hashes[candidates], [names[i] for i in candidates.tolist()]
+    ranking = rank(
+        settings.strategy,
+        own_hashes,
+        own_ids,
+        always_keep=always[candidates],
+        keep=settings.keep,
+        label=label,
+        seed=settings.seed,
+    )
     kept = ranking.order[: settings.keep]
-    nearest, distance = nearest_kept(hashes, names, kept)
-    for rank, (position, insertion) in enumerate(
-        zip(ranking.order.tolist(), ranking.insertion_distance.tolist(), strict=True)
+    for place, (position, insertion) in enumerate(
+        zip(candidates[ranking.order].tolist(), ranking.insertion_distance.tolist(), strict=True)
     ):
-        keep = rank < settings.keep
-        rows[hashed[position]] = {
-            "hash": hashes[position].tobytes().hex(),
-            "rank": rank,
-            "insertion_distance": insertion if rank else None,
-            "nearest_kept": names[nearest[position]],
-            "nearest_kept_distance": float(distance[position]),
+        keep = place < settings.keep
+        rows[row_of[position]] |= {
+            "rank": place,
+            "insertion_distance": insertion if place else None,
             "kept": keep,
             "reason": KEPT if keep else BEYOND_KEEP,
-            "error": None,
         }
-    drawn = draw_order(RANDOM_ORDER, settings.seed, label, names)[: settings.keep]
-    return pa.RecordBatch.from_pylist(rows, schema=RANKED_SCHEMA), spread(hashes[kept]), spread(hashes[drawn])
+    nearest, distance = nearest_kept(hashes, names, candidates[kept])
+    for row, position, bits_apart in zip(row_of, nearest.tolist(), distance.tolist(), strict=True):
+        rows[row] |= {"nearest_kept": names[position], "nearest_kept_distance": bits_apart}
+
+    drawn = np.array(draw_order(RANDOM_ORDER, settings.seed, label, own_ids)[: settings.keep])
+    quality = Quality(
+        selection=spread(own_hashes[kept], settings.bits, distance[candidates]),
+        random=spread(own_hashes[drawn], settings.bits, nearest_kept(own_hashes, own_ids, drawn)[1]),
+        # Farthest-first promises something of its own choice only.
+        certificate=(
+            certificate(own_hashes, settings.bits, ranking.insertion_distance[: settings.keep])
+            if settings.strategy == "farthest-first" and not always.any()
+            else Certificate()
+        ),
+    )
+    return pa.RecordBatch.from_pylist(rows, schema=RANKED_SCHEMA), quality
 
 
-def run_partition(task: PartitionTask) -> PartitionResult:
+def run_partition(task: PartitionTask, avoid: Hashes | None = None) -> PartitionResult:
     """Hash and rank the photos of one partition.
 
     Parameters
     ----------
     task : PartitionTask
         Whole labels, rows sorted by (label, id).
+    avoid : ndarray of uint8, shape (m, hash bytes), optional
+        Packed hashes; photos near one of them are not kept.
 
     Returns
     -------
@@ -133,17 +180,25 @@ def run_partition(task: PartitionTask) -> PartitionResult:
     ids: list[str] = table["id"].to_pylist()
     labels: list[str] = table["label"].to_pylist()
     paths: list[str] = table["path"].to_pylist()
+    always_keep = table["always_keep"].to_numpy()
     looks = list(look_at_all(paths, task.settings))
 
+    near_avoided = np.zeros(len(looks), dtype=bool)
+    if avoid is not None:
+        hashed = [(i, np.frombuffer(look.hash.bits, np.uint8)) for i, look in enumerate(looks) if look.hash]
+        if hashed:
+            places, hashes = zip(*hashed, strict=True)
+            near_avoided[list(places)] = near_any(np.array(hashes), avoid, task.settings.avoid_distance)
+
     batches = []
-    selection = random = Spread()
+    quality = Quality()
     start = 0
     for label, group in groupby(labels):
         stop = start + sum(1 for _ in group)
-        batch, chosen, drawn = rank_label(label, ids[start:stop], looks[start:stop], task.settings)
+        own = slice(start, stop)
+        batch, worth = rank_label(label, ids[own], looks[own], task.settings, always_keep[own], near_avoided[own])
         batches.append(batch)
-        selection += chosen
-        random += drawn
+        quality += worth
         start = stop
 
     failures = [i for i, look in enumerate(looks) if look.hash is None]
@@ -154,8 +209,7 @@ def run_partition(task: PartitionTask) -> PartitionResult:
         failed=len(failures),
         bytes_read=sum(look.bytes or 0 for look in looks),
         first_failure=f"{paths[failures[0]]}: {looks[failures[0]].error}" if failures else None,
-        selection=selection,
-        random=random,
+        quality=quality,
         seconds=time.perf_counter() - started,
         peak_memory=peak_memory(),
     )

@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 from reducer.config import Job, nearest
 from reducer.draw import CANDIDATES, TRIAL_LABELS, draw_order
 from reducer.errors import InputError
+from reducer.lists import find_always_keep
 from reducer.manifest import Manifest, read_manifest
 from reducer.partition import assign, partition_count
-from reducer.types import KEPT_SMALL_LABEL, LEDGER_SCHEMA, NOT_SAMPLED, PartitionTask, to_ipc
+from reducer.ranking import FACILITY_LOCATION_CANDIDATES
+from reducer.types import KEPT_SMALL_LABEL, LEDGER_SCHEMA, NOT_SAMPLED, TASK_SCHEMA, PartitionTask, to_ipc
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Plan:
     label_sizes : ndarray of int64, shape (labels,)
         Photos a label.
     read : pyarrow.Table
-        The rows to read, sorted by (label, id).
+        `TASK_SCHEMA` rows to read, sorted by (label, id).
     read_label : ndarray of int64, shape (rows to read,)
         The number of the label of each.
     unread : pyarrow.Table
@@ -95,25 +97,36 @@ def make_plan(job: Job) -> Plan:
     Raises
     ------
     InputError
-        If the manifest or the chosen labels are wrong.
+        If the manifest, the chosen labels or the ids to keep are wrong, or a label is too large for the strategy.
     """
     manifest = read_manifest(job)
     table = manifest.table
     names, starts, label_of_row = _labels(table)
     chosen = _choose_labels(job, names)
+    always_keep = find_always_keep(job, table["id"])
     if chosen is not None:
-        table = table.filter(pa.array(np.isin(label_of_row, chosen)))
+        own = np.isin(label_of_row, chosen)
+        table, always_keep = table.filter(pa.array(own)), always_keep[own]
         names, starts, label_of_row = _labels(table)
     sizes = np.diff(starts)
 
-    ranked = np.ones(len(sizes), dtype=bool) if job.rank_all else sizes > job.keep
+    wanted = np.bincount(label_of_row, weights=always_keep, minlength=len(sizes))
+    if wanted.max() > job.keep:
+        raise InputError(
+            f"--always-keep {job.always_keep}: {int(wanted.max())} ids are of the label "
+            f"{names[int(wanted.argmax())]!r}, over --keep {job.keep}: raise --keep or take ids out"
+        )
+    ranked = np.ones(len(sizes), dtype=bool) if job.reads_all else sizes > job.keep
     read = ranked[label_of_row]
     if job.candidates is not None:
         for label in np.flatnonzero(ranked & (sizes > job.candidates)).tolist():
             start, stop = int(starts[label]), int(starts[label + 1])
             ids = table["id"].slice(start, stop - start).to_pylist()
-            left_out = draw_order(CANDIDATES, job.seed, names[label], ids)[job.candidates :]
-            read[start + np.array(left_out)] = False
+            drawn = np.array(draw_order(CANDIDATES, job.seed, names[label], ids))
+            always = always_keep[start + drawn]
+            left_out = np.concatenate([drawn[always], drawn[~always]])[job.candidates :]
+            read[start + left_out] = False
+    _check_memory(job, names, np.bincount(label_of_row[read], minlength=len(sizes)))
 
     reasons = np.where(ranked[label_of_row[~read]], NOT_SAMPLED, KEPT_SMALL_LABEL)
     return Plan(
@@ -121,10 +134,24 @@ def make_plan(job: Job) -> Plan:
         manifest=manifest,
         label_names=tuple(names),
         label_sizes=sizes,
-        read=table.filter(pa.array(read)),
+        read=table.append_column(TASK_SCHEMA.field("always_keep"), pa.array(always_keep)).filter(pa.array(read)),
         read_label=label_of_row[read],
         unread=_unread_rows(table.filter(pa.array(~read)), reasons),
     )
+
+
+def _check_memory(job: Job, names: list[str], candidates: NDArray[np.int64]) -> None:
+    """Refuse a label that is too large for its strategy."""
+    largest = int(candidates.argmax())
+    most = int(candidates[largest])
+    if job.strategy == "facility-location" and most > FACILITY_LOCATION_CANDIDATES:
+        width = 1 if job.hash_size**2 <= 255 else 2
+        raise InputError(
+            f"the label {names[largest]!r} has {most} candidates: --strategy facility-location holds the distances of "
+            f"all pairs of a label, {most**2 * width / 1e9:.1f} GB for this one, and takes at most "
+            f"{FACILITY_LOCATION_CANDIDATES} candidates. Give --candidates {FACILITY_LOCATION_CANDIDATES} or fewer, or "
+            "another --strategy"
+        )
 
 
 def parse_labels(text: str) -> tuple[str, ...]:

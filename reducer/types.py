@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from fractions import Fraction
 
 import pyarrow as pa
 
@@ -19,12 +20,17 @@ def _field(name: str, kind: pa.DataType, description: str, unit: str | None = No
 #: One row per photo of the manifest, as `reducer.manifest` returns it.
 MANIFEST_SCHEMA = pa.schema(
     [
-        _field("row", pa.int64(), "position in the manifest, the first row is 0"),
+        _field("row", pa.int64(), "position in the manifest, the first photo is 0"),
         _field("id", pa.string(), "photo id, as written in the manifest"),
         _field("label", pa.string(), "label, as written in the manifest"),
         _field("path", pa.string(), "where the photo lies"),
         _field("bytes", pa.int64(), "file size; null where it is not known", "bytes"),
     ]
+)
+
+#: The rows that travel to the workers.
+TASK_SCHEMA = pa.schema(
+    [*MANIFEST_SCHEMA, _field("always_keep", pa.bool_(), "whether the photo is ranked before all others of its label")]
 )
 
 #: The ledger `RUN/images/part-*.parquet`: one row per manifest row (after duplicates).
@@ -49,7 +55,7 @@ LEDGER_SCHEMA = pa.schema(
         _field("nearest_kept", pa.string(), "id of the nearest kept photo of the label; itself if kept"),
         _field("nearest_kept_distance", pa.float64(), "distance to nearest_kept", "bits"),
         _field("kept", pa.bool_(), "whether the photo is in the reduced list"),
-        _field("reason", pa.string(), "kept, kept-small-label, beyond-keep, not-sampled or failed"),
+        _field("reason", pa.string(), "kept, kept-small-label, beyond-keep, not-sampled, flat, avoided or failed"),
         _field("error", pa.string(), "why the photo could not be read, one line; null if it could"),
     ]
 )
@@ -58,6 +64,8 @@ KEPT = "kept"
 KEPT_SMALL_LABEL = "kept-small-label"
 BEYOND_KEEP = "beyond-keep"
 NOT_SAMPLED = "not-sampled"
+FLAT = "flat"
+AVOIDED = "avoided"
 FAILED = "failed"
 
 #: Columns of `reduced.parquet` after the manifest's own two.
@@ -120,7 +128,7 @@ class PartitionTask:
     photos : int
         Rows in it.
     rows : bytes
-        `MANIFEST_SCHEMA` rows, sorted by (label, id), packed by `to_ipc`.
+        `TASK_SCHEMA` rows, sorted by (label, id), packed by `to_ipc`.
     settings : PhotoSettings
         The same for all partitions of a run.
     run_token : str
@@ -140,16 +148,24 @@ class PartitionTask:
 
 @dataclass(frozen=True)
 class Spread:
-    """How different the chosen photos are, summed over labels; sums of integers, so order-free.
+    """How different the chosen photos are, and how near all others are to them; sums of integers, so order-free.
 
     Attributes
     ----------
     labels : int
+        Labels with a chosen photo.
+    candidates : int
+        Photos of these labels that could have been chosen.
+    nearest_sum : int
+        Sum of their distances to the nearest chosen photo of their label, in bits.
+    radius_sum, radius_max : int
+        Sum over labels, and largest, of the coverage radius: the largest of these distances, in bits.
+    labels_with_pairs : int
         Labels with at least two chosen photos.
     pairs : int
         Pairs of chosen photos within a label.
     near_copies : int
-        Those of the pairs that are at most `reducer.quality.NEAR_COPY_BITS` bits apart.
+        Those of the pairs that are at most `reducer.config.near_copy_bits` apart.
     distance_sum : int
         Sum of all pair distances, in bits.
     smallest_sum : int
@@ -157,18 +173,62 @@ class Spread:
     """
 
     labels: int = 0
+    candidates: int = 0
+    nearest_sum: int = 0
+    radius_sum: int = 0
+    radius_max: int = 0
+    labels_with_pairs: int = 0
     pairs: int = 0
     near_copies: int = 0
     distance_sum: int = 0
     smallest_sum: int = 0
 
     def __add__(self, other: Spread) -> Spread:
-        return Spread(
-            self.labels + other.labels,
-            self.pairs + other.pairs,
-            self.near_copies + other.near_copies,
-            self.distance_sum + other.distance_sum,
-            self.smallest_sum + other.smallest_sum,
+        sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
+        return Spread(**sums | {"radius_max": max(self.radius_max, other.radius_max)})
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """How near farthest-first has come to an upper bound for every choice, over labels; exact, so order-free.
+
+    Attributes
+    ----------
+    labels : int
+        Labels that it is known for.
+    share_sum : Fraction
+        Sum over them of the smallest pair distance over its upper bound, each 0 to 1.
+    worst : Fraction
+        The smallest of these shares; 1 without labels.
+    """
+
+    labels: int = 0
+    share_sum: Fraction = Fraction(0)
+    worst: Fraction = Fraction(1)
+
+    def __add__(self, other: Certificate) -> Certificate:
+        return Certificate(self.labels + other.labels, self.share_sum + other.share_sum, min(self.worst, other.worst))
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What the choice is worth.
+
+    Attributes
+    ----------
+    selection, random : Spread
+        Of what the strategy chose, and of a seeded random choice of the same size from the same candidates.
+    certificate : Certificate
+        Of farthest-first; empty for other strategies.
+    """
+
+    selection: Spread = Spread()
+    random: Spread = Spread()
+    certificate: Certificate = Certificate()
+
+    def __add__(self, other: Quality) -> Quality:
+        return Quality(
+            self.selection + other.selection, self.random + other.random, self.certificate + other.certificate
         )
 
 
@@ -188,8 +248,8 @@ class PartitionResult:
         Bytes of photos read.
     first_failure : str or None
         ``path: error`` of the first failed photo.
-    selection, random : Spread
-        What the strategy chose, and a seeded random choice of the same size from the same candidates.
+    quality : Quality
+        What the choice is worth.
     seconds : float
         Wall time on the worker.
     peak_memory : int
@@ -202,8 +262,7 @@ class PartitionResult:
     failed: int
     bytes_read: int
     first_failure: str | None
-    selection: Spread
-    random: Spread
+    quality: Quality
     seconds: float
     peak_memory: int
 

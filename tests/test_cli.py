@@ -37,12 +37,58 @@ def test_a_run_says_what_it_did(collection: Path, tmp_path: Path) -> None:
     assert code == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert f"Kept {summary['photos_kept']} of 240 photos, 12 labels" in out
-    assert f"kept (at most 6 bits apart): {summary['quality']['selection']['near_copy_pairs']:,};" in out
-    assert f"of the same size keeps {summary['quality']['random']['near_copy_pairs']:,}" in out
+    selection, random, certificate = (summary["quality"][name] for name in ("selection", "random", "certificate"))
+    lines = [line.strip() for line in out.splitlines()]
+    assert re.search(r"Distances in bits, of 64 +kept +random\n", out)
+    for what, name, form in [
+        ("smallest pair distance, mean over labels", "mean_smallest_pair_distance", ",.1f"),
+        ("mean pair distance", "mean_pair_distance", ",.1f"),
+        ("near-copy pairs (at most 6 bits)", "near_copy_pairs", ",d"),
+        ("mean distance to the nearest kept photo", "mean_nearest_kept_distance", ",.1f"),
+        ("the largest such distance, mean over labels", "mean_coverage_radius", ",.1f"),
+        ("the largest such distance of all", "worst_coverage_radius", ",d"),
+    ]:
+        line = next(line for line in lines if line.startswith(what))
+        assert line.split()[-2:] == [format(selection[name], form), format(random[name], form)]
+    mean, worst = (int(1000 * certificate[name] + 0.5) // 10 for name in ("mean", "worst"))
+    assert f"at least {mean} % of what any choice of the photos read could reach" in out
+    assert f"(mean over {certificate['labels']} labels; the worst {worst} %)" in out
     assert re.search(r"Left out: \d+\.\d MB", out)
     assert "(reduced.csv and reduced.parquet, images/, summary.json)" in out
     expected = {"reduced.csv", "reduced.parquet", "images", "summary.json"}
     assert {path.name for path in (tmp_path / "run").iterdir()} == expected
+
+
+def test_a_run_says_what_it_left_out(collection: Path, tmp_path: Path) -> None:
+    assert reduce(collection, tmp_path / "test", "--labels", f"{first_label(collection)}", "--rank-all")[0] == 0
+    code, out, _ = reduce(collection, tmp_path / "run", "--avoid", tmp_path / "test", "--strategy", "random")
+    assert code == 0
+    reasons = json.loads((tmp_path / "run" / "summary.json").read_text())["reasons"]
+    assert f"Not kept, near a photo to avoid: {reasons['avoided']} photos (reason 'avoided')" in out
+    assert "Certificate" not in out
+    # Candidates are drawn before any is left out: what is missing then is told.
+    options = ["--keep", 5, "--candidates", 5, "--avoid", tmp_path / "test", "--avoid-distance", 20, "--quiet"]
+    assert reduce(collection, tmp_path / "few", *options) == (0, "", "")
+    summary = json.loads((tmp_path / "few" / "summary.json").read_text())
+    assert first_label(collection) in summary["labels_short"]
+    assert (
+        reduce(collection, tmp_path / "few", *options[:-1], "--overwrite")[1].count("though some were not drawn") == 1
+    )
+
+
+def test_a_photo_to_keep_always_that_fails_is_told_of(collection: Path, tmp_path: Path) -> None:
+    lines = (collection / "train.csv").read_text().splitlines()
+    (tmp_path / "train.csv").write_text("\n".join([*lines, f"feedbeef,{first_label(collection)}"]) + "\n")
+    (tmp_path / "ids").write_text(f"feedbeef\n{lines[1].split(',')[0]}")
+    options = ["--manifest", tmp_path / "train.csv", "--always-keep", tmp_path / "ids"]
+    code, out, _ = reduce(collection, tmp_path / "run", *options)
+    assert code == 0
+    assert "To be kept always, but failed: 1: feedbeef\n" in out
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["always_keep_failed"] == ["feedbeef"]
+
+
+def first_label(collection: Path) -> str:
+    return (collection / "train.csv").read_text().splitlines()[1].split(",")[1]
 
 
 def test_quiet_is_silent(collection: Path, tmp_path: Path) -> None:
@@ -54,6 +100,11 @@ def test_every_option_reaches_the_job(collection: Path, tmp_path: Path) -> None:
         "--candidates": ("all", "candidates", None),
         "--strategy": ("pairs", "strategy", "pairs"),
         "--decode": ("exact", "decode", "exact"),
+        "--hash": ("phash", "hash", "phash"),
+        "--hash-size": (4, "hash_size", 4),
+        "--always-keep": (tmp_path / "ids", "always_keep", str(tmp_path / "ids")),
+        "--avoid": (tmp_path / "hashes", "avoid", str(tmp_path / "hashes")),
+        "--avoid-distance": (2, "avoid_distance", 2),
         "--seed": (5, "seed", 5),
         "--limit-labels": (3, "limit_labels", 3),
         "--partition-images": (50, "partition_images", 50),
@@ -66,14 +117,17 @@ def test_every_option_reaches_the_job(collection: Path, tmp_path: Path) -> None:
     }
     content = (collection / "train.csv").read_text().replace("id,landmark_id", "photo,class", 1)
     (tmp_path / "other.csv").write_text(content)
+    (tmp_path / "ids").write_text(content.splitlines()[1].split(",")[0])
+    (tmp_path / "hashes").write_text("12ab")
     options["--manifest"] = (tmp_path / "other.csv", "manifest", str(tmp_path / "other.csv"))
+    switches = ["--rank-all", "--exif-orientation", "--drop-flat"]
     flags = [part for flag, (value, _, _) in options.items() for part in (flag, value)]
-    code, _, err = reduce(collection, tmp_path / "run", *flags, "--rank-all", "--quiet", "--log-level", "error")
+    code, _, err = reduce(collection, tmp_path / "run", *flags, *switches, "--quiet", "--log-level", "error")
     assert code == 0, err
     job = json.loads((tmp_path / "run" / "summary.json").read_text())["job"]
     for _, name, expected in options.values():
         assert job[name] == expected
-    assert job["rank_all"] is True
+    assert job["rank_all"] is job["exif_orientation"] is job["drop_flat"] is True
     assert job["keep"] == 8
     assert not (tmp_path / "run" / "reduced.parquet").exists()
 
@@ -90,6 +144,17 @@ def test_every_option_reaches_the_job(collection: Path, tmp_path: Path) -> None:
         (["--candidates", "most"], "'most' is neither"),
         (["--candidates", "3"], "--candidates 3 is less than --keep 8"),
         (["--strategy", "best"], "farthest-first"),
+        (["--hash", "colorhash"], "dhash-vertical"),
+        (["--hash-size", "1"], "--hash-size is 1: expected a whole number from 2 to 32"),
+        (["--hash-size", "33"], "--hash-size is 33"),
+        (["--hash", "whash", "--hash-size", "12"], "whash needs a power of two"),
+        (["--avoid-distance", "3"], "give --avoid too"),
+        (["--avoid", "x", "--avoid-distance", "65"], "expected a whole number of bits from 0 to 64"),
+        (["--avoid", "x", "--avoid-distance", "-1"], "--avoid-distance is -1"),
+        (["--avoid", "nowhere"], "--avoid nowhere: No such file"),
+        (["--always-keep", "nowhere"], "--always-keep nowhere: No such file"),
+        (["--avoid", "nowhere", "--dry-run", "--no-sample"], "--avoid nowhere: No such file"),
+        (["--always-keep", ""], "--always-keep is empty: give a path"),
         (["--keep", "0"], "--keep is 0"),
         (["--labels", "no such label"], "--labels: no photo has the label 'no such label'"),
         (["--no-sample"], "--no-sample goes with --dry-run"),

@@ -35,7 +35,10 @@ def slow_collection(collection: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def test_a_killed_worker_costs_time_and_nothing_else(slow_collection: Path, tmp_path: Path) -> None:
-    run_on(slow_collection, tmp_path / "reference", keep=1)
+    # Hashes to avoid are on the workers too, and must come again.
+    (tmp_path / "avoid").write_text("0123456789abcdef\n")
+    options = {"keep": 1, "avoid": str(tmp_path / "avoid")}
+    run_on(slow_collection, tmp_path / "reference", **options)
     killed: list[int] = []
 
     def kill_one() -> None:
@@ -48,7 +51,7 @@ def test_a_killed_worker_costs_time_and_nothing_else(slow_collection: Path, tmp_
 
     killer = threading.Thread(target=kill_one)
     killer.start()
-    result = run_on(slow_collection, tmp_path / "run", ClusterSpec(workers=2), keep=1, partition_images=100)
+    result = run_on(slow_collection, tmp_path / "run", ClusterSpec(workers=2), partition_images=100, **options)
     killer.join()
     assert killed
     assert result.summary["photos_failed"] == 0
@@ -60,7 +63,7 @@ def test_a_partition_that_cannot_be_finished_ends_the_run_and_keeps_the_others(
 ) -> None:
     real = reducer.job.run_partition
 
-    def breaks(task: PartitionTask):
+    def breaks(task: PartitionTask, avoid: object = None):
         if task.index == 1:
             time.sleep(1)
             raise RuntimeError("a bug\nof ours")

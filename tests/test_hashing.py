@@ -10,10 +10,20 @@ from pathlib import Path
 import imagehash
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
-from reducer.config import DECODE_NAMES, PhotoSettings
-from reducer.hashing import DRAFT_FLOOR, HASH_GRID, PhotoError, hash_photo, pillow_settings
+from reducer import InputError, Job
+from reducer.config import DECODE_NAMES, HASH_NAMES, near_copy_bits
+from reducer.hashing import (
+    FLAT_DEVIATION,
+    HASHES,
+    PhotoError,
+    from_hex,
+    grey_deviation,
+    hash_photo,
+    pillow_settings,
+    to_hex,
+)
 from reducer.pipeline import look_at
 from reducer.sample import draw_view
 
@@ -59,6 +69,15 @@ FORMATS = [
 ]
 
 
+IMAGEHASH = {
+    "dhash": imagehash.dhash,
+    "dhash-vertical": imagehash.dhash_vertical,
+    "phash": imagehash.phash,
+    "ahash": imagehash.average_hash,
+    "whash": imagehash.whash,
+}
+
+
 def as_mode(mode: str) -> Image.Image:
     if mode == "I;16":
         return Image.fromarray(np.asarray(PHOTO.convert("L")).astype(np.uint16) * 200)
@@ -71,9 +90,10 @@ def saved(kind: str, mode: str, options: dict[str, object]) -> bytes:
     return buffer.getvalue()
 
 
-def hashed(content: bytes, decode: str = "exact", max_pixels: int = 10**8):
+def hashed(content: bytes, decode: str = "exact", max_pixels: int = 10**8, **options: object):
+    settings = Job("-", "-", decode=decode, max_pixels=max_pixels, **options).photo_settings
     with pillow_settings(max_pixels):
-        return hash_photo(content, decode=decode, max_pixels=max_pixels)
+        return hash_photo(content, settings)
 
 
 @pytest.mark.parametrize(
@@ -87,12 +107,16 @@ def test_exact_is_imagehash_bit_for_bit(tmp_path: Path, kind: str, mode: str, op
         assert image.mode == mode or kind not in ("PNG", "TIFF")
         expected = imagehash.dhash(image)
     found = hashed(content)
-    assert found.bits.hex() == str(expected)
+    assert to_hex(found.bits, 64) == found.bits.hex() == str(expected)
     assert found.bits == np.packbits(expected.hash).tobytes()
     assert (found.width, found.height) == ((256, 192) if kind == "ICO" else (400, 300))
     assert found.format == kind
     if kind not in ("JPEG", "MPO"):
         assert hashed(content, "fast") == found
+    for name, function in IMAGEHASH.items():
+        with Image.open(path) as image:
+            expected = function(image)
+        assert to_hex(hashed(content, hash=name).bits, 64) == str(expected), name
 
 
 def test_at_least_twelve_formats() -> None:
@@ -115,25 +139,156 @@ def test_fast_stays_close_to_exact_and_reports_the_full_size() -> None:
     assert sum(apart) <= 20
 
 
-@pytest.mark.parametrize("size", [(100, 75), (144, 128), (287, 255), (288, 256), (600, 90), (9, 8), (1, 1)])
-def test_fast_never_decodes_below_the_floor(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", HASH_NAMES)
+@pytest.mark.parametrize("size", [2, 3, 4, 5, 8, 16, 31, 32])
+def test_every_hash_of_every_size_is_imagehash_s(name: str, size: int) -> None:
+    """Sizes whose bits fill no whole bytes too: their hex is still that of imagehash."""
+    if name == "whash" and size not in (2, 4, 8, 16, 32):
+        with pytest.raises(InputError, match="whash needs a power of two"):
+            Job("-", "-", hash=name, hash_size=size)
+        return
+    for content in (saved("JPEG", "RGB", {}), saved("PNG", "RGBA", {})):
+        expected = IMAGEHASH[name](Image.open(io.BytesIO(content)), size)
+        found = hashed(content, hash=name, hash_size=size)
+        assert found.bits == np.packbits(expected.hash).tobytes()
+        text = to_hex(found.bits, size**2)
+        assert text == str(expected)
+        assert from_hex(text, size**2) == from_hex(text.upper(), size**2) == found.bits
+        fast = hashed(content, "fast", hash=name, hash_size=size)
+        assert bits_apart(fast.bits, found.bits) <= near_copy_bits(size**2) // 2 + 1
+
+
+def test_what_is_no_hash_is_not_read() -> None:
+    for text in ("", "0" * 15, "0" * 17, "x" * 16, "0x" + "0" * 14, " " + "0" * 15, "-" + "0" * 15, "0_0" + "0" * 13):
+        with pytest.raises(ValueError, match="is no hash of 64 bits: expected 16 hexadecimal digits"):
+            from_hex(text, 64)
+    with pytest.raises(ValueError, match="no hash of 9 bits"):
+        from_hex("200", 9)
+    assert from_hex("1ff", 9) == b"\xff\x80"
+
+
+@pytest.mark.parametrize(
+    ("name", "hash_size", "floor"),
+    [
+        ("dhash", 8, (144, 128)),
+        ("dhash-vertical", 8, (128, 144)),
+        ("ahash", 8, (128, 128)),
+        ("whash", 8, (128, 128)),
+        ("phash", 8, (512, 512)),
+        ("dhash", 16, (272, 256)),
+        ("phash", 2, (128, 128)),
+    ],
+)
+def test_fast_never_decodes_below_the_floor(
+    name: str, hash_size: int, floor: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     decoded = []
-    real = imagehash.dhash
+    real = IMAGEHASH[name]
 
     def watched(image: Image.Image, hash_size: int):
         decoded.append(image.size)
         return real(image, hash_size)
 
+    monkeypatch.setattr(imagehash, HASHES[name].function, watched)
+    columns, rows = floor
+    sizes = [(100, 75), floor, (2 * columns - 1, 2 * rows - 1), (2 * columns, 2 * rows), (5 * columns, rows - 38)]
+    for size in [*sizes, (9, 8), (1, 1)]:
+        buffer = io.BytesIO()
+        PHOTO.resize(size).save(buffer, "JPEG")
+        decoded.clear()
+        fast, exact = (hashed(buffer.getvalue(), d, hash=name, hash_size=hash_size) for d in ("fast", "exact"))
+        halved = size[0] >= 2 * columns and size[1] >= 2 * rows
+        assert decoded[0] == ((size[0] // 2, size[1] // 2) if halved else size)
+        assert decoded[1] == size
+        assert bits_apart(fast.bits, exact.bits) <= near_copy_bits(hash_size**2) // 2
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photos_are_turned_upright_when_asked(kind: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
     buffer = io.BytesIO()
-    PHOTO.resize(size).save(buffer, "JPEG")
-    monkeypatch.setattr(imagehash, "dhash", watched)
-    fast, exact = hashed(buffer.getvalue(), "fast"), hashed(buffer.getvalue())
-    floor = tuple(DRAFT_FLOOR * side for side in HASH_GRID)
-    assert floor == (144, 128)
-    halved = size[0] >= 2 * floor[0] and size[1] >= 2 * floor[1]
-    assert decoded[0] == ((size[0] // 2, size[1] // 2) if halved else size)
-    assert decoded[1] == size
-    assert bits_apart(fast.bits, exact.bits) <= 3
+    draw_view(np.random.default_rng(3)).save(buffer, kind, exif=exif)
+    content = buffer.getvalue()
+    for name, function in IMAGEHASH.items():
+        upright = function(ImageOps.exif_transpose(Image.open(io.BytesIO(content))))
+        found = hashed(content, hash=name, exif_orientation=True)
+        assert to_hex(found.bits, 64) == str(upright)
+        fast = hashed(content, "fast", hash=name, exif_orientation=True)
+        assert bits_apart(fast.bits, found.bits) <= 3
+        as_stored = hashed(content, hash=name)
+        assert to_hex(as_stored.bits, 64) == str(function(Image.open(io.BytesIO(content))))
+        # Pillow itself turns a TIFF upright while it decodes.
+        assert (as_stored.bits == found.bits) == (orientation == 1 or kind == "TIFF")
+        assert (found.width, found.height) == (as_stored.width, as_stored.height)
+
+
+def test_the_floor_is_turned_with_the_photo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """256 x 288 as stored, 288 x 256 upright: just enough to be halved for a grid of 9 x 8."""
+    sizes = []
+    real = imagehash.dhash
+    monkeypatch.setattr(imagehash, "dhash", lambda image, hash_size: sizes.append(image.size) or real(image, hash_size))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    buffer = io.BytesIO()
+    PHOTO.resize((256, 288)).save(buffer, "JPEG", exif=exif)
+    hashed(buffer.getvalue(), "fast", exif_orientation=True)
+    hashed(buffer.getvalue(), "fast")
+    assert sizes == [(144, 128), (256, 288)]
+
+
+def test_broken_exif_data_cost_no_photo(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Image.Image) -> None:
+        raise SyntaxError("not a TIFF file (header b'' not valid)")
+
+    content = saved("JPEG", "RGB", {})
+    expected = hashed(content)
+    monkeypatch.setattr(Image.Image, "getexif", broken)
+    assert hashed(content, exif_orientation=True) == expected
+
+
+def test_flatness_does_not_hang_on_how_a_photo_is_hashed() -> None:
+    """Noise is no detail, whether a decode at reduced size averages it away or not."""
+    noise = np.random.default_rng(0).normal(128, 12, (1200, 1600)).clip(0, 255).astype(np.uint8)
+    large = io.BytesIO()
+    Image.fromarray(noise).save(large, "JPEG", quality=95)
+    photo = saved("JPEG", "RGB", {})
+    for decode in DECODE_NAMES:
+        for name in HASH_NAMES:
+            for size in (2, 16):
+                options = {"hash": name, "hash_size": size, "drop_flat": True}
+                assert hashed(large.getvalue(), decode, **options).flat
+                assert not hashed(photo, decode, **options).flat
+
+
+@pytest.mark.parametrize("grey", [0, 107, 255])
+def test_one_colour_is_flat_at_any_size(grey: int) -> None:
+    for size in [(1094, 1755), (1, 1), (3, 700), (64, 64)]:
+        buffer = io.BytesIO()
+        Image.new("L", size, grey).save(buffer, "PNG")
+        assert hashed(buffer.getvalue(), drop_flat=True).flat
+
+
+def test_photos_of_more_than_8_bits_are_never_called_flat() -> None:
+    """Grey, Pillow clips them to white or black: that says nothing of what is to be seen."""
+    for kind, mode in [("PNG", "I;16"), ("TIFF", "I;16"), ("TIFF", "I"), ("TIFF", "F")]:
+        assert not hashed(saved(kind, mode, {}), drop_flat=True).flat
+
+
+def test_flat_photos_are_found_only_when_asked() -> None:
+    grey = np.asarray(PHOTO.convert("L")).astype(float)
+    for kind in ("JPEG", "PNG"):
+        for deviation, flat in [(0.0, True), (0.8 * FLAT_DEVIATION, True), (1.2 * FLAT_DEVIATION, False), (40, False)]:
+            buffer = io.BytesIO()
+            dull = (grey - grey.mean()) / grey_deviation(PHOTO) * deviation + 128
+            Image.fromarray(dull.round().clip(0, 255).astype(np.uint8)).convert("RGB").save(buffer, kind)
+            for decode in DECODE_NAMES:
+                found = hashed(buffer.getvalue(), decode, drop_flat=True)
+                assert found.flat is flat, (kind, deviation)
+                plain = hashed(buffer.getvalue(), decode)
+                assert plain.flat is False
+                assert plain.bits == found.bits
 
 
 def test_bad_content_is_one_line_that_names_its_kind() -> None:
@@ -209,23 +364,26 @@ def test_pillow_s_limit_is_ours_while_we_read_and_then_its_own_again(monkeypatch
 
 
 def test_every_malformed_file_gives_a_hash_or_an_error(trial_files: Path) -> None:
+    """dHash for all, and each of the other hashes for every fourth."""
     files = sorted(path for path in (trial_files / "malformed").rglob("*") if path.is_file())
     assert len(files) > 900
-    settings = PhotoSettings(keep=25, strategy="random", decode="exact", seed=0, max_pixels=200_000_000)
+    others = [name for name in HASH_NAMES if name != "dhash"]
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, 100_000_000
     failed = 0
     try:
-        for path in files:
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    expected = str(imagehash.dhash(Image.open(path)))
-            except Exception:
-                expected = None
-            with pillow_settings(settings.max_pixels):
-                look = look_at(str(path), settings)
-            assert (look.hash and look.hash.bits.hex()) == expected, path
-            assert (look.error is None) == (expected is not None)
+        for number, path in enumerate(files):
+            for name in ("dhash", others[number % len(others)]):
+                settings = Job("-", "-", decode="exact", hash=name).photo_settings
+                try:
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore")
+                        expected = str(IMAGEHASH[name](Image.open(path)))
+                except Exception:
+                    expected = None
+                with pillow_settings(settings.max_pixels):
+                    look = look_at(str(path), settings)
+                assert (look.hash and to_hex(look.hash.bits, 64)) == expected, (path, name)
+                assert (look.error is None) == (expected is not None)
             failed += look.hash is None
     finally:
         Image.MAX_IMAGE_PIXELS = limit

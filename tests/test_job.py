@@ -15,8 +15,10 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from conftest import job_on, reduced_files, run_on
+from PIL import Image
 
 from reducer import ClusterSpec, InputError, Job, TooManyFailuresError, reduce_images
+from reducer.config import STRATEGY_NAMES
 from reducer.job import WINDOW
 from reducer.store import RunFolder
 from reducer.types import LEDGER_SCHEMA
@@ -124,6 +126,62 @@ def test_a_running_scheduler(
         assert_equal(tmp_path / str(size), reference)
 
 
+def test_every_way_to_look_and_choose_on_every_executor(
+    hurt_collection: Path, tmp_path: Path, dask_cluster: Callable[..., str]
+) -> None:
+    """Each strategy with another hash; some photos are always kept, some to be avoided, some flat."""
+    collection = tmp_path / "collection"
+    collection.mkdir()
+    (collection / "train").symlink_to(hurt_collection / "train")
+    flat = collection / "flat.png"
+    Image.new("L", (90, 60), 7).save(flat)
+    lines = (hurt_collection / "train.csv").read_text().splitlines()
+    label = lines[1].split(",")[1]
+    found = [
+        f"{line},{photo[0]}/{photo[1]}/{photo[2]}/{photo}.jpg" for line in lines[1:] if (photo := line.split(",")[0])
+    ]
+    (collection / "train.csv").write_text("\n".join([f"{lines[0]},file", f"flat,{label},{flat}", *found]) + "\n")
+    kept = [line.split(",")[0] for line in lines[5:60:9]]
+    (collection / "keep").write_text("\n".join(kept))
+    address = ClusterSpec(address=dask_cluster(2))
+    threads = ClusterSpec(
+        class_path="distributed.LocalCluster",
+        kwargs={"n_workers": 1, "threads_per_worker": 3, "processes": False, "dashboard_address": None},
+    )
+    ways = {
+        "farthest-first": {"hash": "dhash-vertical"},
+        "facility-location": {"hash": "phash", "hash_size": 5, "decode": "exact"},
+        "pairs": {"hash": "ahash", "exif_orientation": True},
+        "random": {"hash": "whash", "hash_size": 4},
+    }
+    assert set(ways) == set(STRATEGY_NAMES)
+    for strategy, way in ways.items():
+        reference = run_on(collection, tmp_path / f"all-{strategy}", path_column="file", **way).images
+        avoid = tmp_path / f"avoid-{strategy}.csv"
+        reference[["id", "hash"]].dropna()[::15].to_csv(avoid, index=False)
+        options = {
+            "strategy": strategy,
+            "path_column": "file",
+            "always_keep": str(collection / "keep"),
+            "avoid": str(avoid),
+            "avoid_distance": 1,
+            "drop_flat": True,
+            **way,
+            **DRAWN,
+        }
+        for name, spec, size in [("serial", None, None), ("address", address, 7), ("threads", threads, 100)]:
+            run = tmp_path / f"{strategy}-{name}"
+            summary = run_on(collection, run, spec, partition_images=size, **options).summary
+            assert_equal(run, tmp_path / f"{strategy}-serial")
+            assert (
+                summary["quality"]
+                == json.loads((tmp_path / f"{strategy}-serial" / "summary.json").read_text())["quality"]
+            )
+        assert summary["reasons"]["flat"] == 1
+        assert summary["reasons"]["avoided"] > 0
+        assert set(kept) <= set(pd.read_csv(run / "reduced.csv", dtype=str)["id"])
+
+
 def test_a_photo_that_changes_under_its_path_is_read_again(
     collection: Path, tmp_path: Path, dask_cluster: Callable[..., str]
 ) -> None:
@@ -148,7 +206,7 @@ def test_results_do_not_depend_on_the_manifest_s_order(collection: Path, tmp_pat
     header, *lines = (collection / "train.csv").read_text().splitlines()
     (tmp_path / "train").symlink_to(collection / "train")
     (tmp_path / "train.csv").write_text("\n".join([header, *sorted(lines)]) + "\n")
-    for strategy in ("farthest-first", "pairs", "random"):
+    for strategy in STRATEGY_NAMES:
         one = run_on(collection, tmp_path / f"one-{strategy}", strategy=strategy, candidates=20).images
         other = run_on(tmp_path, tmp_path / f"other-{strategy}", strategy=strategy, candidates=20).images
         columns = [name for name in one.columns if name not in ("row", "path")]
@@ -313,9 +371,9 @@ def test_malformed_files_on_real_workers(trial_files: Path, tmp_path: Path) -> N
 
 
 def test_near_copies_among_real_photos(trial_files: Path, tmp_path: Path) -> None:
-    smallest = {}
+    smallest, nearest = {}, {}
     spread_out = 0
-    for strategy in ("farthest-first", "pairs", "random"):
+    for strategy in STRATEGY_NAMES:
         job = Job(str(trial_files / "photos"), str(tmp_path / strategy), strategy=strategy)
         result = reduce_images(job, ClusterSpec(workers=0), progress=False)
         images = result.images
@@ -331,5 +389,7 @@ def test_near_copies_among_real_photos(trial_files: Path, tmp_path: Path) -> Non
         assert quality["selection"]["near_copy_pairs"] == near
         assert quality["selection"]["labels"] == 18
         smallest[strategy] = quality["selection"]["mean_smallest_pair_distance"]
+        nearest[strategy] = quality["selection"]["mean_nearest_kept_distance"]
     assert spread_out >= 10
     assert smallest["farthest-first"] > 1.5 * smallest["random"] > 1.5 * smallest["pairs"]
+    assert nearest["facility-location"] < nearest["farthest-first"] < nearest["random"] < nearest["pairs"]

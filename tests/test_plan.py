@@ -8,7 +8,8 @@ import pytest
 from reducer import InputError, Job
 from reducer.draw import CANDIDATES, draw_order
 from reducer.plan import make_plan, parse_labels
-from reducer.types import LEDGER_SCHEMA, from_ipc
+from reducer.ranking import FACILITY_LOCATION_CANDIDATES
+from reducer.types import LEDGER_SCHEMA, TASK_SCHEMA, from_ipc
 
 
 @pytest.fixture
@@ -52,6 +53,40 @@ def test_candidates_are_the_smallest_keys_and_a_larger_draw_holds_the_smaller(li
     assert {photo for photo in drawn[10] if photo.startswith("f")} == expected
     assert set(plan_of(listed, candidates=10, seed=1).read["id"].to_pylist()) != drawn[10]
     assert plan_of(listed, candidates=None).read.num_rows == 56
+
+
+def test_photos_that_are_always_kept_are_candidates(listed: Path) -> None:
+    drawn = set(plan_of(listed, candidates=10).read["id"].to_pylist())
+    left_out = sorted({f"f{i:02}" for i in range(32)} - drawn)[:3]
+    (listed / "ids").write_text("\n".join([*left_out, "a00"]) + "\n")
+    plan = plan_of(listed, candidates=10, always_keep=str(listed / "ids"))
+    rows = [row for row in plan.read.to_pylist() if row["label"] == "f"]
+    assert len(rows) == 10
+    assert [row["id"] for row in rows if row["always_keep"]] == left_out
+    assert {row["id"] for row in rows} - set(left_out) < drawn
+    assert plan.read.schema == TASK_SCHEMA
+    # Of a label that is not chosen: nothing to do, and no mistake.
+    assert plan_of(listed, always_keep=str(listed / "ids"), labels=("d",)).read.num_rows == 8
+    with pytest.raises(InputError, match=r"3 ids are of the label 'f', over --keep 2: raise --keep"):
+        plan_of(listed, keep=2, always_keep=str(listed / "ids"))
+
+
+@pytest.mark.parametrize("options", [{"drop_flat": True}, {"avoid": "some"}, {"rank_all": True}])
+def test_all_labels_are_read_where_some_photos_may_have_to_go(listed: Path, options: dict[str, object]) -> None:
+    assert plan_of(listed, **options).read.num_rows == 63
+
+
+def test_a_label_too_large_for_facility_location_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    lines = [f"p{i},large" for i in range(FACILITY_LOCATION_CANDIDATES + 1)]
+    (tmp_path / "train.csv").write_text("id,landmark_id\n" + "\n".join(lines) + "\n")
+    options = {"candidates": None, "strategy": "facility-location"}
+    with pytest.raises(InputError, match=r"the label 'large' has 20001 candidates: .* 0\.4 GB .* --candidates 20000"):
+        plan_of(tmp_path, **options)
+    with pytest.raises(InputError, match=r"0\.8 GB for this one"):
+        plan_of(tmp_path, hash_size=16, **options)
+    assert plan_of(tmp_path, **options | {"candidates": FACILITY_LOCATION_CANDIDATES}).read.num_rows == 20_000
+    assert plan_of(tmp_path, candidates=None).read.num_rows == 20_001
 
 
 def test_tasks_hold_whole_labels_once_and_no_path_in_their_names(listed: Path) -> None:

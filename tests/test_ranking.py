@@ -4,13 +4,25 @@ import tracemalloc
 from itertools import combinations
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reducer.config import STRATEGY_NAMES
 from reducer.draw import CANDIDATES, RANDOM_ORDER, draw_keys, draw_order
-from reducer.quality import NEAR_COPY_BITS, spread
-from reducer.ranking import STRATEGIES, farthest_first, medoid, nearest_kept, pairs, random
+from reducer.ranking import (
+    FACILITY_LOCATION_CANDIDATES,
+    FACILITY_LOCATION_RANKS,
+    STRATEGIES,
+    facility_location,
+    farthest_first,
+    medoid,
+    near_any,
+    nearest_kept,
+    pairs,
+    random,
+    rank,
+)
 
 # Few bits and few distinct ids make many ties and many exact copies.
 HASHES = st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 7), min_size=1, max_size=24)
@@ -35,6 +47,20 @@ def by_loops_farthest_first(values: list[int], ids: list[str]) -> list[str]:
     while len(picked) < len(ids):
         left = [i for i in ids if i not in picked]
         picked.append(min(left, key=lambda i: (-min(apart(hash_of[i], hash_of[p]) for p in picked), i)))
+    return picked
+
+
+def by_loops_facility_location(values: list[int], ids: list[str], count: int) -> list[str]:
+    """The plain greedy rule: the largest gain in the sum of similarities to the most similar pick, ties by id."""
+    hash_of = dict(zip(ids, values, strict=True))
+    picked: list[str] = []
+
+    def worth(chosen: list[str]) -> int:
+        return sum(max((64 - apart(hash_of[i], hash_of[c]) for c in chosen), default=0) for i in ids)
+
+    while len(picked) < min(count, len(ids)):
+        left = [i for i in ids if i not in picked]
+        picked.append(min(left, key=lambda i: (-worth([*picked, i]), i)))
     return picked
 
 
@@ -70,6 +96,68 @@ def test_farthest_first_is_the_rule_by_loops(values: list[int]) -> None:
     assert [ids[i] for i in ranking.order] == by_loops_farthest_first(values, ids)
 
 
+@given(HASHES)
+def test_facility_location_is_the_plain_greedy_rule(values: list[int]) -> None:
+    ids = names(len(values))
+    ranking = facility_location(packed(values), ids)
+    assert [ids[i] for i in ranking.order] == by_loops_facility_location(values, ids, len(ids))
+
+
+def test_facility_location_goes_on_by_farthest_first() -> None:
+    generator = np.random.default_rng(5)
+    views = generator.integers(0, 2**63, 30, dtype=np.uint64)
+    flips = np.uint64(1) << generator.integers(0, 64, (140, 3), dtype=np.uint64)
+    values = [int(v) for v in np.bitwise_xor.reduce(flips, axis=1) ^ views[generator.integers(0, 30, 140)]]
+    ids = names(140)
+    greedy = by_loops_facility_location(values, ids, 120)
+    hash_of = dict(zip(ids, values, strict=True))
+    for keep, count in [(1, FACILITY_LOCATION_RANKS), (120, 120)]:
+        order = [ids[i] for i in facility_location(packed(values), ids, keep=keep).order]
+        assert order[:count] == greedy[:count]
+        for place in range(count, 140):
+            nearest = {i: min(apart(hash_of[i], hash_of[p]) for p in order[:place]) for i in order[place:]}
+            best = max(nearest.values())
+            assert nearest[order[place]] == best
+            if best:
+                assert order[place] == min(i for i in nearest if nearest[i] == best)
+
+
+@given(HASHES, st.sampled_from(sorted(STRATEGIES)), st.data())
+def test_photos_that_are_always_kept_come_first(values: list[int], name: str, data: st.DataObject) -> None:
+    ids = names(len(values))
+    always = np.array(data.draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids))))
+    options = {"keep": 3, "label": "label", "seed": 1}
+    ranking = rank(name, packed(values), ids, always_keep=always, **options)
+    order = ranking.order.tolist()
+    count = int(always.sum())
+    assert sorted(order) == list(range(len(ids)))
+    assert set(order[:count]) == set(np.flatnonzero(always).tolist())
+    chosen = np.flatnonzero(always)
+    alone = STRATEGIES[name](packed(values)[chosen], [ids[i] for i in chosen], **options).order
+    assert order[:count] == chosen[alone].tolist()
+    plain = STRATEGIES[name](packed(values), ids, **options).order.tolist()
+    if count == 0:
+        assert order == plain
+    elif name in ("pairs", "random"):
+        assert order[count:] == [i for i in plain if not always[i]]
+    elif name == "farthest-first":
+        for place in range(count, len(order)):
+            nearest = {i: min(apart(values[i], values[p]) for p in order[:place]) for i in order[place:]}
+            assert nearest[order[place]] == max(nearest.values())
+    else:
+        picked = [ids[i] for i in order[:count]]
+        hash_of = dict(zip(ids, values, strict=True))
+        cost = {i: sum(min(apart(h, hash_of[c]) for c in [*picked, i]) for h in values) for i in ids if i not in picked}
+        if cost:
+            assert ids[order[count]] == min(cost, key=lambda i: (cost[i], i))
+
+
+@given(HASHES, st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 7), max_size=5), st.integers(0, 64))
+def test_near_any(values: list[int], others: list[int], distance: int) -> None:
+    found = near_any(packed(values), packed(others), distance)
+    assert found.tolist() == [any(apart(value, other) <= distance for other in others) for value in values]
+
+
 @given(HASHES.filter(lambda values: len(values) > 1), st.integers(1, 30))
 def test_pairs_is_the_notebook_s_rule_by_loops(values: list[int], keep: int) -> None:
     ids = names(len(values))
@@ -80,13 +168,13 @@ def test_pairs_is_the_notebook_s_rule_by_loops(values: list[int], keep: int) -> 
 @given(HASHES, st.sampled_from(sorted(STRATEGIES)), st.randoms())
 def test_every_order_is_whole_and_independent_of_the_input_s(values: list[int], name: str, shuffler: object) -> None:
     ids = names(len(values))
-    ranking = STRATEGIES[name](packed(values), ids, "label", 3)
+    ranking = STRATEGIES[name](packed(values), ids, label="label", seed=3)
     assert sorted(ranking.order.tolist()) == list(range(len(ids)))
     assert ranking.order.dtype == np.int64
     assert ranking.insertion_distance.dtype == np.float64
     shuffled = list(range(len(ids)))
     shuffler.shuffle(shuffled)  # type: ignore[attr-defined]
-    again = STRATEGIES[name](packed([values[i] for i in shuffled]), [ids[i] for i in shuffled], "label", 3)
+    again = STRATEGIES[name](packed([values[i] for i in shuffled]), [ids[i] for i in shuffled], label="label", seed=3)
     assert [ids[i] for i in ranking.order] == [ids[shuffled[i]] for i in again.order]
     np.testing.assert_array_equal(ranking.insertion_distance, again.insertion_distance)
 
@@ -94,7 +182,7 @@ def test_every_order_is_whole_and_independent_of_the_input_s(values: list[int], 
 @given(HASHES, st.sampled_from(sorted(STRATEGIES)))
 def test_insertion_distance_is_to_the_nearest_earlier_pick(values: list[int], name: str) -> None:
     ids = names(len(values))
-    ranking = STRATEGIES[name](packed(values), ids, "label", 0)
+    ranking = STRATEGIES[name](packed(values), ids, label="label", seed=0)
     order = ranking.order.tolist()
     assert np.isnan(ranking.insertion_distance[0])
     for place in range(1, len(order)):
@@ -149,28 +237,22 @@ def test_nearest_kept(values: list[int], data: st.DataObject) -> None:
         assert distances[i] == apart(value, values[expected])
 
 
-@given(HASHES)
-def test_spread_counts_pairs(values: list[int]) -> None:
-    found = spread(packed(values))
-    distances = [apart(a, b) for a, b in combinations(values, 2)]
-    assert found.pairs == len(distances)
-    assert found.distance_sum == sum(distances)
-    assert found.near_copies == sum(distance <= NEAR_COPY_BITS for distance in distances)
-    assert found.smallest_sum == min(distances, default=0)
-    assert found.labels == (len(values) > 1)
-
-
 def test_longer_hashes_rank_too() -> None:
     generator = np.random.default_rng(1)
-    for size in (1, 9, 32):
+    for size in (1, 9, 32, 128):
         hashes = generator.integers(0, 256, (40, size), dtype=np.uint8)
         values = [int.from_bytes(bytes(h)) for h in hashes]
         order = farthest_first(hashes, names(40)).order
         assert [f"p{i}" for i in order] == by_loops_farthest_first(values, names(40))
+        some = near_any(hashes, hashes[:3], 4 * size).tolist()
+        assert some == [min(apart(value, other) for other in values[:3]) <= 4 * size for value in values]
+        order = facility_location(hashes, names(40)).order
+        assert [f"p{i}" for i in order] == by_loops_facility_location(values, names(40), 40)
 
 
-def test_fifty_thousand_candidates_in_under_200_mib() -> None:
-    hashes = np.random.default_rng(2).integers(0, 256, (50_000, 8), dtype=np.uint8)
+@pytest.mark.parametrize("size", [8, 128])
+def test_fifty_thousand_candidates_in_under_200_mib(size: int) -> None:
+    hashes = np.random.default_rng(2).integers(0, 256, (50_000, size), dtype=np.uint8)
     # Few distinct hashes end the order early: the time goes down, the memory stays the same.
     hashes[:, 2:] = 0
     hashes[:, 1] &= 7
@@ -181,6 +263,20 @@ def test_fifty_thousand_candidates_in_under_200_mib() -> None:
     tracemalloc.stop()
     assert len(np.unique(ranking.order)) == 50_000
     assert peak < 200 * 2**20
+
+
+def test_facility_location_takes_one_matrix_of_memory() -> None:
+    n = 4_000
+    hashes = np.random.default_rng(3).integers(0, 256, (n, 8), dtype=np.uint8)
+    hashes[:, 1:] = 0
+    tracemalloc.start()
+    ranking = facility_location(hashes, names(n))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(np.unique(ranking.order)) == n
+    assert n * n <= peak < 1.2 * n * n
+    # So the most candidates that are let in stay under 1 GiB, with hashes of 1,024 bits too.
+    assert 1.2 * 2 * FACILITY_LOCATION_CANDIDATES**2 < 2**30
 
 
 def test_draw_is_nested_and_tells_labels_seeds_and_purposes_apart() -> None:
@@ -200,5 +296,5 @@ def test_draw_is_nested_and_tells_labels_seeds_and_purposes_apart() -> None:
 def test_random_is_another_draw_than_the_candidates() -> None:
     ids = names(50)
     hashes = np.zeros((50, 8), dtype=np.uint8)
-    assert random(hashes, ids, "a", 0).order.tolist() == draw_order(RANDOM_ORDER, 0, "a", ids)
-    assert random(hashes, ids, "a", 0).order.tolist() != draw_order(CANDIDATES, 0, "a", ids)
+    assert random(hashes, ids, label="a", seed=0).order.tolist() == draw_order(RANDOM_ORDER, 0, "a", ids)
+    assert random(hashes, ids, label="a", seed=0).order.tolist() != draw_order(CANDIDATES, 0, "a", ids)
