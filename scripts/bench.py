@@ -3,14 +3,20 @@
 Examples:
     python scripts/bench.py speed                  # whole job against the notebook and against bare processes
     python scripts/bench.py memory                 # peak worker memory, small and large partitions
-    python scripts/bench.py fidelity PHOTOS        # bits by which --decode fast differs from exact
-    python scripts/bench.py quality PHOTOS         # near copies kept by each strategy; a folder a label
+    python scripts/bench.py plan                   # checking and planning a manifest of GLDv2's size
+    python scripts/bench.py ranking                # time and memory of each strategy for one large label
+    python scripts/bench.py fidelity PHOTOS        # bits by which --decode fast differs from exact; a folder a label
+    python scripts/bench.py quality PHOTOS         # what each strategy keeps, against random; a folder a label
+    python scripts/bench.py flat PHOTOS            # hashes of photos without contrast; a folder a label
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import functools
+import gzip
+import io
 import multiprocessing
 import os
 import platform
@@ -19,20 +25,29 @@ import shutil
 import sys
 import tempfile
 import time
+import tracemalloc
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
 import imagehash
 import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
 from PIL import Image
 
 from reducer import ClusterSpec, Job, reduce_images
-from reducer.config import STRATEGY_NAMES
+from reducer.config import DECODE_NAMES, HASH_NAMES, near_copy_bits
+from reducer.hashing import FLAT_DEVIATION, JPEG_FORMATS, grey_deviation, hash_photo
 from reducer.job import Result
 from reducer.manifest import read_manifest
-from reducer.pipeline import look_at_all
+from reducer.pipeline import Look, look_at_all, peak_memory
+from reducer.plan import make_plan
+from reducer.quality import certificate, figures, spread
+from reducer.ranking import STRATEGIES, nearest_kept
 from reducer.sample import label_sizes, write_sample
+from reducer.types import Certificate, Quality, Spread
 
 NUM_SAMPLES_TO_COMPARE = 1000
 NUM_SAMPLES_SAVE_PER_LANDMARK = 25
@@ -62,8 +77,10 @@ def notebook_get_matches(paths: dict[str, str]) -> list[tuple[str, int]]:
     image_names = list(paths)
     num_samples = min(len(image_names), NUM_SAMPLES_TO_COMPARE)
     image_names = random.sample(image_names, num_samples)
-    img_hash = notebook_hashes(paths, image_names)
+    return notebook_pairs(image_names, notebook_hashes(paths, image_names))
 
+
+def notebook_pairs(image_names: list[str], img_hash: list[imagehash.ImageHash]) -> list[tuple[str, int]]:
     match_pct = {}
     for i in range(len(img_hash)):
         base_name = image_names[i]
@@ -76,7 +93,10 @@ def notebook_get_matches(paths: dict[str, str]) -> list[tuple[str, int]]:
 
 def notebook_f(label: tuple[str, dict[str, str]]) -> set[tuple[str, str]]:
     landmark_id, paths = label
-    match_pct = notebook_get_matches(paths)
+    return notebook_keep(notebook_get_matches(paths), landmark_id)
+
+
+def notebook_keep(match_pct: list[tuple[str, int]], landmark_id: str) -> set[tuple[str, str]]:
     filenames = set()
     for idx in range(len(match_pct)):
         pair = match_pct[-idx]
@@ -213,43 +233,194 @@ def memory(photos: int) -> None:
     table(["ratio", "is"], [["large / small partitions", rows[1][2] / rows[0][2]]])
 
 
+def looks_at(paths: list[str], **options: object) -> list[Look]:
+    return list(look_at_all(paths, Job("-", "-", **options).photo_settings))
+
+
+def photos_by_label(photos: str) -> dict[str, list[tuple[str, str]]]:
+    """(id, path) of each photo of a folder with a folder a label."""
+    found = read_manifest(Job(photos, "-")).table
+    labels: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for label, photo, path in zip(*(found[name].to_pylist() for name in ("label", "id", "path")), strict=True):
+        labels[label].append((photo, path))
+    return labels
+
+
 def fidelity(photos: str) -> None:
-    """Bits by which the fast decode's hash differs from the exact one's."""
-    paths = read_manifest(Job(photos, "-")).table["path"].to_pylist()
-    apart: dict[str, list[int]] = defaultdict(list)
-    for path in paths:
-        exact, fast = (
-            next(look_at_all([path], Job("-", "-", decode=decode).photo_settings)).hash for decode in ("exact", "fast")
-        )
-        if exact is not None and fast is not None:
-            bits = (int.from_bytes(exact.bits) ^ int.from_bytes(fast.bits)).bit_count()
-            for name in (os.path.relpath(path, photos).split(os.sep)[0], "all"):
-                apart[f"{name}, {exact.format}"].append(bits)
+    """Bits by which the fast decode's hash differs from the exact one's, for every hash and for dHash by folder."""
+    paths = [path for label in photos_by_label(photos).values() for _, path in label]
+    by_folder: dict[str, list[int]] = defaultdict(list)
     rows = []
-    for name, bits in sorted(apart.items()):
-        found = np.array(bits)
-        rows.append([name, len(found), float(found.mean()), float((found <= 2).mean()), int(found.max())])
-    table(["files", "photos", "mean bits apart", "share within 2 bits", "most"], rows)
+    for name in HASH_NAMES:
+        for size in (8, 16):
+            looks, seconds = {}, {}
+            for decode in DECODE_NAMES:
+                start = time.perf_counter()
+                looks[decode] = looks_at(paths, decode=decode, hash=name, hash_size=size)
+                seconds[decode] = time.perf_counter() - start
+            apart = []
+            for path, fast, exact in zip(paths, looks["fast"], looks["exact"], strict=True):
+                if fast.hash is None or exact.hash is None or exact.hash.format not in JPEG_FORMATS:
+                    continue
+                apart.append((int.from_bytes(exact.hash.bits) ^ int.from_bytes(fast.hash.bits)).bit_count())
+                if (name, size) == ("dhash", 8):
+                    by_folder[os.path.relpath(path, photos).split(os.sep)[0]].append(apart[-1])
+            milliseconds = [1000 * seconds[decode] / len(paths) for decode in ("exact", "fast")]
+            rows.append([name, size, *bits_apart_cells(apart), *milliseconds])
+    header = ["mean bits apart", "share within 2 bits", "most"]
+    print(f"JPEGs of {photos}, {machine()}\n")
+    table(["files", "photos", *header], [[name, len(n), *bits_apart_cells(n)] for name, n in sorted(by_folder.items())])
+    table(["hash", "size", *header, "exact, ms a photo", "fast, ms a photo"], rows)
+
+
+def bits_apart_cells(bits: list[int]) -> list[object]:
+    if not bits:
+        sys.exit("no JPEG among the photos: fast is exact for all others")
+    found = np.array(bits)
+    return [float(found.mean()), float((found <= 2).mean()), int(found.max())]
+
+
+def notebook_choice(hashes: np.ndarray) -> np.ndarray:
+    """Positions that the notebook keeps of photos with these hashes, by its own code."""
+    images = [imagehash.ImageHash(bits.reshape(8, 8)) for bits in np.unpackbits(hashes, axis=1).astype(bool)]
+    image_names = random.sample([str(i) for i in range(len(images))], min(len(images), NUM_SAMPLES_TO_COMPARE))
+    chosen = notebook_pairs(image_names, [images[int(name)] for name in image_names])
+    return np.array(sorted(int(name) for name, _ in notebook_keep(chosen, "")))
 
 
 def quality(photos: str) -> None:
-    """What each strategy keeps of a folder with a folder a label."""
+    """What each strategy keeps of the labels of a folder with more photos than are kept; averages over labels."""
+    keep = NUM_SAMPLES_SAVE_PER_LANDMARK
+    worth: dict[str, list[Spread]] = defaultdict(list)
+    certificates = []
+    random.seed(0)
+    for label, members in photos_by_label(photos).items():
+        looks = looks_at([path for _, path in members])
+        hashed = [(photo, look.hash.bits) for (photo, _), look in zip(members, looks, strict=True) if look.hash]
+        if len(hashed) <= keep:
+            continue
+        ids = [photo for photo, _ in hashed]
+        hashes = np.array([list(bits) for _, bits in hashed], dtype=np.uint8)
+        chosen = {"the notebook as it stands": notebook_choice(hashes)}
+        for name, strategy in STRATEGIES.items():
+            ranking = strategy(hashes, ids, keep=keep, label=label)
+            chosen[name] = ranking.order[:keep]
+            if name == "farthest-first":
+                certificates.append(certificate(hashes, 64, ranking.insertion_distance[:keep]))
+        for name, kept in chosen.items():
+            worth[name].append(spread(hashes[kept], 64, nearest_kept(hashes, ids, kept)[1]))
+    if not certificates:
+        sys.exit(f"no label of {photos} has more than {keep} photos: nothing to choose")
+    rows = []
+    for name, labels in worth.items():
+        columns = [
+            [found.smallest_sum for found in labels],
+            [found.distance_sum / found.pairs for found in labels],
+            [found.near_copies for found in labels],
+            [found.radius_sum for found in labels],
+            [found.nearest_sum / found.candidates for found in labels],
+        ]
+        rows.append([name, *(f"{np.mean(column):.1f}" for column in columns)])
+    print(f"{len(certificates)} labels of {photos} with more than {keep} photos, K = {keep}, dHash-64, {machine()}\n")
+    header = ["smallest pair distance", "mean pair distance", f"near-copy pairs (<= {near_copy_bits(64)} bits)"]
+    table(["strategy", *header, "coverage radius", "mean distance to nearest kept"], rows)
+    told = figures(Quality(certificate=sum(certificates, Certificate())), 64)["certificate"]
+    print(
+        f"farthest-first's smallest pair distance is at least {told['mean']:.1%} of what any choice could reach "
+        f"(mean over labels; the worst {told['worst']:.1%})."
+    )
+
+
+def flat(photos: str) -> None:
+    """What becomes of the hashes of photos whose contrast is lowered: where `FLAT_DEVIATION` comes from."""
+    paths = [path for label in photos_by_label(photos).values() for _, path in label]
+    looks = looks_at(paths, decode="exact")
+    pictures = [(look.hash, path) for look, path in zip(looks, paths, strict=True) if look.hash]
+    deviations = [grey_deviation(Image.open(path)) for _, path in pictures]
+    some = random.Random(0).sample(pictures, min(100, len(pictures)))
+    settings = Job("-", "-", decode="exact").photo_settings
+    rows = []
+    for deviation in (1, 2, 3, 4, 5, 6, 8, 12, 24):
+        apart = []
+        for found, path in some:
+            with Image.open(path) as image:
+                image.draft("L", (400, 400))
+                picture = image.convert("L")
+            grey = np.asarray(picture).astype(float)
+            dull = (grey - grey.mean()) / max(grey_deviation(picture), 1e-9) * deviation + 128
+            content = io.BytesIO()
+            Image.fromarray(dull.round().clip(0, 255).astype(np.uint8)).save(content, "JPEG", quality=90)
+            other = hash_photo(content.getvalue(), settings).bits
+            apart.append((int.from_bytes(other) ^ int.from_bytes(found.bits)).bit_count())
+        rows.append([deviation, float(np.mean(apart)), f"{np.mean(np.array(apart) <= near_copy_bits(64)):.0%}"])
+    print(
+        f"{len(some)} photos of {photos}, their contrast lowered and saved again; a photo is flat under "
+        f"{FLAT_DEVIATION:g}. The flattest of all {len(deviations)} has {min(deviations):.1f}, the median is "
+        f"{np.median(deviations):.1f}.\n"
+    )
+    table(["grey standard deviation", "mean bits from the photo's hash", "still near copies"], rows)
+
+
+def ranking(sizes: list[int]) -> None:
+    """Time and peak memory of ranking one label: clustered hashes, about 20 near copies a view."""
+    rows = []
+    for count in sizes:
+        generator = np.random.default_rng(0)
+        views = generator.integers(0, 256, (max(1, count // 20), 8), dtype=np.uint8)
+        noise = np.packbits(generator.random((count, 64)) < 0.04, axis=1)
+        hashes = views[generator.integers(0, len(views), count)] ^ noise
+        ids = [f"{i:07}" for i in range(count)]
+        for name, strategy in STRATEGIES.items():
+            rank_all = functools.partial(strategy, hashes, ids, keep=25)
+            seconds = [timed(rank_all) for _ in range(3)]
+            tracemalloc.start()
+            rank_all()
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            rows.append([count, name, float(np.median(seconds)), peak / 2**20])
+    print(f"dHash-64, one core, {machine()}\n")
+    table(["candidates", "strategy", "seconds", "peak memory, MiB"], rows)
+
+
+def plan(photos: int) -> None:
+    """Time and peak memory of checking and planning a manifest of GLDv2's size and shape, in all its forms."""
+    labels = max(1, round(photos / 19.44))
+    generator = np.random.default_rng(0)
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
-        for strategy in STRATEGY_NAMES:
-            job = Job(photos, f"{temporary}/{strategy}", strategy=strategy, keep=NUM_SAMPLES_SAVE_PER_LANDMARK)
-            found = reduce_images(job, ClusterSpec(workers=0)).summary["quality"]["selection"]
-            rows.append(
-                [
-                    strategy,
-                    found["labels"],
-                    found["near_copy_pairs"],
-                    found["mean_smallest_pair_distance"],
-                    found["mean_pair_distance"],
-                ]
-            )
-    header = ["strategy", "labels", "near-copy pairs kept (<= 6 bits)", "smallest pair distance", "mean pair distance"]
-    table(header, rows)
+        folder = Path(temporary)
+        (folder / "train").mkdir()
+        label = np.repeat(generator.permutation(5 * labels)[:labels], label_sizes(labels, photos))
+        ids = [f"{number:016x}" for number in generator.integers(0, 2**63, photos)]
+        listed: dict[int, list[str]] = defaultdict(list)
+        for photo, its in zip(ids, label.tolist(), strict=True):
+            listed[its].append(photo)
+        url = "https://upload.wikimedia.org/wikipedia/commons"
+        order = generator.permutation(photos).tolist()
+        contents = {
+            "train.csv": ("id,landmark_id\n", (f"{ids[i]},{label[i]}\n" for i in order)),
+            "train-with-urls.csv": ("id,url,landmark_id\n", (f"{ids[i]},{url}/{i}.jpg,{label[i]}\n" for i in order)),
+            "train_clean.csv": ("landmark_id,images\n", (f"{k},{' '.join(v)}\n" for k, v in listed.items())),
+        }
+        for name, (header, lines) in contents.items():
+            with open(folder / name, "w") as file:
+                file.write(header)
+                file.writelines(lines)
+        with open(folder / "train.csv", "rb") as file, gzip.open(folder / "train.csv.gz", "wb", 6) as zipped:
+            shutil.copyfileobj(file, zipped)
+        pa.parquet.write_table(pa.csv.read_csv(folder / "train.csv"), folder / "train.parquet")
+        for name in [*contents, "train.csv.gz", "train.parquet"]:
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                rows.append([name, *pool.apply(plan_one, (str(folder), name))])
+    print(f"{photos} photos of {labels} labels, one process, {machine()}\n")
+    table(["manifest", "photos to read", "partitions", "seconds", "peak memory, MiB"], rows)
+
+
+def plan_one(folder: str, name: str) -> tuple[int, int, float, float]:
+    start = time.perf_counter()
+    planned = make_plan(Job(f"{folder}/train", f"{folder}/run", manifest=f"{folder}/{name}"))
+    tasks = planned.tasks(PROCESSES, "token")
+    return planned.read.num_rows, len(tasks), time.perf_counter() - start, peak_memory() / 2**20
 
 
 def machine() -> str:
@@ -266,12 +437,14 @@ def machine() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("speed", help=speed.__doc__).add_argument("--photos", type=int, default=30_000)
-    commands.add_parser("memory", help=memory.__doc__).add_argument("--photos", type=int, default=20_000)
-    commands.add_parser("fidelity", help=fidelity.__doc__).add_argument("photos")
-    commands.add_parser("quality", help=quality.__doc__).add_argument("photos")
+    for command, default in ((speed, 30_000), (memory, 20_000), (plan, 1_580_470)):
+        commands.add_parser(command.__name__, help=command.__doc__).add_argument("--photos", type=int, default=default)
+    for command in (fidelity, quality, flat):
+        commands.add_parser(command.__name__, help=command.__doc__).add_argument("photos")
+    sizes = commands.add_parser("ranking", help=ranking.__doc__).add_argument
+    sizes("photos", metavar="candidates", type=int, nargs="*", default=[1_000, 6_272, 20_000])
     options = parser.parse_args()
-    {"speed": speed, "memory": memory, "fidelity": fidelity, "quality": quality}[options.command](options.photos)
+    {f.__name__: f for f in (speed, memory, plan, fidelity, quality, flat, ranking)}[options.command](options.photos)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,49 @@
+"""The benchmarks run, and print a row for all that they claim to measure. No figure is checked."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+from reducer.config import HASH_NAMES, STRATEGY_NAMES
+
+
+@pytest.fixture(scope="module")
+def by_label(collection: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Photos in a folder a label, one of them with more than 25."""
+    folder = tmp_path_factory.mktemp("by-label")
+    for i, path in enumerate(sorted((collection / "train").rglob("*.jpg"))[:32]):
+        label = folder / ("small" if i < 3 else "large")
+        label.mkdir(exist_ok=True)
+        (label / path.name).symlink_to(path)
+    return folder
+
+
+@pytest.mark.parametrize("command", ["quality", "fidelity", "flat", "ranking", "plan"])
+def test_a_benchmark_prints_its_tables(command: str, by_label: Path) -> None:
+    arguments = {"ranking": ["60", "130"], "plan": ["--photos", "3000"]}.get(command, [str(by_label)])
+    program = [sys.executable, str(ROOT / "scripts" / "bench.py"), command, *arguments]
+    out = subprocess.check_output(program, text=True)
+    first_cells = [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("|")]
+    expected = {
+        "quality": ["the notebook as it stands", *STRATEGY_NAMES],
+        "fidelity": HASH_NAMES,
+        "flat": ["1", "24"],
+        "ranking": ["60", "130"],
+        "plan": ["train.csv", "train-with-urls.csv", "train_clean.csv", "train.csv.gz", "train.parquet"],
+    }[command]
+    assert set(expected) <= set(first_cells)
+
+
+def test_a_folder_with_nothing_to_measure_is_told(tmp_path: Path) -> None:
+    Image.new("L", (20, 20)).save(tmp_path / "one.png")
+    for command, message in [("quality", "no label of"), ("fidelity", "no JPEG among")]:
+        program = [sys.executable, str(ROOT / "scripts" / "bench.py"), command, str(tmp_path)]
+        done = subprocess.run(program, capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[-1].startswith(message)
