@@ -18,7 +18,9 @@ from reducer.config import (
     FORMATS,
     GLDV2_TEMPLATE,
     HASH_NAMES,
+    READER_NAMES,
     SAMPLE_PHOTOS,
+    STORAGE_OPTIONS,
     STRATEGY_NAMES,
     ClusterSpec,
     Job,
@@ -74,9 +76,10 @@ def _stopped(kwargs: dict[str, Any]) -> str:
     """What a person who stopped a command should know."""
     if "output" not in kwargs:
         return "Stopped."
+    from reducer.places import Place, parse_options
     from reducer.store import RunFolder
 
-    folder = RunFolder(kwargs["output"])
+    folder = RunFolder(Place(kwargs["output"], parse_options("", kwargs.get("output_storage_options", ()))))
     if not folder.is_run():
         return "Stopped before the first photo was hashed; nothing was written."
     found = folder.read_summary()
@@ -101,8 +104,8 @@ def main() -> None:
 @main.command(
     epilog="Example: reducer run photos/train --manifest photos/train.csv --keep 25 --output run",
 )
-@click.argument("images", type=click.Path())
-@click.option("--output", required=True, metavar="RUN", help="Run folder to write.")
+@click.argument("images")
+@click.option("--output", required=True, metavar="RUN", help="Run folder to write, a local path or a URL.")
 @click.option(
     "--manifest",
     metavar="FILE",
@@ -195,6 +198,38 @@ def main() -> None:
     show_default=True,
     help="Reduced lists to write.",
 )
+@click.option(
+    "--storage-option",
+    "storage_options",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="How the URL of IMAGES is opened, such as endpoint_url=http://127.0.0.1:9000; may be given often. Without key "
+    "and secret, the usual AWS credentials are looked for; anon=true for a public bucket.",
+)
+@click.option(
+    "--manifest-storage-option",
+    "manifest_storage_options",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="The same for --manifest.",
+)
+@click.option(
+    "--output-storage-option",
+    "output_storage_options",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="The same for --output.",
+)
+@click.option(
+    "--reader",
+    type=click.Choice(READER_NAMES),
+    default="s3fs",
+    show_default=True,
+    help="What reads photos of s3:// URLs; obstore is faster and an extra: pip install 'reducer[obstore]'.",
+)
+@click.option(
+    "--read-ahead", default=32, show_default=True, help="Photos of a URL under way at a time, for each worker thread."
+)
 @click.option("--overwrite", is_flag=True, help="Replace an earlier run in RUN.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and about how long it takes; write nothing.")
 @click.option("--no-sample", is_flag=True, help="With --dry-run: read no photo, so no time is estimated.")
@@ -238,6 +273,10 @@ def run(
         raise click.UsageError("--cluster says where to run: leave --workers and --threads out")
     if no_sample and not dry_run:
         raise click.UsageError("--no-sample goes with --dry-run")
+    from reducer.places import parse_options
+
+    for name in STORAGE_OPTIONS:
+        options[name] = parse_options("--" + name.removesuffix("s").replace("_", "-"), options[name])
     job = Job(
         **options,
         format=format_,
@@ -328,7 +367,7 @@ def _print_result(job: Job, quiet: bool) -> None:
     from reducer.store import RunFolder
 
     output, formats = job.output, job.format
-    summary = RunFolder(output).read_summary()
+    summary = RunFolder(job.output_place).read_summary()
     if quiet or summary["status"] != "done":
         return
     quality, timings = summary["quality"], summary["timings"]

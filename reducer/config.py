@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from reducer.errors import InputError
+from reducer.places import Place, Source, check_obstore, is_url
 
 STRATEGY_NAMES = ("farthest-first", "facility-location", "pairs", "random")
 HASH_NAMES = ("dhash", "dhash-vertical", "phash", "ahash", "whash")
@@ -18,6 +19,8 @@ HASH_NAMES = ("dhash", "dhash-vertical", "phash", "ahash", "whash")
 SMALLEST_HASH, LARGEST_HASH = 2, 32
 DECODE_NAMES = ("fast", "exact")
 FORMATS = ("csv", "parquet", "both")
+STORAGE_OPTIONS = ("storage_options", "manifest_storage_options", "output_storage_options")
+READER_NAMES = ("s3fs", "obstore")
 #: Photos that a dry run reads to estimate the time.
 SAMPLE_PHOTOS = 64
 GLDV2_TEMPLATE = "{id[0]}/{id[1]}/{id[2]}/{id}.jpg"
@@ -75,10 +78,11 @@ class Job:
     Attributes
     ----------
     images : str
-        Folder of the photos.
+        Folder of the photos: a local path, or a URL that fsspec opens, such as ``s3://bucket/prefix``.
     output : str
-        The run folder to write.
+        The run folder to write, a local path or a URL.
     manifest : str, optional
+        A local path or a URL.
         CSV or Parquet file with one row a photo. Without one every photo file below ``images`` is taken, its
         folder is its label and its relative path its id.
     id_column, label_column : str
@@ -130,6 +134,13 @@ class Job:
         Which reduced lists are written.
     overwrite : bool
         Replace an earlier run in ``output``.
+    storage_options, manifest_storage_options, output_storage_options : mapping
+        What fsspec is to open the URLs of ``images``, ``manifest`` and ``output`` with: ``endpoint_url``, ``key``,
+        ``secret``, ``anon``, ``profile``, ``region`` and whatever else it takes. They are not shown and not stored.
+    reader : {"s3fs", "obstore"}
+        What reads photos of ``s3://``.
+    read_ahead : int
+        Photos of a URL that are under way at a time, for each worker thread.
 
     Raises
     ------
@@ -164,6 +175,11 @@ class Job:
     max_failures: float = 0.1
     format: str = "both"
     overwrite: bool = False
+    storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    manifest_storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    output_storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    reader: str = "s3fs"
+    read_ahead: int = 32
 
     def __post_init__(self) -> None:
         for name in ("images", "output", "manifest", "always_keep", "avoid"):
@@ -173,8 +189,8 @@ class Job:
             where = "IMAGES" if name == "images" else flag(name)
             if not str(value):
                 raise InputError(f"{where} is empty: give a path")
-            if "://" in str(value):
-                raise InputError(f"{where} {value} is a URL; this version reads and writes local paths only")
+            if is_url(str(value)) and name in ("always_keep", "avoid"):
+                raise InputError(f"{where} {value} is a URL; it is read from local paths only")
             object.__setattr__(self, name, str(value))
         for name in ("path_column", "path_template", "id_column", "label_column"):
             if getattr(self, name) == "":
@@ -187,7 +203,17 @@ class Job:
         choose("hash", self.hash, HASH_NAMES)
         choose("decode", self.decode, DECODE_NAMES)
         choose("format", self.format, FORMATS)
-        for name in ("keep", "candidates", "limit_labels", "partition_images", "max_pixels"):
+        choose("reader", self.reader, READER_NAMES)
+        for what, option, place in (
+            ("IMAGES", "--storage-option", self.images_place),
+            ("--manifest", "--manifest-storage-option", self.manifest_place),
+            ("--output", "--output-storage-option", self.output_place),
+        ):
+            if place.options and not place.remote:
+                raise InputError(f"{option} says how a URL is opened, and {what} is none: leave it out")
+        if self.reader == "obstore" and self.images_place.on_s3:
+            check_obstore(self.storage_options)
+        for name in ("keep", "candidates", "limit_labels", "partition_images", "max_pixels", "read_ahead"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise InputError(f"{flag(name)} is {value!r}: expected a whole number of 1 or more")
@@ -224,6 +250,26 @@ class Job:
     def template(self) -> str:
         """The path template in force."""
         return self.path_template or GLDV2_TEMPLATE
+
+    @property
+    def images_place(self) -> Place:
+        """Where the photos are."""
+        return Place(self.images, self.storage_options)
+
+    @property
+    def manifest_place(self) -> Place:
+        """Where the manifest is; an empty path without one."""
+        return Place(self.manifest or "", self.manifest_storage_options)
+
+    @property
+    def output_place(self) -> Place:
+        """Where the run folder is."""
+        return Place(self.output, self.output_storage_options)
+
+    @property
+    def source(self) -> Source:
+        """How workers read the photos."""
+        return Source(self.storage_options, self.reader, self.read_ahead)
 
     @property
     def photo_settings(self) -> PhotoSettings:

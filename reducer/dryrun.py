@@ -80,7 +80,7 @@ def forecast(job: Job, cluster: ClusterSpec | None = None, *, sample: int = SAMP
     InputError
         As for `reducer.reduce_images`.
     """
-    RunFolder(job.output).check_free(overwrite=job.overwrite)
+    RunFolder(job.output_place).check_free(overwrite=job.overwrite)
     plan = make_plan(job)
     read_avoided(job)  # what is wrong with it is found here too
     threads = planned_threads(cluster or ClusterSpec())
@@ -89,7 +89,7 @@ def forecast(job: Job, cluster: ClusterSpec | None = None, *, sample: int = SAMP
     drawn = plan.read.take(pa.array(draw_order(TIME_SAMPLE, job.seed, "", ids)[:sample], pa.int64()))
     paths = drawn["path"].to_pylist()
     clock = time.perf_counter()
-    looks = list(look_at_all(paths, job.photo_settings))
+    looks = list(look_at_all(paths, job.photo_settings, job.source))
     seconds = time.perf_counter() - clock
     failures = [f"{path}: {look.error}" for path, look in zip(paths, looks, strict=True) if look.error]
     sizes = [look.bytes for look in looks if look.bytes is not None]

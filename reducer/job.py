@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 import reducer
 from reducer.cluster import connect, dashboard, refuse_import_of_main, worker_threads
-from reducer.config import ClusterSpec, Job
+from reducer.config import STORAGE_OPTIONS, ClusterSpec, Job
 from reducer.errors import ClusterError, ReducerError, TooManyFailuresError
 from reducer.lists import read_avoided
 from reducer.pipeline import run_partition
@@ -50,26 +50,27 @@ class Result:
 
     Attributes
     ----------
-    output : Path
-        The run folder.
+    output : Path or str
+        The run folder; text where it is a URL.
     summary : dict
         ``summary.json``.
     """
 
-    output: Path
+    output: Path | str
     summary: dict[str, Any] = field(repr=False)
+    _folder: RunFolder = field(repr=False)
 
     @property
     def reduced(self) -> pd.DataFrame:
         """The reduced list: the rows and columns of ``reduced.parquet``."""
         job = self.summary["job"]
-        frame: pd.DataFrame = RunFolder(str(self.output)).reduced(job["id_column"], job["label_column"]).to_pandas()
+        frame: pd.DataFrame = self._folder.reduced(job["id_column"], job["label_column"]).to_pandas()
         return frame
 
     @property
     def images(self) -> pd.DataFrame:
         """The ledger: one row a photo of the manifest, in its order."""
-        frame: pd.DataFrame = RunFolder(str(self.output)).ledger().to_pandas()
+        frame: pd.DataFrame = self._folder.ledger().to_pandas()
         return frame
 
 
@@ -135,7 +136,7 @@ def reduce_images(job: Job, cluster: ClusterSpec | None = None, *, progress: boo
     spec = cluster or ClusterSpec()
     started = time.time()
     clock = time.perf_counter()
-    folder = RunFolder(job.output)
+    folder = RunFolder(job.output_place)
     folder.check_free(overwrite=job.overwrite)
     plan = make_plan(job)
     avoid = read_avoided(job)
@@ -174,7 +175,8 @@ def reduce_images(job: Job, cluster: ClusterSpec | None = None, *, progress: boo
             f"Everything is written to {job.output}; the column error of images/ says why. The first: "
             f"{totals.first_failure}"
         )
-    return Result(Path(job.output), folder.read_summary())
+    output = job.output if job.output_place.remote else Path(job.output)
+    return Result(output, folder.read_summary(), folder)
 
 
 @contextmanager
@@ -281,7 +283,8 @@ def _opening(plan: Plan, spec: ClusterSpec, started: float) -> dict[str, Any]:
     sizes, manifest = plan.label_sizes, plan.manifest
     return {
         "status": "running",
-        "job": asdict(plan.job),
+        "job": asdict(plan.job)
+        | {name: sorted(getattr(plan.job, name)) for name in STORAGE_OPTIONS},  # names only: values may be secrets
         "cluster": {
             "workers": spec.workers,
             "threads": spec.threads,

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from reducer.config import Job, flag
 from reducer.errors import InputError
 from reducer.hashing import from_hex
+from reducer.places import Place
 from reducer.ranking import Hashes
 from reducer.store import RunFolder
 from reducer.tables import EXAMPLES, column_names, is_parquet, read_columns, read_lines
@@ -107,7 +108,7 @@ def read_avoided(job: Job) -> Hashes | None:
 def _hashes_of_run(where: str, path: Path, job: Job) -> pa.Array:
     """All hashes of another run's ledger."""
     folder = next((run for run in map(RunFolder, map(str, (path, path.parent))) if run.is_run()), None)
-    if folder is None or path not in (folder.path, folder.images):
+    if folder is None or str(path) not in (folder.path, folder.images):
         raise InputError(f"{where} is no run folder (it has no summary.json of ours): give one, or a list of hashes")
     _check_settings(where, folder, job)
     hashes = folder.ledger(["hash"])["hash"]
@@ -140,10 +141,11 @@ def _check_settings(where: str, run: RunFolder, job: Job) -> None:
 
 def _column_or_lines(where: str, path: str, name: str) -> tuple[pa.Array, bool]:
     """A named column of a CSV or Parquet file, or else a text file's lines; and whether it is lines."""
-    names = column_names(where, path)
-    if name in names or is_parquet(path):
-        return read_columns(where, path, [name], "Give that column, or a text file")[name].combine_chunks(), False
-    return pa.array(read_lines(where, path), pa.string()), True
+    place = Place(path)
+    names = column_names(where, place)
+    if name in names or is_parquet(where, place):
+        return read_columns(where, place, [name], "Give that column, or a text file")[name].combine_chunks(), False
+    return pa.array(read_lines(where, place), pa.string()), True
 
 
 def _no_column(name: str) -> str:

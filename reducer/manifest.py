@@ -15,6 +15,7 @@ from PIL import Image
 
 from reducer.config import Job, template_fields
 from reducer.errors import InputError
+from reducer.places import Place, explained, is_url
 from reducer.tables import EXAMPLES, column_names, read_columns, refuse_empty
 from reducer.types import MANIFEST_SCHEMA
 
@@ -55,6 +56,9 @@ def read_manifest(job: Job) -> Manifest:
     InputError
         If there is nothing to read, a column is missing, an id or label is null, or a path cannot be made.
     """
+    if job.images_place.remote:
+        _check_remote(job.images_place)
+        return check(*_list_remote(job.images_place)) if job.manifest is None else check(_read_table(job), {})
     try:
         is_folder = stat.S_ISDIR(os.stat(job.images).st_mode)
     except FileNotFoundError:
@@ -67,7 +71,7 @@ def read_manifest(job: Job) -> Manifest:
         raise InputError(f"IMAGES {os.fsencode(job.images)!r} is not UTF-8 text: rename the folder")
     if job.manifest is None:
         return check(*_list_folder(job.images))
-    return check(_read_table(job, job.manifest), {})
+    return check(_read_table(job), {})
 
 
 def check(table: pa.Table, skipped_files: dict[str, int]) -> Manifest:
@@ -123,8 +127,8 @@ def _values_of_ranks(column: pa.ChunkedArray, ranks: NDArray[np.int64]) -> list[
     return found
 
 
-def _read_table(job: Job, manifest: str) -> pa.Table:
-    where = f"--manifest {manifest}"
+def _read_table(job: Job) -> pa.Table:
+    where, manifest = f"--manifest {job.manifest}", job.manifest_place
     hint = "Say which to use with --id-column, --label-column and --path-column"
     names = column_names(where, manifest)
     lists = job.id_column not in names and ID_LISTS in names
@@ -140,9 +144,11 @@ def _read_table(job: Job, manifest: str) -> pa.Table:
     if lists:
         table = _one_row_a_photo(where, table, job)
     ids, labels = table[job.id_column], table[job.label_column]
-    root = os.path.abspath(job.images)
+    root = job.images.rstrip("/") if job.images_place.remote else os.path.abspath(job.images)
     if job.path_column:
-        paths = pa.array([os.path.join(root, p) for p in table[job.path_column].to_pylist()], pa.string())
+        # A URL in the column stands for itself, as an absolute path does.
+        found = table[job.path_column].to_pylist()
+        paths = pa.array([path if is_url(path) else os.path.join(root, path) for path in found], pa.string())
     else:
         paths = _paths_by_template(where, job, root, ids, labels)
     rows = pa.array(np.arange(table.num_rows, dtype=np.int64))
@@ -181,12 +187,36 @@ def _paths_by_template(
     return pc.binary_join_element_wise(*parts, "")
 
 
+def _check_remote(place: Place) -> None:
+    """Ask once whether there is such a place and it may be listed."""
+    with explained(place, f"IMAGES {place.path} cannot be listed"):
+        if not place.holds_something():
+            raise InputError(f"IMAGES {place.path} holds nothing: give the folder that holds the photos")
+
+
+def _list_remote(place: Place) -> tuple[pa.Table, dict[str, int]]:
+    """Every photo file below a URL, by the extensions that Pillow knows."""
+    with explained(place, f"IMAGES {place.path} cannot be listed"):
+        system, root = place.open()
+        found = system.find(root, detail=True)
+    start = len(root.rstrip("/")) + 1
+    photos: dict[str, int | None] = {}
+    skipped: Counter[str] = Counter()
+    for path, details in found.items():
+        name = path[start:]
+        if any(part.startswith(".") for part in name.split("/")):
+            skipped["hidden file"] += 1
+        elif not _is_photo(name):
+            skipped["file without a photo's extension"] += 1
+        else:
+            photos[name] = details.get("size")
+    return _photos_below(place.path, place.path.rstrip("/"), photos, skipped)
+
+
 def _list_folder(images: str) -> tuple[pa.Table, dict[str, int]]:
     """Every photo file below a folder, by the extensions that Pillow knows."""
-    extensions = set(Image.registered_extensions())
     root = os.path.abspath(images)
-    ids: list[str] = []
-    sizes: list[int | None] = []
+    photos: dict[str, int | None] = {}
     skipped: Counter[str] = Counter()
 
     def walk(folder: str, prefix: str, above: frozenset[tuple[int, int]]) -> None:
@@ -208,32 +238,42 @@ def _list_folder(images: str) -> tuple[pa.Table, dict[str, int]]:
                     walk(entry.path, f"{prefix}{entry.name}/", above | {(found.st_dev, found.st_ino)})
             elif entry.name.startswith("."):
                 skipped["hidden file"] += 1
-            elif os.path.splitext(entry.name)[1].lower() not in extensions:
+            elif not _is_photo(entry.name):
                 skipped["file without a photo's extension"] += 1
             else:
-                ids.append(prefix + entry.name)
-                sizes.append(None if found is None else found.st_size)
+                photos[prefix + entry.name] = None if found is None else found.st_size
 
     top = os.stat(root)
     walk(root, "", frozenset([(top.st_dev, top.st_ino)]))
-    odd = [name for name in ids if not _is_text(name)]
+    return _photos_below(images, root, photos, skipped)
+
+
+def _is_photo(name: str) -> bool:
+    """Whether a file is called as Pillow's formats are."""
+    return os.path.splitext(name)[1].lower() in Image.registered_extensions()
+
+
+def _photos_below(
+    images: str, root: str, photos: dict[str, int | None], skipped: Counter[str]
+) -> tuple[pa.Table, dict[str, int]]:
+    """Manifest rows of photo files, given by relative path with their sizes."""
+    odd = [name for name in photos if not _is_text(name)]
     if odd:
         raise InputError(
             f"IMAGES: {len(odd)} file names are not UTF-8 text, the first is {os.fsencode(odd[0])!r}: rename them, "
             "or give a --manifest that leaves them out"
         )
-    if not ids:
+    if not photos:
         found = ", ".join(f"{count} x {why}" for why, count in skipped.items() if count) or "nothing"
         raise InputError(f"IMAGES {images} holds no photo; found {found}")
-    order = sorted(range(len(ids)), key=ids.__getitem__)
-    ids = [ids[i] for i in order]
+    ids = sorted(photos)
     columns = [
         np.arange(len(ids), dtype=np.int64),
         ids,
         # A photo that lies in IMAGES itself is labelled ".", as a relative path to its folder would be.
         [name.rpartition("/")[0] or "." for name in ids],
         [f"{root}/{name}" for name in ids],
-        [sizes[i] for i in order],
+        [photos[name] for name in ids],
     ]
     arrays = [pa.array(column, f.type) for column, f in zip(columns, MANIFEST_SCHEMA, strict=True)]
     return pa.table(arrays, schema=MANIFEST_SCHEMA), {why: n for why, n in skipped.items() if n}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from numpy.typing import NDArray
 from reducer.config import PhotoSettings
 from reducer.draw import RANDOM_ORDER, draw_order
 from reducer.hashing import PhotoError, PhotoHash, hash_photo, pillow_settings, to_hex
+from reducer.places import Source
 from reducer.quality import certificate, spread
 from reducer.ranking import Hashes, near_any, nearest_kept, rank
-from reducer.sources import read_photo
+from reducer.sources import PhotoFile, read_all
 from reducer.types import (
     AVOIDED,
     BEYOND_KEEP,
@@ -46,26 +48,28 @@ class Look:
     hash: PhotoHash | None = None
     bytes: int | None = None
     mtime_ns: int | None = None
+    etag: str | None = None
     error: str | None = None
 
 
-def look_at(path: str, settings: PhotoSettings) -> Look:
-    """Read and hash one photo; whatever is wrong with it is in the result. Call inside `pillow_settings`."""
-    size = mtime = None
+def look_at_all(paths: Sequence[str], settings: PhotoSettings, source: Source | None = None) -> Iterator[Look]:
+    """Read and hash photos in turn; whatever is wrong with one is in its result."""
+    with (
+        pillow_settings(settings.max_pixels),
+        closing(read_all(paths, source or Source(), max_pixels=settings.max_pixels)) as files,
+    ):
+        for file in files:
+            yield _look_at(file, settings)
+
+
+def _look_at(file: PhotoFile | PhotoError, settings: PhotoSettings) -> Look:
+    if isinstance(file, PhotoError):
+        return Look(error=str(file))
+    seen = Look(bytes=len(file.content), mtime_ns=file.mtime_ns, etag=file.etag)
     try:
-        file = read_photo(path, max_pixels=settings.max_pixels)
-        size, mtime = len(file.content), file.mtime_ns
-        hashed = hash_photo(file.content, settings)
+        return replace(seen, hash=hash_photo(file.content, settings))
     except PhotoError as error:
-        return Look(bytes=size, mtime_ns=mtime, error=str(error))
-    return Look(hashed, size, mtime)
-
-
-def look_at_all(paths: Sequence[str], settings: PhotoSettings) -> Iterator[Look]:
-    """`look_at` each in turn; one photo's bytes are in memory at a time."""
-    with pillow_settings(settings.max_pixels):
-        for path in paths:
-            yield look_at(path, settings)
+        return replace(seen, error=str(error))
 
 
 def rank_label(
@@ -181,7 +185,7 @@ def run_partition(task: PartitionTask, avoid: Hashes | None = None) -> Partition
     labels: list[str] = table["label"].to_pylist()
     paths: list[str] = table["path"].to_pylist()
     always_keep = table["always_keep"].to_numpy()
-    looks = list(look_at_all(paths, task.settings))
+    looks = list(look_at_all(paths, task.settings, task.source))
 
     near_avoided = np.zeros(len(looks), dtype=bool)
     if avoid is not None:
@@ -219,6 +223,7 @@ def _ledger(table: pa.Table, looks: Sequence[Look], ranked: pa.Table) -> pa.Tabl
     seen = {
         "bytes": [look.bytes for look in looks],
         "mtime": [look.mtime_ns for look in looks],
+        "etag": [look.etag for look in looks],
         "width": [look.hash and look.hash.width for look in looks],
         "height": [look.hash and look.hash.height for look in looks],
         "format": [look.hash and look.hash.format for look in looks],
@@ -231,7 +236,7 @@ def _ledger(table: pa.Table, looks: Sequence[Look], ranked: pa.Table) -> pa.Tabl
             columns.append(table[field.name])
         elif field.name in ranked.column_names:
             columns.append(ranked[field.name])
-        else:  # a local file has no etag, shard or offset
+        else:  # single files have no shard and offset
             columns.append(pa.nulls(table.num_rows, field.type))
     return pa.Table.from_arrays(columns, schema=LEDGER_SCHEMA)
 

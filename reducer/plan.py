@@ -80,6 +80,7 @@ class Plan:
                 photos=int(size),
                 rows=to_ipc(self.read.take(pa.array(order[stop - size : stop]))),
                 settings=self.job.photo_settings,
+                source=self.job.source,
                 run_token=run_token,
             )
             for index, (size, stop) in enumerate(zip(sizes, stops, strict=True))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +12,14 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 
 from reducer.errors import InputError, ReducerError
+from reducer.places import Place, explained, persistently
 from reducer.types import LEDGER_SCHEMA, REDUCED_COLUMNS, reduced_schema
 
 FORMAT = "reducer-run"
 FORMAT_VERSION = 1
 #: Rows of a Parquet row group; fixed, so that the bytes of a file depend on its rows only.
 ROW_GROUP = 100_000
+SUMMARY, CSV, PARQUET, IMAGES = "summary.json", "reduced.csv", "reduced.parquet", "images"
 
 
 class RunFolder:
@@ -27,16 +27,15 @@ class RunFolder:
 
     Parameters
     ----------
-    path : str
+    place : Place or str
         Where it is, or will be.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path = Path(path)
-        self.images = self.path / "images"
-        self.summary_path = self.path / "summary.json"
-        self.csv_path = self.path / "reduced.csv"
-        self.parquet_path = self.path / "reduced.parquet"
+    def __init__(self, place: Place | str) -> None:
+        self.place = Place(place) if isinstance(place, str) else place
+        #: Paths or URLs, to show.
+        self.path = self.place.path
+        self.images = self.place.below(IMAGES).path
 
     def check_free(self, *, overwrite: bool) -> None:
         """Refuse a folder that holds something, unless it is a run folder that may be replaced.
@@ -46,33 +45,32 @@ class RunFolder:
         InputError
             If it may not be written.
         """
-        try:
-            self._check_free(overwrite=overwrite)
-        except OSError as error:
-            raise InputError(f"--output {self.path} cannot be used: {error.strerror or error}") from None
+        with explained(self.place, f"--output {self.path} cannot be used"):
+            if not self.place.remote:
+                self._check_local()
+            if not self.place.holds_something() or not self._names():
+                return
+            if not self.is_run():
+                raise InputError(
+                    f"--output {self.path} is not empty and is no run folder (it has no summary.json of ours): nothing "
+                    "in it was touched; give another folder"
+                )
+            if not overwrite:
+                raise InputError(f"--output {self.path} holds a run already: give another folder, or --overwrite")
 
-    def _check_free(self, *, overwrite: bool) -> None:
-        if not self.path.exists():
-            parent = next(folder for folder in self.path.absolute().parents if folder.exists())
+    def _check_local(self) -> None:
+        path = Path(self.path)
+        if not path.exists():
+            parent = next(folder for folder in path.absolute().parents if folder.exists())
             if not parent.is_dir() or not os.access(parent, os.W_OK):
-                raise InputError(f"--output {self.path} cannot be made: {parent} is no folder that may be written")
-            return
-        if not self.path.is_dir():
-            raise InputError(f"--output {self.path} is a file: give a folder")
-        if not any(self.path.iterdir()):
-            return
-        if not self.is_run():
-            raise InputError(
-                f"--output {self.path} is not empty and is no run folder (it has no summary.json of ours): nothing "
-                "in it was touched; give another folder"
-            )
-        if not overwrite:
-            raise InputError(f"--output {self.path} holds a run already: give another folder, or --overwrite")
+                raise InputError(f"--output {path} cannot be made: {parent} is no folder that may be written")
+        elif not path.is_dir():
+            raise InputError(f"--output {path} is a file: give a folder")
 
     def is_run(self) -> bool:
         """Whether this is a folder that a run has written, finished or not."""
         try:
-            found = json.loads(self.summary_path.read_text(encoding="utf-8"))
+            found = self.read_summary()
         except (OSError, ValueError):
             return False
         return isinstance(found, dict) and found.get("format") == FORMAT
@@ -85,20 +83,24 @@ class RunFolder:
         InputError
             If it cannot be written.
         """
+        system, root = self.place.open()
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            folders = not self.place.on_s3
+            if folders:
+                system.makedirs(root, exist_ok=True)
             # The first summary marks the folder as ours before anything else is taken out or put in.
             self.write_summary(summary)
-            self.images.mkdir(exist_ok=True)
-            for old in (self.csv_path, self.parquet_path, *self.images.glob("part-*.parquet")):
-                old.unlink(missing_ok=True)
+            if folders:
+                system.makedirs(f"{root}/{IMAGES}", exist_ok=True)
+            old = [name for name in (CSV, PARQUET) if name in self._names()]
+            for name in [*old, *(f"{IMAGES}/{part}" for part in self._parts())]:
+                system.rm_file(f"{root}/{name}")
         except (OSError, ReducerError) as error:
             raise InputError(f"--output {self.path} cannot be used: {error}") from None
 
     def write_part(self, index: int, ledger: pa.Table) -> None:
         """Write the ledger rows of one partition."""
-        with _whole(self.images / f"part-{index:05d}.parquet") as path:
-            _write_parquet(ledger, path)
+        self._write(f"{IMAGES}/part-{index:05d}.parquet", _parquet(ledger))
 
     def ledger(self, columns: list[str] | None = None) -> pa.Table:
         """The ledger, in manifest order.
@@ -108,11 +110,13 @@ class RunFolder:
         columns : list of str, optional
             Only these columns.
         """
-        parts = sorted(str(part) for part in self.images.glob("part-*.parquet"))
-        if not parts:
-            return LEDGER_SCHEMA.empty_table().select(columns or LEDGER_SCHEMA.names)
-        dataset = pa.dataset.dataset(parts, schema=LEDGER_SCHEMA, format="parquet")
         wanted = columns or LEDGER_SCHEMA.names
+        system, root = self.place.open()
+        parts = [f"{root}/{IMAGES}/{part}" for part in self._parts()]
+        if not parts:
+            return LEDGER_SCHEMA.empty_table().select(wanted)
+        where = {"filesystem": system} if self.place.remote else {}
+        dataset = pa.dataset.dataset(parts, schema=LEDGER_SCHEMA, format="parquet", **where)
         table = dataset.to_table(columns=list(dict.fromkeys([*wanted, "row"])))
         return table.sort_by("row").select(wanted)
 
@@ -134,39 +138,64 @@ class RunFolder:
         """
         reduced = self.reduced(id_column, label_column)
         if formats in ("parquet", "both"):
-            with _whole(self.parquet_path) as path:
-                _write_parquet(reduced, path)
+            self._write(PARQUET, _parquet(reduced))
         if formats in ("csv", "both"):
             frame = reduced.select([id_column, label_column]).to_pandas()
-            with _whole(self.csv_path) as path:
-                frame.to_csv(path, index=False, lineterminator="\n")
+            self._write(CSV, frame.to_csv(index=False, lineterminator="\n").encode())
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write ``summary.json``."""
         content = {"format": FORMAT, "format_version": FORMAT_VERSION, **summary}
-        with _whole(self.summary_path) as path:
-            path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        self._write(SUMMARY, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
     def read_summary(self) -> dict[str, Any]:
         """Read ``summary.json``."""
-        found: dict[str, Any] = json.loads(self.summary_path.read_text(encoding="utf-8"))
+        system, root = self.place.open()
+        found: dict[str, Any] = json.loads(system.cat_file(f"{root}/{SUMMARY}").decode())
         return found
 
+    def _names(self, folder: str = "") -> list[str]:
+        """Names of what is in the folder now, or in one below it."""
+        system, root = self.place.open()
+        where = f"{root}/{folder}" if folder else root
+        system.invalidate_cache(where)
+        try:
+            return sorted(path.rstrip("/").rpartition("/")[2] for path in system.ls(where, detail=False))
+        except FileNotFoundError:
+            return []
 
-def _write_parquet(table: pa.Table, path: Path) -> None:
-    pq.write_table(table, path, row_group_size=ROW_GROUP, compression="zstd")
+    def _parts(self) -> list[str]:
+        return [name for name in self._names(IMAGES) if name.startswith("part-") and name.endswith(".parquet")]
+
+    def _write(self, name: str, content: bytes) -> None:
+        """Write a file so that it is whole or absent, whenever this is cut off."""
+        try:
+            if self.place.remote:
+                # One put, or an upload of parts that shows when it is completed.
+                system, root = self.place.open()
+                persistently(lambda: system.pipe_file(f"{root}/{name}", content))
+            else:
+                _replace(Path(self.path, name), content)
+        except Exception as error:
+            reason = self.place.safe(error) if self.place.remote else getattr(error, "strerror", None) or error
+            raise ReducerError(f"{self.place.below(name).path} cannot be written: {reason}") from None
 
 
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A temporary path that takes the place of ``path`` once it is written and synced."""
+def _parquet(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, row_group_size=ROW_GROUP, compression="zstd")
+    content: bytes = sink.getvalue().to_pybytes()
+    return content
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Put a file in the place of another once it is written and synced."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        yield temporary
-        with open(temporary, "rb+") as file:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError as error:
-        raise ReducerError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from reducer.config import nearest
 from reducer.errors import InputError
+from reducer.places import Place, explained
 
 #: How many rows or ids an error message or a report names.
 EXAMPLES = 5
@@ -27,14 +28,14 @@ CSV_BLOCKS = pa.csv.ReadOptions(block_size=2**26)
 CSV_FORM = pa.csv.ParseOptions(newlines_in_values=True)
 
 
-def column_names(where: str, path: str) -> list[str]:
+def column_names(where: str, place: Place) -> list[str]:
     """Names of a file's columns.
 
     Parameters
     ----------
     where : str
         What error messages call the file, such as ``--manifest train.csv``.
-    path : str
+    place : Place
         A CSV file with a header, gzipped or not, or a Parquet file, whatever its name.
 
     Raises
@@ -42,7 +43,7 @@ def column_names(where: str, path: str) -> list[str]:
     InputError
         If it cannot be read.
     """
-    with _opened(where, path) as (file, parquet):
+    with _opened(where, place) as (file, parquet):
         if parquet:
             names: list[str] = pq.read_schema(file).names
         else:
@@ -53,12 +54,12 @@ def column_names(where: str, path: str) -> list[str]:
     return names
 
 
-def read_columns(where: str, path: str, wanted: Sequence[str], hint: str) -> pa.Table:
+def read_columns(where: str, place: Place, wanted: Sequence[str], hint: str) -> pa.Table:
     """Read columns of a file as text.
 
     Parameters
     ----------
-    where, path
+    where, place
         As for `column_names`.
     wanted : sequence of str
         Which; each cell must hold text or a whole number.
@@ -71,14 +72,14 @@ def read_columns(where: str, path: str, wanted: Sequence[str], hint: str) -> pa.
         If the file cannot be read, lacks a column, or a cell is empty.
     """
     wanted = list(dict.fromkeys(wanted))
-    names = column_names(where, path)
+    names = column_names(where, place)
     for name in wanted:
         if names.count(name) > 1:
             raise InputError(f"{where} has {names.count(name)} columns called {name!r}")
         if name not in names:
             known = ", ".join(map(repr, names))
             raise InputError(f"{where} has no column {name!r}{nearest(name, names)}; it has {known}. {hint}")
-    with _opened(where, path) as (file, parquet):
+    with _opened(where, place) as (file, parquet):
         table = pq.read_table(file, columns=wanted) if parquet else _read_csv(file, wanted)
     columns = {name: _as_text(where, name, table[name]) for name in wanted}
     for name, column in columns.items():
@@ -86,13 +87,13 @@ def read_columns(where: str, path: str, wanted: Sequence[str], hint: str) -> pa.
     return pa.table(columns)
 
 
-def is_parquet(path: str) -> bool:
+def is_parquet(where: str, place: Place) -> bool:
     """Whether a file begins as Parquet files do."""
-    with open(path, "rb") as file:
-        return file.read(len(PARQUET_MAGIC)) == PARQUET_MAGIC
+    with _opened(where, place) as (_, parquet):
+        return parquet
 
 
-def read_lines(where: str, path: str) -> list[str]:
+def read_lines(where: str, place: Place) -> list[str]:
     """The lines of a text file, gzipped or not, without blank ones and the blanks around them.
 
     Raises
@@ -100,7 +101,7 @@ def read_lines(where: str, path: str) -> list[str]:
     InputError
         If it cannot be read.
     """
-    with _opened(where, path) as (file, _):
+    with _opened(where, place) as (file, _):
         try:
             lines = file.read().decode("utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
@@ -109,10 +110,10 @@ def read_lines(where: str, path: str) -> list[str]:
 
 
 @contextmanager
-def _opened(where: str, path: str) -> Iterator[tuple[IO[bytes] | gzip.GzipFile, bool]]:
+def _opened(where: str, place: Place) -> Iterator[tuple[IO[bytes] | gzip.GzipFile, bool]]:
     """The file, unzipped, and whether it is a Parquet file; whatever is wrong with it names it."""
     try:
-        with open(path, "rb") as raw:
+        with explained(place, where), place.open_file() as raw:
             start = raw.read(len(PARQUET_MAGIC))
             raw.seek(0)
             if not start:
@@ -124,8 +125,6 @@ def _opened(where: str, path: str) -> Iterator[tuple[IO[bytes] | gzip.GzipFile, 
                 yield raw, start == PARQUET_MAGIC
     except (EOFError, zlib.error) as error:
         raise InputError(f"{where} cannot be read: {error}") from None
-    except OSError as error:
-        raise InputError(f"{where}: {error.strerror or error}") from None
     except (pa.ArrowInvalid, csv.Error) as error:
         raise InputError(f"{where} cannot be read: {' '.join(str(error).split())[:300]}") from None
 

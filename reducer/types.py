@@ -8,6 +8,7 @@ from fractions import Fraction
 import pyarrow as pa
 
 from reducer.config import PhotoSettings
+from reducer.places import Source
 
 
 def _field(name: str, kind: pa.DataType, description: str, unit: str | None = None) -> pa.Field:
@@ -131,6 +132,8 @@ class PartitionTask:
         `TASK_SCHEMA` rows, sorted by (label, id), packed by `to_ipc`.
     settings : PhotoSettings
         The same for all partitions of a run.
+    source : Source
+        How photos are read; may hold secrets.
     run_token : str
         Names this run in the Dask keys, so that no result of an earlier run answers for this one.
     """
@@ -139,6 +142,7 @@ class PartitionTask:
     photos: int
     rows: bytes
     settings: PhotoSettings
+    source: Source
     run_token: str
 
     def __repr__(self) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from s3server import S3Server
 
 from reducer import ClusterSpec, Job, reduce_images
 from reducer.job import Result
@@ -50,6 +51,16 @@ def collection(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("collection")
     write_sample(str(folder), labels=12, images=240, progress=False)
     return folder
+
+
+@pytest.fixture(scope="session")
+def s3(collection: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """An S3 server whose bucket ``trial`` holds the collection: train/, train.csv."""
+    with S3Server(tmp_path_factory.mktemp("s3")) as server:
+        server.make_bucket("trial")
+        server.upload_folder(collection / "train", "trial", "train/")
+        server.client().put_object(Bucket="trial", Key="train.csv", Body=(collection / "train.csv").read_bytes())
+        yield server
 
 
 def job_on(collection: Path, output: Path, **options: object) -> Job:

@@ -106,6 +106,8 @@ def test_every_option_reaches_the_job(collection: Path, tmp_path: Path) -> None:
         "--avoid": (tmp_path / "hashes", "avoid", str(tmp_path / "hashes")),
         "--avoid-distance": (2, "avoid_distance", 2),
         "--seed": (5, "seed", 5),
+        "--reader": ("obstore", "reader", "obstore"),
+        "--read-ahead": (3, "read_ahead", 3),
         "--limit-labels": (3, "limit_labels", 3),
         "--partition-images": (50, "partition_images", 50),
         "--max-pixels": (1_000_000, "max_pixels", 1_000_000),

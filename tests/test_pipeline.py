@@ -14,6 +14,7 @@ from reducer import Job
 from reducer.config import STRATEGY_NAMES
 from reducer.draw import RANDOM_ORDER, draw_order
 from reducer.pipeline import run_partition
+from reducer.places import Source
 from reducer.quality import spread
 from reducer.types import LEDGER_SCHEMA, TASK_SCHEMA, PartitionTask, from_ipc, to_ipc
 
@@ -34,7 +35,7 @@ def result_of(rows: list[tuple[str, str, str]], always_keep: tuple[str, ...] = (
     )
     named = None if avoid is None else "given below"
     settings = Job("-", "-", avoid=named, **{"keep": 3, "max_pixels": 10**8, **options}).photo_settings
-    task = PartitionTask(0, len(rows), to_ipc(table), settings, "token")
+    task = PartitionTask(0, len(rows), to_ipc(table), settings, Source(), "token")
     result = run_partition(task, avoid)
     ledger = from_ipc(result.ledger)
     assert ledger.schema.equals(LEDGER_SCHEMA, check_metadata=True)

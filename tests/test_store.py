@@ -40,12 +40,12 @@ def test_a_run_is_replaced_only_when_asked_and_nothing_else_in_its_folder(tmp_pa
     folder.start({"status": "running"})
     folder.write_part(3, ledger(row(0)))
     folder.write_reduced("id", "label", "both")
-    (folder.path / "notes.txt").write_text("mine")
+    (tmp_path / "deep" / "run" / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="--overwrite"):
         folder.check_free(overwrite=False)
     folder.check_free(overwrite=True)
     folder.start({"status": "running"})
-    left = sorted(str(path.relative_to(folder.path)) for path in folder.path.rglob("*"))
+    left = sorted(str(path.relative_to(folder.path)) for path in Path(folder.path).rglob("*"))
     assert left == ["images", "notes.txt", "summary.json"]
 
 
@@ -55,8 +55,8 @@ def test_reduced_lists_are_in_manifest_order_and_text_stays_text(tmp_path: Path)
     folder.write_part(1, ledger(row(3, id="NA", label="007"), row(0, id='a,"b', label="1e5")))
     folder.write_part(0, ledger(row(2, kept=False), row(1, id="#", label="x\ny", rank=2, bytes=7)))
     folder.write_reduced("photo", "class", "both")
-    assert folder.csv_path.read_bytes() == b'photo,class\n"a,""b",1e5\n#,"x\ny"\nNA,007\n'
-    table = pq.read_table(folder.parquet_path)
+    assert (tmp_path / "reduced.csv").read_bytes() == b'photo,class\n"a,""b",1e5\n#,"x\ny"\nNA,007\n'
+    table = pq.read_table(tmp_path / "reduced.parquet")
     assert table.schema.equals(reduced_schema("photo", "class"), check_metadata=True)
     assert table.column_names == ["photo", "class", *REDUCED_COLUMNS]
     assert table["photo"].to_pylist() == ['a,"b', "#", "NA"]
@@ -81,7 +81,7 @@ def test_a_manifest_whose_id_is_called_path(tmp_path: Path) -> None:
     folder.start({})
     folder.write_part(0, ledger(row(0)))
     folder.write_reduced("path", "hash", "both")
-    assert pq.read_table(folder.parquet_path).to_pylist()[0]["photo_path"] == "/p0"
+    assert pq.read_table(tmp_path / "reduced.parquet").to_pylist()[0]["photo_path"] == "/p0"
 
 
 def test_every_ledger_column_is_described_and_distances_have_a_unit() -> None:
@@ -95,12 +95,12 @@ def test_every_ledger_column_is_described_and_distances_have_a_unit() -> None:
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path))
     folder.start({"status": "running"})
-    before = folder.summary_path.read_bytes()
+    before = (tmp_path / "summary.json").read_bytes()
     with pytest.raises(TypeError):
         folder.write_summary({"status": object()})
-    assert folder.summary_path.read_bytes() == before
+    assert (tmp_path / "summary.json").read_bytes() == before
     assert json.loads(before)["format"] == "reducer-run"
-    folder.images.rmdir()
+    (tmp_path / "images").rmdir()
     with pytest.raises(ReducerError, match=r"part-00000\.parquet cannot be written"):
         folder.write_part(0, ledger(row(0)))
     assert [path.name for path in tmp_path.rglob("*")] == ["summary.json"]
