@@ -7,6 +7,7 @@ Examples:
     python scripts/bench.py ranking                # time and memory of each strategy for one large label
     python scripts/bench.py fidelity PHOTOS        # bits by which --decode fast differs from exact; a folder a label
     python scripts/bench.py quality PHOTOS         # what each strategy keeps, against random; a folder a label
+    python scripts/bench.py s3                     # photos on S3 against a local folder; needs the extra "test"
     python scripts/bench.py flat PHOTOS            # hashes of photos without contrast; a folder a label
 """
 
@@ -17,6 +18,7 @@ import csv
 import functools
 import gzip
 import io
+import itertools
 import multiprocessing
 import os
 import platform
@@ -38,7 +40,7 @@ import pyarrow.parquet
 from PIL import Image
 
 from reducer import ClusterSpec, Job, reduce_images
-from reducer.config import DECODE_NAMES, HASH_NAMES, near_copy_bits
+from reducer.config import DECODE_NAMES, HASH_NAMES, READER_NAMES, near_copy_bits
 from reducer.hashing import FLAT_DEVIATION, JPEG_FORMATS, grey_deviation, hash_photo
 from reducer.job import Result
 from reducer.manifest import read_manifest
@@ -423,6 +425,60 @@ def plan_one(folder: str, name: str) -> tuple[int, int, float, float]:
     return planned.read.num_rows, len(tasks), time.perf_counter() - start, peak_memory() / 2**20
 
 
+def s3(photos: int) -> None:
+    """Photos on a real S3 server against the local folder, each reader, with and without 40 ms on every GET."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+    from faultproxy import FaultProxy
+    from s3server import S3Server
+
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        by_label: dict[str, list[Path]] = defaultdict(list)
+        write_sample(str(folder / "sample"), labels=20, images=min(photos, 600))
+        for i, path in enumerate(itertools.islice(itertools.cycle(sorted((folder / "sample").rglob("*.jpg"))), photos)):
+            label = folder / "train" / str(i % 30)
+            label.mkdir(parents=True, exist_ok=True)
+            copy = label / f"{i:06}.jpg"
+            if i < 600:
+                Image.open(path).save(copy, quality=70)
+            else:
+                os.link(by_label[str(i % 30)][i // 30 % 20], copy)
+            by_label[label.name].append(copy)
+        size = sum(path.stat().st_size for paths in by_label.values() for path in paths) / photos / 1e3
+        with S3Server(folder / "server") as server:
+            server.make_bucket("photos")
+            server.upload_folder(folder / "train", "photos", "train/")
+            with FaultProxy(server.endpoint) as proxy:
+
+                def rate(images: str, endpoint: str | None = None, **options: object) -> float:
+                    if endpoint:
+                        keys = {"key": server.key, "secret": server.secret, "endpoint_url": endpoint}
+                        options["storage_options"] = keys
+                    job = Job(images, str(folder / "run"), overwrite=True, **options)
+                    summary = reduce_images(job, ClusterSpec(workers=PROCESSES), progress=False).summary
+                    assert summary["photos_read"] == photos
+                    return float(summary["photos_per_second"])
+
+                local = rate(str(folder / "train"))
+                rows.append(["local folder", round(local), 1.0, ""])
+                for reader in READER_NAMES:
+                    direct = rate("s3://photos/train", server.endpoint, reader=reader)
+                    rows.append([f"S3, {reader}", round(direct), direct / local, ""])
+                    proxy.delay_get = 0.0
+                    through = rate("s3://photos/train", proxy.endpoint, reader=reader)
+                    proxy.delay_get = 0.04
+                    late = rate("s3://photos/train", proxy.endpoint, reader=reader)
+                    rows.append([f"S3 through a proxy, {reader}", round(through), through / local, ""])
+                    rows.append(
+                        [f"S3 through a proxy, 40 ms on every GET, {reader}", round(late), late / local, late / through]
+                    )
+    print(
+        f"{photos} photos of {size:.0f} KB on average, {PROCESSES} workers, server on the same machine, {machine()}\n"
+    )
+    table(["photos lie in", "photos/s", "of the local folder's", "of 0 ms"], rows)
+
+
 def machine() -> str:
     """The machine's processor and the versions that decide."""
     model = platform.machine()
@@ -436,15 +492,19 @@ def machine() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for command, default in ((speed, 30_000), (memory, 20_000), (plan, 1_580_470)):
-        commands.add_parser(command.__name__, help=command.__doc__).add_argument("--photos", type=int, default=default)
+    subparsers = parser.add_subparsers(dest="command", required=True)
+    for command, default in ((speed, 30_000), (memory, 20_000), (plan, 1_580_470), (s3, 3_000)):
+        subparsers.add_parser(command.__name__, help=command.__doc__).add_argument(
+            "--photos", type=int, default=default
+        )
     for command in (fidelity, quality, flat):
-        commands.add_parser(command.__name__, help=command.__doc__).add_argument("photos")
-    sizes = commands.add_parser("ranking", help=ranking.__doc__).add_argument
+        subparsers.add_parser(command.__name__, help=command.__doc__).add_argument("photos")
+    sizes = subparsers.add_parser("ranking", help=ranking.__doc__).add_argument
     sizes("photos", metavar="candidates", type=int, nargs="*", default=[1_000, 6_272, 20_000])
     options = parser.parse_args()
-    {f.__name__: f for f in (speed, memory, plan, fidelity, quality, flat, ranking)}[options.command](options.photos)
+    {f.__name__: f for f in (speed, memory, plan, fidelity, quality, flat, ranking, s3)}[options.command](
+        options.photos
+    )
 
 
 if __name__ == "__main__":
