@@ -257,8 +257,8 @@ def run(
 ) -> None:
     """Rank the photos of every label and keep the first K.
 
-    IMAGES is the folder of the photos. RUN gets reduced.csv (drops in for the manifest), reduced.parquet, the
-    ledger images/ and summary.json.
+    IMAGES is the folder of the photos, or a URL such as s3://bucket/photos. RUN gets reduced.csv (drops in for the
+    manifest), reduced.parquet, the ledger images/ and summary.json.
 
     Exit codes: 0 done; 2 something is wrong with the input; 3 too many photos failed; 130 Ctrl-C; 143 SIGTERM; 1
     anything else.

@@ -274,7 +274,8 @@ async def _fetch_s3fs(place: Place, room: Room) -> PhotoFile:
             await room(answer["ContentLength"])
             content = await body.read()
     except botocore.ClientError as error:
-        if error.response["ResponseMetadata"]["HTTPStatusCode"] >= 500:
+        status = error.response["ResponseMetadata"]["HTTPStatusCode"]
+        if status >= 500 or status in (408, 429) or error.response["Error"].get("Code") == "RequestTimeout":
             raise Transient(place.safe(error)) from None
         raise translate_boto_error(error) from None
     except (botocore.HTTPClientError, botocore.ConnectionError, aiohttp.ClientError, OSError) as error:
