@@ -301,7 +301,6 @@ def test_photos_stay_in_order_and_at_most_so_many_are_under_way(
     summary = s3_run(s3, tmp_path / "run", proxy.endpoint, reader=reader, read_ahead=4).summary
     assert len(under_way) == summary["photos_read"]
     assert max(under_way) == 4
-    assert summary["timings"]["hash_seconds"] < 0.04 * summary["photos_read"]
     assert reduced_files(tmp_path / "run") == reduced_files(remote)
     assert ledger(tmp_path / "run").equals(ledger(remote))
 
