@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import sys
 import time
 import uuid
@@ -11,7 +10,6 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +19,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
-import reducer
 from reducer.cluster import connect, dashboard, refuse_import_of_main, worker_threads
 from reducer.config import STORAGE_OPTIONS, ClusterSpec, Job
+from reducer.environment import versions
 from reducer.errors import ClusterError, ReducerError, TooManyFailuresError
 from reducer.lists import read_avoided
 from reducer.pipeline import run_partition
@@ -368,13 +366,3 @@ def _always_keep_failed(plan: Plan, ledger: pa.Table) -> list[str]:
 def _counts(column: pa.ChunkedArray) -> dict[str, int]:
     """How often each text stands in a column, sorted by text."""
     return dict(sorted((pair["values"], pair["counts"]) for pair in pc.value_counts(column).to_pylist()))
-
-
-def versions() -> dict[str, str]:
-    """Versions of all that may decide a result."""
-    packages = ("Pillow", "imagehash", "numpy", "scipy", "PyWavelets", "pyarrow", "pandas", "dask", "distributed")
-    return {
-        "reducer": reducer.__version__,
-        "python": platform.python_version(),
-        **{name.lower(): version(name) for name in packages},
-    }
