@@ -249,11 +249,13 @@ def _probes_error(groups: Sequence[list[str]], environments: Mapping[str, Enviro
     unlike = [name for name in names if one.probes.get(name) != other.probes.get(name)]
     probe = unlike[0]
     values = _excerpts(one.probes.get(probe, "not there"), other.probes.get(probe, "not there"))
-    keys = dict.fromkeys([*one.versions, *other.versions])
+    # What some on both sides have is not the cause.
     causes = [
         f"{_title(key)} ({one.versions.get(key, 'unknown')}, {other.versions.get(key, 'unknown')})"
-        for key in keys
-        if one.versions.get(key) != other.versions.get(key)
+        for key in dict.fromkeys([*one.versions, *other.versions])
+        if {environments[name].versions.get(key) for name in many}.isdisjoint(
+            environments[name].versions.get(key) for name in few
+        )
     ]
     why = f"they differ in {', '.join(causes)}" if causes else "perhaps their Pillow is built differently"
     others = sum(len(group) for group in groups[2:])

@@ -216,6 +216,14 @@ def test_another_hash_of_a_probe_is_an_error() -> None:
     assert "perhaps their Pillow is built differently" in told
 
 
+def test_a_version_that_both_sides_have_is_not_the_cause() -> None:
+    odd = {"grey.jpg": "0" * 16}
+    workers = {"A": here(python="3.99"), "B": here(), "C": here(), "D": here(odd, zlib="7"), "E": here(odd, zlib="8")}
+    errors, _ = differences(workers)
+    assert len(errors) == 1
+    assert f"; they differ in zlib ({here().versions.get('zlib', 'unknown')}, 7): " in errors[0]
+
+
 def test_hashes_are_compared_among_those_of_one_version_too() -> None:
     """Who has mended the versions is not to find the next fault only then."""
     found = differences({"A": here(), "B": here(pillow="99.0"), "C": here({"grey.jpg": "0" * 16}), "D": here()})
