@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from reducer.config import ClusterSpec, Job
+from reducer.clusterspec import TLS, ClusterSpec, WorkerRules
+from reducer.config import Job
 from reducer.errors import ClusterError, InputError, ReducerError, TooManyFailuresError
 
 if TYPE_CHECKING:
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "TLS",
     "ClusterError",
     "ClusterSpec",
     "InputError",
@@ -20,6 +22,7 @@ __all__ = [
     "ReducerError",
     "Result",
     "TooManyFailuresError",
+    "WorkerRules",
     "__version__",
     "reduce_images",
 ]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import functools
+import io
+import json
 import logging
 import os
 import signal
@@ -13,6 +16,7 @@ from typing import Any, NoReturn
 import click
 
 import reducer
+from reducer.clusterspec import ClusterFile, ClusterSpec
 from reducer.config import (
     DECODE_NAMES,
     FORMATS,
@@ -22,7 +26,6 @@ from reducer.config import (
     SAMPLE_PHOTOS,
     STORAGE_OPTIONS,
     STRATEGY_NAMES,
-    ClusterSpec,
     Job,
 )
 from reducer.errors import ReducerError, TooManyFailuresError
@@ -39,6 +42,31 @@ def candidates_number(ctx: click.Context, param: click.Parameter, value: str) ->
     if value.isdecimal() and int(value) >= 1:
         return int(value)
     raise click.BadParameter(f"{value!r} is neither a whole number of 1 or more nor 'all'")
+
+
+def read_cluster_file(ctx: click.Context, param: click.Parameter, value: str | None) -> ClusterSpec | None:
+    """Read ``--cluster``; what it says of the job becomes what flags are by default."""
+    if value is None:
+        return None
+    try:
+        file = ClusterFile.read(value)
+    except ReducerError as error:
+        _end(f"Error: {error}", error.exit_code)
+    flags = {name: _as_flag(name, default) for name, default in file.job.items()}
+    ctx.default_map = {**(ctx.default_map or {}), **flags}
+    return file.spec
+
+
+def _as_flag(name: str, value: Any) -> Any:
+    """A value from YAML as the command line would give it."""
+    if isinstance(value, dict):
+        pairs = {key: json.dumps(v) if isinstance(v, bool | dict) else str(v) for key, v in value.items()}
+        return [f"{key}={v}" for key, v in pairs.items()]
+    if isinstance(value, list) and name == "labels":
+        text = io.StringIO()
+        csv.writer(text, lineterminator="").writerow(value)
+        return text.getvalue()
+    return value if isinstance(value, bool | list) else str(value)
 
 
 def exit_codes(command: Callable[..., None]) -> Callable[..., None]:
@@ -113,7 +141,13 @@ def main() -> None:
     "is taken: its folder is its label, its relative path its id.",
 )
 @click.option("--address", metavar="URL", help="Run on the Dask scheduler at this address, e.g. tcp://10.0.0.1:8786.")
-@click.option("--cluster", metavar="FILE", help="Run on the cluster that this YAML file describes.")
+@click.option(
+    "--cluster",
+    metavar="FILE",
+    is_eager=True,
+    callback=read_cluster_file,
+    help="Run on the cluster that this YAML file describes. What it says under 'job' are defaults; flags win.",
+)
 @click.option("--id-column", default="id", show_default=True, help="The manifest's column of photo ids.")
 @click.option("--label-column", default="landmark_id", show_default=True, help="The manifest's column of labels.")
 @click.option("--path-column", metavar="COL", help="The manifest's column of paths, relative to IMAGES or absolute.")
@@ -192,7 +226,6 @@ def main() -> None:
 )
 @click.option(
     "--format",
-    "format_",
     type=click.Choice(FORMATS),
     default="both",
     show_default=True,
@@ -243,10 +276,9 @@ def main() -> None:
 )
 @exit_codes
 def run(
-    format_: str,
     labels: str | None,
     address: str | None,
-    cluster: str | None,
+    cluster: ClusterSpec | None,
     workers: int | None,
     threads: int | None,
     dry_run: bool,
@@ -279,11 +311,10 @@ def run(
         options[name] = parse_options("--" + name.removesuffix("s").replace("_", "-"), options[name])
     job = Job(
         **options,
-        format=format_,
         labels=None if labels is None else _parse_labels(labels),
     )
     if cluster is not None:
-        spec = ClusterSpec.from_yaml(cluster)
+        spec = cluster
     else:
         spec = ClusterSpec(workers=workers, threads=threads, address=address)
     if dry_run:

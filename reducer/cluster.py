@@ -12,15 +12,18 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import dask
 from dask.system import CPU_COUNT
 
-import reducer
-from reducer.config import ClusterSpec
-from reducer.errors import InputError
+from reducer.clusterspec import TLS, ClusterSpec
+from reducer.config import Job, PhotoSettings
+from reducer.environment import Environment, differences, environment
+from reducer.errors import ClusterError, InputError
+from reducer.shipping import same_code
+from reducer.worker import sees
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -28,19 +31,15 @@ if TYPE_CHECKING:
 log = logging.getLogger("reducer")
 
 LOCAL_CLUSTER = "distributed.LocalCluster"
-#: How long a scheduler may take to answer, and its first worker to join, in seconds.
-CONNECT_TIMEOUT = 30
 #: How long closing a cluster may take before its workers are killed, in seconds.
 CLOSE_TIMEOUT = 5
 
 #: Ours for clusters that we start.
-DASK_SETTINGS = {
+DASK_SETTINGS: dict[str, Any] = {
     # A worker gets no task before it has a thread for it: the death of one is blamed on nothing that only waited.
     "distributed.scheduler.worker-saturation": 1.0,
     # Forked workers would inherit locks.
     "distributed.worker.multiprocessing-method": "spawn",
-    # `dask_setup`, below.
-    "distributed.worker.preload": ["reducer.cluster"],
     # How often Dask looks at itself. Its defaults (10 ms, 20 ms, 500 ms) took 5 % of the workers' time.
     "distributed.worker.profile.interval": "200ms",
     "distributed.admin.tick.interval": "500ms",
@@ -51,6 +50,11 @@ DASK_SETTINGS = {
     "distributed.nanny.pre-spawn-environ.MALLOC_MMAP_THRESHOLD_": 2**25,
 }
 
+#: And for those whose workers are processes on this machine: `dask_setup`, below.
+LOCAL_SETTINGS = {"distributed.worker.preload": ["reducer.cluster"]}
+#: What to install where a cluster class cannot be imported.
+EXTRAS = {"asyncssh": "reducer[ssh]", "dask_jobqueue": "reducer[slurm]", "dask_kubernetes": "reducer[kubernetes]"}
+
 
 def planned_threads(spec: ClusterSpec) -> int | None:
     """Worker threads that a spec asks for, or None where only the running cluster can tell."""
@@ -59,6 +63,14 @@ def planned_threads(spec: ClusterSpec) -> int | None:
     if spec.address or spec.class_path:
         return None
     return (spec.workers or CPU_COUNT) * (spec.threads or 1)
+
+
+def expected_threads(client: Client, spec: ClusterSpec) -> int:
+    """Worker threads that there are, or will be when all workers that were asked for have joined."""
+    now = client.nthreads()
+    asked = spec.scale or (spec.adapt[1] if spec.adapt else 0)
+    threads = worker_threads(client)
+    return max(threads, asked * threads // len(now)) if now else asked
 
 
 @contextmanager
@@ -76,31 +88,37 @@ def connect(spec: ClusterSpec) -> Iterator[Client]:
     Yields
     ------
     distributed.Client
-        At least one worker has joined, and all have this version of the package.
+        As many workers as `WorkerRules.min` asks for have joined, and all run this code.
 
     Raises
     ------
     InputError
-        If there is no such cluster, it does not start, or its workers lack the package.
+        If there is no such cluster, it does not start, or its workers cannot run our code.
+    ClusterError
+        If too few workers join in time.
     """
     # Imported first: it adds its defaults to dask.config, and `set` takes out at its end whatever came meanwhile.
-    from distributed import Client
+    from distributed import Client, LocalCluster
 
-    with dask.config.set(DASK_SETTINGS):
-        if spec.address:
-            client = _client_at(spec.address)
-            with client:
-                _check_workers(client)
+    if spec.address:
+        with _client_at(spec) as client:
+            _wait_for_workers(client, spec)
+            with same_code(client, spec.rules.ship_code):
                 yield client
-            return
+        return
+    make = _cluster_class(spec.class_path or LOCAL_CLUSTER)
+    local = isinstance(make, type) and issubclass(make, LocalCluster)
+    with dask.config.set(DASK_SETTINGS | (LOCAL_SETTINGS if local else {})):
         chatter = logging.getLogger("distributed")
         level = chatter.level
         cluster = None
         try:
-            cluster = _start(spec)
-            with Client(cluster, timeout=CONNECT_TIMEOUT, set_as_default=False) as client:
-                _check_workers(client)
-                yield client
+            cluster = _start(make, spec)
+            with Client(cluster, timeout=spec.timeout, set_as_default=False) as client:
+                _wait_for_workers(client, spec)
+                # Processes that we start on this machine run our code: they import it from where we do.
+                with nullcontext() if local else same_code(client, spec.rules.ship_code):
+                    yield client
         except BaseException:
             # What Dask says of workers that are stopped in the middle of a task would bury the reason.
             chatter.setLevel(logging.CRITICAL)
@@ -109,6 +127,71 @@ def connect(spec: ClusterSpec) -> Iterator[Client]:
             if cluster is not None:
                 _close(cluster)
             chatter.setLevel(level)
+
+
+def check_alike(client: Client, settings: PhotoSettings) -> Environment:
+    """What all workers have in common that decides a hash.
+
+    Parameters
+    ----------
+    client : distributed.Client
+        Of the cluster.
+    settings : PhotoSettings
+        How photos are hashed: the probes are hashed in the same way.
+
+    Raises
+    ------
+    InputError
+        If workers differ from each other in what decides a hash. Other differences are logged as warnings.
+    """
+    found: dict[str, Environment] = client.run(environment, settings)
+    errors, warnings_ = differences({f"worker {worker}": own for worker, own in sorted(found.items())})
+    if errors:
+        raise InputError("; ".join(errors))
+    for line in warnings_:
+        log.warning("%s", line)
+    return found[min(found)]
+
+
+def check_sight(client: Client, job: Job, photo: str) -> str | None:
+    """Let one worker of each host read a photo.
+
+    Parameters
+    ----------
+    client : distributed.Client
+        Of the cluster.
+    job : Job
+        Whose photo it is.
+    photo : str
+        Its path.
+
+    Returns
+    -------
+    str or None
+        The photo, if it can be read; None if it cannot be read anywhere, so that it tells nothing.
+
+    Raises
+    ------
+    InputError
+        If only some hosts can read it, or this process can and the workers cannot.
+    """
+    from distributed.comm.addressing import get_address_host
+
+    worker_on = {get_address_host(worker): worker for worker in sorted(client.nthreads(), reverse=True)}
+    found = client.run(sees, photo, job.photo_settings, job.source, workers=sorted(worker_on.values()))
+    blind = {host: found[worker] for host, worker in sorted(worker_on.items()) if found[worker] is not None}
+    if not blind:
+        return photo
+    if len(blind) == len(worker_on) and sees(photo, job.photo_settings, job.source) is not None:
+        return None
+    hosts = ", ".join(blind)
+    what = f"worker host{'s' if len(blind) > 1 else ''} {hosts}"
+    reason = f"the first photo there, {photo}, is {next(iter(blind.values()))}"
+    if job.images_place.remote:
+        raise InputError(
+            f"{what} cannot read {job.images} ({reason}): check that it reaches the storage, and may use it"
+        )
+    raise InputError(f"{what} cannot see {os.path.abspath(job.images)}: use a shared folder or S3 ({reason})")
 
 
 def dask_setup(worker: object) -> None:
@@ -170,30 +253,49 @@ def _has_bokeh() -> bool:
     return importlib.util.find_spec("bokeh") is not None
 
 
-def _client_at(address: str) -> Client:
+def _client_at(spec: ClusterSpec) -> Client:
     from distributed import Client
 
     try:
-        return Client(address, timeout=CONNECT_TIMEOUT, set_as_default=False)
+        return Client(spec.address, timeout=spec.timeout, set_as_default=False, security=_security(spec.security))
     except (OSError, ValueError, TypeError) as error:
         reason = _one_line(error)
     # A client that did not come up closes itself when it is collected. Where that happens while another one starts, in
     # its thread, each waits for the other's lock: so it is collected here and now, when no error refers to it any more.
     gc.collect()
-    raise InputError(f"no Dask scheduler answers at {address}: {reason}")
+    raise InputError(f"no Dask scheduler answers at {spec.address}: {reason}{_tls_hint(spec)}")
 
 
-def _start(spec: ClusterSpec) -> Any:
+def _tls_hint(spec: ClusterSpec) -> str:
+    if spec.address and spec.address.startswith("tls://"):
+        if spec.security is None:
+            return ". An address of tls:// needs security: {ca_file, client_cert, client_key} in the cluster file"
+        return ". Check that the files under security belong to this scheduler"
+    return ""
+
+
+def _security(files: TLS | None) -> Any:
+    """Dask's own object: the same pair serves client, scheduler and workers."""
+    if files is None:
+        return None
+    from distributed import Security
+
+    pair = {"cert": files.client_cert, "key": files.client_key}
+    return Security(
+        tls_ca_file=files.ca_file,
+        require_encryption=True,
+        **{f"tls_{role}_{what}": path for role in ("client", "scheduler", "worker") for what, path in pair.items()},
+    )
+
+
+def _start(make: Any, spec: ClusterSpec) -> Any:
     path = spec.class_path or LOCAL_CLUSTER
     kwargs: dict[str, Any] = dict(spec.kwargs)
     if spec.class_path is None:
         kwargs |= {"n_workers": spec.workers or CPU_COUNT, "threads_per_worker": spec.threads or 1}
         kwargs["silence_logs"] = log.getEffectiveLevel()
-    module_name, _, class_name = path.rpartition(".")
-    try:
-        make = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(f"cluster: class {path} cannot be imported: {_one_line(error)}") from None
+    if spec.security is not None:
+        kwargs["security"] = _security(spec.security)
     chatter = logging.getLogger("distributed")
     level = chatter.level
     with warnings.catch_warnings():
@@ -202,7 +304,7 @@ def _start(spec: ClusterSpec) -> Any:
         if not log.isEnabledFor(logging.DEBUG):
             chatter.setLevel(logging.CRITICAL)  # one line says why it does not start
         try:
-            return make(**kwargs)
+            cluster = make(**kwargs)
         except Exception as error:
             log.debug("the cluster does not start", exc_info=error)
             cause = _one_line(_root_cause(error))
@@ -213,9 +315,51 @@ def _start(spec: ClusterSpec) -> Any:
                     "; if this is your own script, put the call under `if __name__ == '__main__':`, since the worker "
                     "processes import it"
                 )
-            raise InputError(f"the cluster {path} does not start: {cause}{hint}") from None
+            raise InputError(f"the cluster {path} does not start: {cause}{hint}{_install_hint(error)}") from None
         finally:
             chatter.setLevel(level)
+    _size(cluster, spec)
+    return cluster
+
+
+def _cluster_class(path: str) -> Any:
+    module_name, _, class_name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(
+            f"cluster: class {path} cannot be imported: {_one_line(error)}{_install_hint(error)}"
+        ) from None
+
+
+def _install_hint(error: BaseException) -> str:
+    """Which package to install, where one is missing."""
+    while error is not None and not isinstance(error, ImportError):
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    if error is None:
+        return ""
+    text = f"{error.name or ''} {error}"
+    for module, extra in EXTRAS.items():
+        if module in text:
+            return f"; install it: pip install '{extra}'"
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return (
+            f"; install the package that has it, such as: pip install {error.name.partition('.')[0].replace('_', '-')}"
+        )
+    return ""
+
+
+def _size(cluster: Any, spec: ClusterSpec) -> None:
+    """Ask a cluster that we have started for its workers."""
+    try:
+        if spec.scale is not None:
+            cluster.scale(spec.scale)
+        elif spec.adapt is not None:
+            cluster.adapt(minimum=spec.adapt[0], maximum=spec.adapt[1])
+    except Exception as error:
+        _close(cluster)
+        asked = "scale" if spec.adapt is None else "adapt"
+        raise InputError(f"the cluster {spec.class_path} cannot be asked to {asked}: {_one_line(error)}") from None
 
 
 def _close(cluster: Any) -> None:
@@ -225,35 +369,21 @@ def _close(cluster: Any) -> None:
         log.warning("the cluster did not close in order: %s", _one_line(error))
 
 
-def _check_workers(client: Client) -> None:
+def _wait_for_workers(client: Client, spec: ClusterSpec) -> None:
+    rules = spec.rules
     try:
-        client.wait_for_workers(1, timeout=CONNECT_TIMEOUT)
+        client.wait_for_workers(rules.min, timeout=rules.wait)
     except TimeoutError:
-        raise InputError(
-            f"no worker has joined the scheduler in {CONNECT_TIMEOUT} s: start some, for example with `dask worker "
-            f"{client.scheduler_info()['address']}`"
+        joined = len(client.nthreads())
+        who = {0: "no worker has", 1: "1 worker has"}.get(joined, f"{joined} workers have")
+        if spec.address:
+            advice = f"start some, for example with `dask worker {spec.address}`"
+        else:
+            advice = "look into the logs of the cluster's jobs and its queue"
+        raise ClusterError(
+            f"{who} joined in {rules.wait:g} s (workers: wait), and "
+            f"the run begins with {rules.min} (workers: min): {advice}, then run this again"
         ) from None
-    try:
-        versions = client.run(_package_version)
-        # The scheduler takes the tasks apart too.
-        versions["(the scheduler)"] = client.run_on_scheduler(_package_version)
-    except Exception as error:
-        raise InputError(
-            f"a worker or the scheduler cannot import reducer ({_one_line(error)}): install reducer "
-            f"{reducer.__version__} where they run"
-        ) from None
-    for worker, version in sorted(versions.items()):
-        if version != reducer.__version__:
-            raise InputError(
-                f"worker {worker} has reducer {version}, this process {reducer.__version__}: install the same version"
-            )
-
-
-def _package_version() -> str:
-    # What the tasks need is imported now, so that a package which is missing there is found before the run.
-    import reducer.pipeline
-
-    return reducer.__version__
 
 
 def _root_cause(error: BaseException) -> BaseException:

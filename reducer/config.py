@@ -1,4 +1,4 @@
-"""What a job does (`Job`) and where it runs (`ClusterSpec`): validated on construction, before anything starts."""
+"""What a job does (`Job`): validated on construction, before anything starts. Where it runs: `reducer.clusterspec`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import re
 import string
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from reducer.errors import InputError
@@ -293,99 +292,6 @@ class Job:
         return self.rank_all or self.drop_flat or self.avoid is not None
 
 
-@dataclass(frozen=True)
-class ClusterSpec:
-    """Where a job runs: in this process, on a LocalCluster of ours, on a cluster class, or at an address.
-
-    Attributes
-    ----------
-    workers : int, optional
-        Processes of a LocalCluster; default the CPUs that this process may use; 0 runs the job in this process.
-    threads : int, optional
-        Threads a worker of the LocalCluster; default 1.
-    address : str, optional
-        Of a running scheduler, such as ``tcp://10.0.0.1:8786``; it is never closed.
-    class_path : str, optional
-        Dotted path of a Dask deployment class, which is started and closed.
-    kwargs : mapping
-        Its arguments.
-
-    Raises
-    ------
-    InputError
-        If they contradict each other.
-    """
-
-    workers: int | None = None
-    threads: int | None = None
-    address: str | None = None
-    class_path: str | None = None
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name in ("address", "class_path"):
-            if getattr(self, name) == "":
-                raise InputError(
-                    f"the cluster's {name.removesuffix('_path')} is empty: give it a value or leave it out"
-                )
-        if self.address is not None and self.class_path is not None:
-            raise InputError("a cluster is an address or a class, not both")
-        if (self.address or self.class_path) and (self.workers is not None or self.threads is not None):
-            raise InputError(
-                "--workers and --threads are for the LocalCluster that a run starts itself: leave them out with "
-                "--address and --cluster"
-            )
-        if self.kwargs and self.class_path is None:
-            raise InputError("cluster: kwargs need a class")
-        for name, least in (("workers", 0), ("threads", 1)):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < least):
-                raise InputError(f"{flag(name)} is {value!r}: expected a whole number of {least} or more")
-        if self.workers == 0 and self.threads is not None:
-            raise InputError("--workers 0 runs in this process, one photo at a time: leave --threads out")
-
-    @property
-    def serial(self) -> bool:
-        """Whether the job runs in this process, without Dask."""
-        return self.workers == 0
-
-    @classmethod
-    def from_yaml(cls, path: str | Path) -> ClusterSpec:
-        """Read ``cluster.yaml``.
-
-        Parameters
-        ----------
-        path : str or Path
-            The file; its keys are explained in the one at the top of the repository.
-
-        Raises
-        ------
-        InputError
-            If it cannot be read or is not of the form.
-        """
-        import yaml
-
-        try:
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise InputError(f"--cluster {path}: {error.strerror or error}") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise InputError(f"--cluster {path} is no YAML: {' '.join(str(error).split())}") from None
-        top = known_keys(str(path), content, ("version", "cluster"))
-        if top.get("version") != 1:
-            raise InputError(f"{path}: version is {top.get('version')!r}; this Reducer reads version 1")
-        cluster = known_keys(f"{path}: cluster", top.get("cluster"), ("class", "kwargs", "address"))
-        kwargs = cluster.get("kwargs")
-        if kwargs is not None and not isinstance(kwargs, dict):
-            raise InputError(f"{path}: cluster: kwargs is {kwargs!r}; expected keys with values")
-        for key in ("class", "address"):
-            if cluster.get(key) is not None and not isinstance(cluster[key], str):
-                raise InputError(f"{path}: cluster: {key} is {cluster[key]!r}; expected text")
-        if cluster.get("class") is None and cluster.get("address") is None:
-            raise InputError(f"{path}: cluster needs a class (started for the run) or an address (running already)")
-        return cls(address=cluster.get("address"), class_path=cluster.get("class"), kwargs=kwargs or {})
-
-
 def near_copy_bits(bits: int) -> int:
     """At how many bits apart, of so many, two photos of a label still count as near copies.
 
@@ -414,7 +320,9 @@ def choose(name: str, value: str, known: tuple[str, ...]) -> None:
 def known_keys(where: str, content: object, known: tuple[str, ...]) -> dict[str, Any]:
     """Check that a YAML mapping has only known keys, and return it."""
     if not isinstance(content, dict):
-        raise InputError(f"{where}: expected the keys {', '.join(known)}; found {content!r}")
+        # Not the value itself: it may be a secret.
+        found = "nothing" if content is None else f"a {type(content).__name__}"
+        raise InputError(f"{where}: expected the keys {', '.join(known)}; found {found}")
     for key in content:
         if key not in known:
             raise InputError(f"{where}: unknown key {key!r}{nearest(str(key), known)}; known are {', '.join(known)}")

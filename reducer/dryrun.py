@@ -9,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 
 from reducer.cluster import planned_threads
-from reducer.config import SAMPLE_PHOTOS, ClusterSpec, Job
+from reducer.clusterspec import ClusterSpec
+from reducer.config import SAMPLE_PHOTOS, Job
 from reducer.draw import TIME_SAMPLE, draw_order
 from reducer.lists import read_avoided
 from reducer.pipeline import look_at_all

@@ -43,6 +43,8 @@ HASHES = {
     "ahash": HashKind("average_hash", lambda size: (size, size)),
     "whash": HashKind("whash", lambda size: (size, size)),
 }
+#: Kind of the failure of a photo that takes more memory than there is.
+OUT_OF_MEMORY = "out of memory"
 #: `fast` never decodes a JPEG to fewer pixels than this many times the grid, in each direction.
 DRAFT_FLOOR = 16
 JPEG_FORMATS = ("JPEG", "MPO")
@@ -266,6 +268,6 @@ def hash_photo(content: bytes, settings: PhotoSettings) -> PhotoHash:
     except UnidentifiedImageError:
         raise PhotoError("not an image", "Pillow knows no format that begins like this file") from None
     except MemoryError:
-        raise PhotoError("too large", "decoding it takes more memory than there is") from None
+        raise PhotoError(OUT_OF_MEMORY, "decoding it takes more than there is") from None
     except Exception as error:  # Pillow's plugins raise whatever a broken file makes them stumble on
         raise PhotoError("broken", f"{type(error).__name__}: {error}") from error

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-import uuid
-import warnings
-from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,23 +16,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
-from reducer.cluster import connect, dashboard, refuse_import_of_main, worker_threads
-from reducer.config import STORAGE_OPTIONS, ClusterSpec, Job
-from reducer.environment import versions
-from reducer.errors import ClusterError, ReducerError, TooManyFailuresError
+from reducer.cluster import connect, dashboard, refuse_import_of_main
+from reducer.clusterspec import ClusterSpec
+from reducer.config import STORAGE_OPTIONS, Job
+from reducer.dispatch import Dispatch, InProcess
+from reducer.errors import ReducerError, TooManyFailuresError
 from reducer.lists import read_avoided
-from reducer.pipeline import run_partition
+from reducer.pipeline import ledger_rows
 from reducer.plan import Plan, make_plan
 from reducer.quality import figures
-from reducer.ranking import Hashes
 from reducer.store import RunFolder
-from reducer.types import FAILED, KEPT, KEPT_SMALL_LABEL, NOT_SAMPLED, PartitionResult, PartitionTask, Quality, from_ipc
+from reducer.types import FAILED, KEPT, KEPT_SMALL_LABEL, NOT_SAMPLED, PartitionResult, Quality
 
-if TYPE_CHECKING:
-    from distributed import Client
-
-#: At most so many partitions a worker thread are with the scheduler at a time, so that its graph stays small.
-WINDOW = 16
 #: A job whose first so many photos all fail has a wrong path, not bad photos.
 ALL_FAILED = 200
 #: Rows of the ledger's part files that hold the photos which were not read.
@@ -148,18 +140,18 @@ def reduce_images(job: Job, cluster: ClusterSpec | None = None, *, progress: boo
         serial = spec.serial or plan.read.num_rows == 0
         client = None if serial else open_cluster.enter_context(connect(spec))
         timings["cluster_start_seconds"] = time.perf_counter() - clock
-        threads = 1 if client is None else worker_threads(client)
+        work = InProcess(plan, avoid) if client is None else Dispatch(client, plan, spec, avoid)
+        summary |= {"versions": work.environment.versions, "environment": work.environment.digest}
         if client is not None and progress and (link := dashboard(client)):
             tqdm.write(f"Dask dashboard: {link}", file=sys.stderr)
         folder.start(summary)
         with _noting_a_stop(folder, summary, totals, timings):
             clock = time.perf_counter()
-            tasks = plan.tasks(threads, uuid.uuid4().hex)
-            _work_off(tasks, avoid, client, folder, totals, progress)
+            _work_off(work, folder, totals, progress)
             timings["hash_seconds"] = time.perf_counter() - clock
             open_cluster.close()  # the rest needs no workers
             clock = time.perf_counter()
-            for number, start in enumerate(range(0, plan.unread.num_rows, UNREAD_PART), start=len(tasks)):
+            for number, start in enumerate(range(0, plan.unread.num_rows, UNREAD_PART), start=len(work.partitions)):
                 folder.write_part(number, plan.unread.slice(start, UNREAD_PART))
             folder.write_reduced(job.id_column, job.label_column, job.format)
             outcome = _outcome(plan, folder)
@@ -190,24 +182,17 @@ def _noting_a_stop(
         raise
 
 
-def _work_off(
-    tasks: Sequence[PartitionTask],
-    avoid: Hashes | None,
-    client: Client | None,
-    folder: RunFolder,
-    totals: _Totals,
-    progress: bool,
-) -> None:
-    """Run all tasks and write each part as it comes."""
-    results = (run_partition(task, avoid) for task in tasks) if client is None else _gather(client, tasks, avoid)
-    total = sum(task.photos for task in tasks)
+def _work_off(work: InProcess | Dispatch, folder: RunFolder, totals: _Totals, progress: bool) -> None:
+    """Write each part as it comes."""
+    total = sum(rows.num_rows for rows in work.partitions)
+    results = work.results()
     clock = time.perf_counter()
     with (
         closing(results),  # what is still running is cancelled while there is a client to do it
         tqdm(total=total, unit=" photos", disable=not progress, smoothing=0.1, file=sys.stderr) as bar,
     ):
         for result in results:
-            folder.write_part(result.index, from_ipc(result.ledger))
+            folder.write_part(result.index, ledger_rows(work.partitions[result.index], result))
             totals.add(result)
             rate = totals.bytes_read / 1e6 / max(time.perf_counter() - clock, 1e-9)
             bar.set_postfix_str(f"{rate:.1f} MB/s, {totals.failed} failed", refresh=False)
@@ -218,62 +203,6 @@ def _work_off(
                     f"{totals.first_failure}. Check IMAGES, --path-template or --path-column, and that the workers "
                     "see this path"
                 )
-
-
-def _gather(
-    client: Client, tasks: Sequence[PartitionTask], avoid: Hashes | None
-) -> Generator[PartitionResult, None, None]:
-    """Run partitions on a cluster: windows of tasks, each a Dask bag; results in the order of their arrival."""
-    import dask.bag
-    from dask.delayed import delayed
-    from distributed import as_completed
-    from distributed.client import futures_of
-
-    waiting = deque(tasks)
-    running: set[Any] = set()
-    done = as_completed(loop=client.loop, with_results=True, raise_errors=False)
-    # Sent once and held by the workers, not sent with each partition; a task, so that it comes again where one dies.
-    shared = None
-    if avoid is not None:
-        shared = _persist(client, delayed(_unpacked, pure=False)(avoid.tobytes(), avoid.shape))
-    try:
-        while waiting or running:
-            room = WINDOW * max(1, worker_threads(client)) - len(running)
-            # Filled up by halves, so that workers never wait and a window is worth a graph.
-            if waiting and room >= min(len(waiting), (room + len(running)) // 2):
-                window = [waiting.popleft() for _ in range(min(room, len(waiting)))]
-                bag = dask.bag.from_sequence(window, partition_size=1).map(run_partition, avoid=shared)
-                futures = futures_of(_persist(client, bag))
-                running.update(futures)
-                done.update(futures)
-            future, result = next(done)
-            running.discard(future)
-            if future.status != "finished":
-                raise ClusterError(_what_happened(future, result))
-            future.release()
-            yield from result
-    finally:
-        client.cancel(list(running), force=True)
-
-
-def _persist(client: Client, work: Any) -> Any:
-    with warnings.catch_warnings():
-        # Rows and hashes travel in the tasks on purpose: data that is scattered dies with its worker.
-        warnings.filterwarnings("ignore", message="Sending large graph")
-        return client.persist(work)
-
-
-def _unpacked(content: bytes, shape: tuple[int, ...]) -> Hashes:
-    return np.frombuffer(content, dtype=np.uint8).reshape(shape)
-
-
-def _what_happened(future: Any, result: Any) -> str:
-    error = future.exception() if future.status == "error" else result
-    return (
-        f"a partition could not be finished ({future.status}): {type(error).__name__}: {' '.join(str(error).split())}. "
-        "What was hashed so far is kept in the run folder's images/. If workers died, look for a photo that takes "
-        "more memory than they have (--max-pixels), and for their logs"
-    )
 
 
 def _opening(plan: Plan, spec: ClusterSpec, started: float) -> dict[str, Any]:
@@ -292,7 +221,6 @@ def _opening(plan: Plan, spec: ClusterSpec, started: float) -> dict[str, Any]:
             "kwargs": sorted(spec.kwargs),
         },
         "started": pd.Timestamp(started, unit="s", tz="UTC").isoformat(timespec="seconds"),
-        "versions": versions(),
         "manifest": {
             "rows": manifest.table.num_rows + manifest.duplicates,
             "duplicate_rows": manifest.duplicates,

@@ -16,8 +16,9 @@ from PIL import Image
 from reducer.config import Job, template_fields
 from reducer.errors import InputError
 from reducer.places import Place, explained, is_url
+from reducer.sources import paths_by_rule
 from reducer.tables import EXAMPLES, column_names, read_columns, refuse_empty
-from reducer.types import MANIFEST_SCHEMA
+from reducer.types import MANIFEST_SCHEMA, PathRule
 
 #: The column of GLDv2's train_clean.csv that lists the ids of a label.
 ID_LISTS = "images"
@@ -72,6 +73,14 @@ def read_manifest(job: Job) -> Manifest:
     if job.manifest is None:
         return check(*_list_folder(job.images))
     return check(_read_table(job), {})
+
+
+def path_rule(job: Job) -> PathRule | None:
+    """Where the photos of a job lie; None where the manifest names each path."""
+    if job.path_column is not None:
+        return None
+    root = job.images.rstrip("/") if job.images_place.remote else os.path.abspath(job.images)
+    return PathRule(root, "{id}" if job.manifest is None else job.template)
 
 
 def check(table: pa.Table, skipped_files: dict[str, int]) -> Manifest:
@@ -144,13 +153,15 @@ def _read_table(job: Job) -> pa.Table:
     if lists:
         table = _one_row_a_photo(where, table, job)
     ids, labels = table[job.id_column], table[job.label_column]
-    root = job.images.rstrip("/") if job.images_place.remote else os.path.abspath(job.images)
-    if job.path_column:
+    rule = path_rule(job)
+    if rule is None:
+        root = job.images.rstrip("/") if job.images_place.remote else os.path.abspath(job.images)
         # A URL in the column stands for itself, as an absolute path does.
         found = table[job.path_column].to_pylist()
         paths = pa.array([path if is_url(path) else os.path.join(root, path) for path in found], pa.string())
     else:
-        paths = _paths_by_template(where, job, root, ids, labels)
+        _check_lengths(where, rule, ids, labels)
+        paths = paths_by_rule(rule, ids, labels)
     rows = pa.array(np.arange(table.num_rows, dtype=np.int64))
     unknown = pa.nulls(table.num_rows, pa.int64())
     return pa.table([rows, ids, labels, paths, unknown], schema=MANIFEST_SCHEMA)
@@ -165,26 +176,18 @@ def _one_row_a_photo(where: str, table: pa.Table, job: Job) -> pa.Table:
     return pa.table({job.id_column: pc.list_flatten(lists), job.label_column: labels})
 
 
-def _paths_by_template(
-    where: str, job: Job, root: str, ids: pa.ChunkedArray, labels: pa.ChunkedArray
-) -> pa.ChunkedArray:
-    parts: list[pa.ChunkedArray | str] = [f"{root}/"]
-    for text, name, character in template_fields(job.template):
-        parts.append(text)
-        if name is None:
+def _check_lengths(where: str, rule: PathRule, ids: pa.ChunkedArray, labels: pa.ChunkedArray) -> None:
+    """Refuse an id or label that lacks a character which the template uses."""
+    for _, name, character in template_fields(rule.template):
+        if name is None or character is None:
             continue
         column = ids if name == "id" else labels
-        if character is not None:
-            short = pc.index(pc.less_equal(pc.utf8_length(column), character), True).as_py()
-            if short >= 0:
-                raise InputError(
-                    f"{where}: {name} {column[short].as_py()!r} of photo {short + 1} (label {labels[short].as_py()!r}) "
-                    f"is too short for --path-template {job.template!r}; give the layout of your photos, or "
-                    "--path-column"
-                )
-            column = pc.utf8_slice_codeunits(column, character, character + 1)
-        parts.append(column)
-    return pc.binary_join_element_wise(*parts, "")
+        short = pc.index(pc.less_equal(pc.utf8_length(column), character), True).as_py()
+        if short >= 0:
+            raise InputError(
+                f"{where}: {name} {column[short].as_py()!r} of photo {short + 1} (label {labels[short].as_py()!r}) "
+                f"is too short for --path-template {rule.template!r}; give the layout of your photos, or --path-column"
+            )
 
 
 def _check_remote(place: Place) -> None:

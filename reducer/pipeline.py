@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -21,12 +21,13 @@ from reducer.hashing import PhotoError, PhotoHash, hash_photo, pillow_settings, 
 from reducer.places import Source
 from reducer.quality import certificate, spread
 from reducer.ranking import Hashes, near_any, nearest_kept, rank
-from reducer.sources import PhotoFile, read_all
+from reducer.sources import PhotoFile, paths_by_rule, read_all
 from reducer.types import (
     AVOIDED,
     BEYOND_KEEP,
     FAILED,
     FLAT,
+    FOUND_SCHEMA,
     KEPT,
     LEDGER_SCHEMA,
     Certificate,
@@ -50,6 +51,10 @@ class Look:
     mtime_ns: int | None = None
     etag: str | None = None
     error: str | None = None
+
+
+#: Looks at photos in turn: `look_at_all`, or something that does so with more care.
+LookAtAll = Callable[[Sequence[str], PhotoSettings, Source], Iterator[Look]]
 
 
 def look_at_all(paths: Sequence[str], settings: PhotoSettings, source: Source | None = None) -> Iterator[Look]:
@@ -164,7 +169,7 @@ def rank_label(
     return pa.RecordBatch.from_pylist(rows, schema=RANKED_SCHEMA), quality
 
 
-def run_partition(task: PartitionTask, avoid: Hashes | None = None) -> PartitionResult:
+def run_partition(task: PartitionTask, avoid: Hashes | None = None, look: LookAtAll = look_at_all) -> PartitionResult:
     """Hash and rank the photos of one partition.
 
     Parameters
@@ -173,19 +178,23 @@ def run_partition(task: PartitionTask, avoid: Hashes | None = None) -> Partition
         Whole labels, rows sorted by (label, id).
     avoid : ndarray of uint8, shape (m, hash bytes), optional
         Packed hashes; photos near one of them are not kept.
+    look : callable
+        What reads and hashes the photos.
 
     Returns
     -------
     PartitionResult
-        A ledger row for every row of the task, in the same order.
+        A row for every row of the task, in the same order.
     """
     started = time.perf_counter()
     table = from_ipc(task.rows)
     ids: list[str] = table["id"].to_pylist()
     labels: list[str] = table["label"].to_pylist()
-    paths: list[str] = table["path"].to_pylist()
-    always_keep = table["always_keep"].to_numpy()
-    looks = list(look_at_all(paths, task.settings, task.source))
+    paths: list[str] = photo_paths(task, table).to_pylist()
+    always_keep = np.zeros(len(ids), dtype=bool)
+    if "always_keep" in table.column_names:
+        always_keep = table["always_keep"].to_numpy()
+    looks = list(look(paths, task.settings, task.source))
 
     near_avoided = np.zeros(len(looks), dtype=bool)
     if avoid is not None:
@@ -208,7 +217,7 @@ def run_partition(task: PartitionTask, avoid: Hashes | None = None) -> Partition
     failures = [i for i, look in enumerate(looks) if look.hash is None]
     return PartitionResult(
         index=task.index,
-        ledger=to_ipc(_ledger(table, looks, pa.Table.from_batches(batches, RANKED_SCHEMA))),
+        found=to_ipc(_found(looks, pa.Table.from_batches(batches, RANKED_SCHEMA))),
         read=len(looks),
         failed=len(failures),
         bytes_read=sum(look.bytes or 0 for look in looks),
@@ -219,7 +228,22 @@ def run_partition(task: PartitionTask, avoid: Hashes | None = None) -> Partition
     )
 
 
-def _ledger(table: pa.Table, looks: Sequence[Look], ranked: pa.Table) -> pa.Table:
+def photo_paths(task: PartitionTask, table: pa.Table) -> pa.ChunkedArray:
+    """Where the photos of a task lie.
+
+    Parameters
+    ----------
+    task : PartitionTask
+        The task.
+    table : pyarrow.Table
+        Its rows.
+    """
+    if task.path_rule is None:
+        return table["path"]
+    return paths_by_rule(task.path_rule, table["id"], table["label"])
+
+
+def _found(looks: Sequence[Look], ranked: pa.Table) -> pa.Table:
     seen = {
         "bytes": [look.bytes for look in looks],
         "mtime": [look.mtime_ns for look in looks],
@@ -229,15 +253,33 @@ def _ledger(table: pa.Table, looks: Sequence[Look], ranked: pa.Table) -> pa.Tabl
         "format": [look.hash and look.hash.format for look in looks],
     }
     columns = []
-    for field in LEDGER_SCHEMA:
+    for field in FOUND_SCHEMA:
         if field.name in seen:
             columns.append(pa.array(seen[field.name], field.type))
-        elif field.name in table.column_names:
-            columns.append(table[field.name])
         elif field.name in ranked.column_names:
             columns.append(ranked[field.name])
         else:  # single files have no shard and offset
-            columns.append(pa.nulls(table.num_rows, field.type))
+            columns.append(pa.nulls(len(looks), field.type))
+    return pa.Table.from_arrays(columns, schema=FOUND_SCHEMA)
+
+
+def ledger_rows(rows: pa.Table, result: PartitionResult) -> pa.Table:
+    """Put what a worker found beside what it was asked.
+
+    Parameters
+    ----------
+    rows : pyarrow.Table
+        `TASK_SCHEMA` rows of the partition.
+    result : PartitionResult
+        What came of them.
+
+    Returns
+    -------
+    pyarrow.Table
+        `LEDGER_SCHEMA`.
+    """
+    found = from_ipc(result.found)
+    columns = [(found if field.name in found.column_names else rows)[field.name] for field in LEDGER_SCHEMA]
     return pa.Table.from_arrays(columns, schema=LEDGER_SCHEMA)
 
 

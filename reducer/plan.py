@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from reducer.config import Job, nearest
 from reducer.draw import CANDIDATES, TRIAL_LABELS, draw_order
 from reducer.errors import InputError
 from reducer.lists import find_always_keep
-from reducer.manifest import Manifest, read_manifest
+from reducer.manifest import Manifest, path_rule, read_manifest
 from reducer.partition import assign, partition_count
 from reducer.ranking import FACILITY_LOCATION_CANDIDATES
 from reducer.types import KEPT_SMALL_LABEL, LEDGER_SCHEMA, NOT_SAMPLED, TASK_SCHEMA, PartitionTask, to_ipc
@@ -68,23 +69,31 @@ class Plan:
         count = partition_count(len(self.read_label), threads, self.job.partition_images)
         return assign(photos, count)[label]
 
-    def tasks(self, threads: int, run_token: str) -> list[PartitionTask]:
-        """One task a partition, in the order in which they are to be done."""
+    def partition_rows(self, threads: int) -> list[pa.Table]:
+        """The `TASK_SCHEMA` rows of each partition, in the order in which they are to be done."""
         partition = self.partitions(threads)
         order = np.argsort(partition, kind="stable")
+        ordered = self.read.take(pa.array(order))
         sizes = np.bincount(partition)
-        stops = np.cumsum(sizes)
         return [
-            PartitionTask(
-                index=index,
-                photos=int(size),
-                rows=to_ipc(self.read.take(pa.array(order[stop - size : stop]))),
-                settings=self.job.photo_settings,
-                source=self.job.source,
-                run_token=run_token,
-            )
-            for index, (size, stop) in enumerate(zip(sizes, stops, strict=True))
+            ordered.slice(stop - size, size)
+            for size, stop in zip(sizes.tolist(), np.cumsum(sizes).tolist(), strict=True)
         ]
+
+    def task(self, index: int, rows: pa.Table) -> PartitionTask:
+        """What is to be done with the rows of a partition; made when it is sent, so that few are held at a time."""
+        rule = path_rule(self.job)
+        columns = ["id", "label"] if rule else ["id", "label", "path"]
+        if pc.any(rows["always_keep"]).as_py():
+            columns.append("always_keep")
+        return PartitionTask(
+            index=index,
+            photos=rows.num_rows,
+            rows=to_ipc(rows.select(columns)),
+            settings=self.job.photo_settings,
+            source=self.job.source,
+            path_rule=rule,
+        )
 
 
 def make_plan(job: Job) -> Plan:
@@ -162,7 +171,7 @@ def parse_labels(text: str) -> tuple[str, ...]:
 
 def _labels(table: pa.Table) -> tuple[list[str], NDArray[np.int64], NDArray[np.int64]]:
     """Names of the labels, where each starts in the sorted table (and the end), and the label of each row."""
-    ends = pa.compute.run_end_encode(table["label"].combine_chunks(), run_end_type=pa.int64())
+    ends = pc.run_end_encode(table["label"].combine_chunks(), run_end_type=pa.int64())
     starts = np.concatenate([[0], ends.run_ends.to_numpy()]).astype(np.int64)
     return ends.values.to_pylist(), starts, np.repeat(np.arange(len(starts) - 1), np.diff(starts))
 
@@ -189,6 +198,6 @@ def _unread_rows(rows: pa.Table, reasons: NDArray[np.str_]) -> pa.Table:
     known = {name: rows[name] for name in rows.column_names}
     known["kept"] = pa.array(kept)
     known["reason"] = pa.array(reasons.tolist(), pa.string())
-    known["nearest_kept"] = pa.compute.if_else(pa.array(kept), rows["id"], pa.scalar(None, pa.string()))
+    known["nearest_kept"] = pc.if_else(pa.array(kept), rows["id"], pa.scalar(None, pa.string()))
     columns = [known.get(f.name, pa.nulls(rows.num_rows, f.type)) for f in LEDGER_SCHEMA]
     return pa.table(columns, schema=LEDGER_SCHEMA)

@@ -15,8 +15,13 @@ from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from reducer.hashing import PhotoError
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from reducer.config import template_fields
+from reducer.hashing import OUT_OF_MEMORY, PhotoError
 from reducer.places import RETRY_SECONDS, Place, Source, is_refused, is_url, obstore_at, pauses
+from reducer.types import PathRule
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -46,6 +51,30 @@ class PhotoFile:
     content: bytes
     mtime_ns: int | None
     etag: str | None = None
+
+
+def paths_by_rule(rule: PathRule, ids: pa.ChunkedArray, labels: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Where photos lie.
+
+    Parameters
+    ----------
+    rule : PathRule
+        The rule.
+    ids, labels : pyarrow.ChunkedArray of string, shape (photos,)
+        Of each photo; long enough for the single characters that the template uses.
+
+    Returns
+    -------
+    pyarrow.ChunkedArray of string, shape (photos,)
+        Absolute paths or URLs.
+    """
+    parts: list[pa.ChunkedArray | str] = [f"{rule.root}/"]
+    for text, name, character in template_fields(rule.template):
+        parts.append(text)
+        if name is not None:
+            column = ids if name == "id" else labels
+            parts.append(column if character is None else pc.utf8_slice_codeunits(column, character, character + 1))
+    return pc.binary_join_element_wise(*parts, "")
 
 
 class Transient(Exception):
@@ -118,7 +147,7 @@ def read_photo(path: str, *, max_pixels: int) -> PhotoFile:
     except NotADirectoryError:
         raise PhotoError("missing", "no such file") from None
     except MemoryError:
-        raise PhotoError("too large", "reading it takes more memory than there is") from None
+        raise PhotoError(OUT_OF_MEMORY, "reading it takes more than there is") from None
     except OSError as error:
         code = errno.errorcode.get(error.errno or 0, "OSError")
         raise PhotoError("unreadable", f"{error.strerror or error} ({code})") from None
@@ -250,7 +279,7 @@ async def _fetch(path: str, source: Source, room: Room) -> PhotoFile:
     except FileNotFoundError:
         raise PhotoError("missing", "no such object") from None
     except MemoryError:
-        raise PhotoError("too large", "reading it takes more memory than there is") from None
+        raise PhotoError(OUT_OF_MEMORY, "reading it takes more than there is") from None
     except Exception as error:
         if is_refused(error):
             raise PhotoError("unreadable", f"access is refused ({place.safe(error)})") from None

@@ -8,6 +8,7 @@ from fractions import Fraction
 import pyarrow as pa
 
 from reducer.config import PhotoSettings
+from reducer.environment import Environment
 from reducer.places import Source
 
 
@@ -29,7 +30,7 @@ MANIFEST_SCHEMA = pa.schema(
     ]
 )
 
-#: The rows that travel to the workers.
+#: The rows to read.
 TASK_SCHEMA = pa.schema(
     [*MANIFEST_SCHEMA, _field("always_keep", pa.bool_(), "whether the photo is ranked before all others of its label")]
 )
@@ -60,6 +61,9 @@ LEDGER_SCHEMA = pa.schema(
         _field("error", pa.string(), "why the photo could not be read, one line; null if it could"),
     ]
 )
+
+#: What a worker finds out; the other columns of the ledger never leave the client.
+FOUND_SCHEMA = pa.schema([field for field in LEDGER_SCHEMA if field.name not in ("row", "id", "label", "path")])
 
 KEPT = "kept"
 KEPT_SMALL_LABEL = "kept-small-label"
@@ -119,6 +123,22 @@ def from_ipc(packed: bytes) -> pa.Table:
 
 
 @dataclass(frozen=True)
+class PathRule:
+    """Where the photos of a collection lie, by id and label.
+
+    Attributes
+    ----------
+    root : str
+        Absolute path or URL of the folder that holds them.
+    template : str
+        Path below it, with ``{id}``, ``{label}`` and single characters of them.
+    """
+
+    root: str
+    template: str
+
+
+@dataclass(frozen=True)
 class PartitionTask:
     """The rows of one partition (whole labels) and what to do with them; travels inside the Dask task.
 
@@ -129,13 +149,14 @@ class PartitionTask:
     photos : int
         Rows in it.
     rows : bytes
-        `TASK_SCHEMA` rows, sorted by (label, id), packed by `to_ipc`.
+        The columns ``id`` and ``label`` of `TASK_SCHEMA`, sorted by (label, id), packed by `to_ipc`; ``path`` where no
+        rule gives it, and ``always_keep`` where it is true of any.
     settings : PhotoSettings
         The same for all partitions of a run.
     source : Source
         How photos are read; may hold secrets.
-    run_token : str
-        Names this run in the Dask keys, so that no result of an earlier run answers for this one.
+    path_rule : PathRule or None
+        Where the photos lie.
     """
 
     index: int
@@ -143,11 +164,83 @@ class PartitionTask:
     rows: bytes
     settings: PhotoSettings
     source: Source
-    run_token: str
+    path_rule: PathRule | None = None
 
     def __repr__(self) -> str:
         # Dask prints tasks in its logs and on its dashboard: no path list there.
         return f"PartitionTask(index={self.index}, photos={self.photos})"
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What all workers of a run must meet, and how they report; the same for all of its tasks.
+
+    Attributes
+    ----------
+    run_token : str
+        Names this run, in the Dask keys too: no result of an earlier run answers for this one.
+    code : str
+        Digest of our own code (`reducer.shipping.code_digest`).
+    environment : str
+        Digest of what decides hashes (`reducer.environment.Environment.digest`).
+    seen : str or None
+        Path of a photo that every worker must be able to read.
+    beat : float
+        Seconds between two signs of progress.
+    patience : float
+        Seconds that one photo may take where photos are looked at apart.
+    """
+
+    run_token: str
+    code: str
+    environment: str
+    seen: str | None
+    beat: float
+    patience: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """One element of the Dask bag: a partition, sent to a worker.
+
+    Attributes
+    ----------
+    task : PartitionTask
+        The partition.
+    terms : Terms
+        Of the run.
+    attempt : int
+        How often it was sent before.
+    apart : bool
+        Whether its photos are to be looked at in a process of their own, since a worker died or stalled with them.
+    """
+
+    task: PartitionTask
+    terms: Terms
+    attempt: int = 0
+    apart: bool = False
+
+    def __repr__(self) -> str:
+        return f"Work({self.task!r}, attempt={self.attempt}, apart={self.apart})"
+
+
+@dataclass(frozen=True)
+class Unfit:
+    """A worker's answer when it cannot do its part as the others do.
+
+    Attributes
+    ----------
+    worker : str
+        Its address.
+    reason : str
+        One line.
+    environment : Environment or None
+        The worker's own, where that is why.
+    """
+
+    worker: str
+    reason: str
+    environment: Environment | None = None
 
 
 @dataclass(frozen=True)
@@ -244,8 +337,8 @@ class PartitionResult:
     ----------
     index : int
         Number of the partition.
-    ledger : bytes
-        `LEDGER_SCHEMA` rows, packed by `to_ipc`.
+    found : bytes
+        `FOUND_SCHEMA` rows, one for each of the task's and in their order, packed by `to_ipc`.
     read, failed : int
         Photos tried, and those of them that could not be hashed.
     bytes_read : int
@@ -261,7 +354,7 @@ class PartitionResult:
     """
 
     index: int
-    ledger: bytes
+    found: bytes
     read: int
     failed: int
     bytes_read: int

@@ -421,7 +421,7 @@ def plan(photos: int) -> None:
 def plan_one(folder: str, name: str) -> tuple[int, int, float, float]:
     start = time.perf_counter()
     planned = make_plan(Job(f"{folder}/train", f"{folder}/run", manifest=f"{folder}/{name}"))
-    tasks = planned.tasks(PROCESSES, "token")
+    tasks = [planned.task(index, rows) for index, rows in enumerate(planned.partition_rows(PROCESSES))]
     return planned.read.num_rows, len(tasks), time.perf_counter() - start, peak_memory() / 2**20
 
 

@@ -1,13 +1,9 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from reducer import ClusterSpec, InputError, Job
+from reducer import InputError, Job
 from reducer.config import template_fields
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.parametrize(
@@ -53,53 +49,3 @@ def test_template_fields() -> None:
         ("", "id", None),
         (".jpg", None, None),
     ]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"address": "tcp://x:1", "workers": 2}, r"leave them out with --address"),
-        ({"class_path": "distributed.LocalCluster", "threads": 2}, r"leave them out"),
-        ({"address": "tcp://x:1", "class_path": "distributed.LocalCluster"}, r"not both"),
-        ({"workers": -1}, r"--workers is -1"),
-        ({"threads": 0}, r"--threads is 0"),
-        ({"workers": 0, "threads": 2}, r"leave --threads out"),
-        ({"kwargs": {"n_workers": 1}}, r"need a class"),
-    ],
-)
-def test_clusters_that_contradict_themselves(options: dict[str, object], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        ClusterSpec(**options)
-
-
-def test_the_cluster_file_of_the_repository() -> None:
-    spec = ClusterSpec.from_yaml(ROOT / "cluster.yaml")
-    assert spec.class_path == "distributed.LocalCluster"
-    assert spec.kwargs == {"n_workers": 2, "threads_per_worker": 1}
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("version: 1\ncluster: {addres: x}", r"unknown key 'addres' \(did you mean 'address'\?\)"),
-        ("version: 1\nclusters: {}", r"unknown key 'clusters' \(did you mean 'cluster'\?\)"),
-        ("cluster: {address: x}", r"version is None; this Reducer reads version 1"),
-        ("version: 2\ncluster: {address: x}", r"version is 2"),
-        ("version: 1\ncluster: {}", r"needs a class .* or an address"),
-        ("version: 1", r"cluster: expected the keys class, kwargs, address; found None"),
-        ("version: 1\ncluster: {address: x, class: y.Z}", r"an address or a class, not both"),
-        ("version: 1\ncluster: {address: x, kwargs: {a: 1}}", r"kwargs need a class"),
-        ("version: 1\ncluster: {class: y.Z, kwargs: 3}", r"kwargs is 3"),
-        ("version: 1\ncluster: {address: 7}", r"address is 7; expected text"),
-        ("- a\n- b", r"expected the keys version, cluster"),
-        ("a: [", r"is no YAML"),
-    ],
-)
-def test_what_is_wrong_with_a_cluster_file(tmp_path: Path, content: str, message: str) -> None:
-    path = tmp_path / "cluster.yaml"
-    path.write_text(content)
-    with pytest.raises(InputError, match=message) as caught:
-        ClusterSpec.from_yaml(path)
-    assert "\n" not in str(caught.value)
-    with pytest.raises(InputError, match="nowhere"):
-        ClusterSpec.from_yaml(tmp_path / "nowhere.yaml")

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from conftest import reduced_files, run_on, wait_for
 
-import reducer.job
+import reducer.worker
 from reducer import ClusterError, ClusterSpec, ReducerError
 from reducer.store import RunFolder
 from reducer.types import PartitionTask
@@ -61,16 +61,16 @@ def test_a_killed_worker_costs_time_and_nothing_else(slow_collection: Path, tmp_
 def test_a_partition_that_cannot_be_finished_ends_the_run_and_keeps_the_others(
     collection: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = reducer.job.run_partition
+    real = reducer.worker.run_partition
 
-    def breaks(task: PartitionTask, avoid: object = None):
+    def breaks(task: PartitionTask, avoid: object = None, look: object = None):
         if task.index == 1:
             time.sleep(1)
             raise RuntimeError("a bug\nof ours")
         return real(task)
 
-    monkeypatch.setattr(reducer.job, "run_partition", breaks)
-    with pytest.raises(ClusterError, match=r"could not be finished \(error\): RuntimeError: a bug of ours\."):
+    monkeypatch.setattr(reducer.worker, "run_partition", breaks)
+    with pytest.raises(ClusterError, match=r"could not be finished: RuntimeError: a bug of ours\."):
         run_on(collection, tmp_path / "run", IN_PROCESS, partition_images=20)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["status"] == "stopped"

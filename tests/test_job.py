@@ -17,9 +17,9 @@ import pytest
 from conftest import job_on, reduced_files, run_on
 from PIL import Image
 
-from reducer import ClusterSpec, InputError, Job, TooManyFailuresError, reduce_images
+from reducer import ClusterError, ClusterSpec, InputError, Job, TooManyFailuresError, WorkerRules, reduce_images
 from reducer.config import STRATEGY_NAMES
-from reducer.job import WINDOW
+from reducer.dispatch import WINDOW
 from reducer.store import RunFolder
 from reducer.types import LEDGER_SCHEMA
 
@@ -325,11 +325,10 @@ def test_a_script_without_a_main_guard_gets_an_error(collection: Path, tmp_path:
     subprocess.run([sys.executable, guarded], timeout=60, stderr=subprocess.DEVNULL, check=True)
 
 
-def test_clusters_that_are_not_there(collection: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("reducer.cluster.CONNECT_TIMEOUT", 2)
+def test_clusters_that_are_not_there(collection: Path, tmp_path: Path) -> None:
     for spec, message in [
-        (ClusterSpec(address="tcp://127.0.0.1:1"), r"no Dask scheduler answers at tcp://127\.0\.0\.1:1"),
-        (ClusterSpec(address="nonsense://x"), r"no Dask scheduler answers at nonsense"),
+        (ClusterSpec(address="tcp://127.0.0.1:1", timeout=2), r"no Dask scheduler answers at tcp://127\.0\.0\.1:1"),
+        (ClusterSpec(address="nonsense://x", timeout=2), r"no Dask scheduler answers at nonsense"),
         (ClusterSpec(class_path="no_such_module.Cluster"), r"cannot be imported: ModuleNotFoundError"),
         (ClusterSpec(class_path="distributed.NoCluster"), r"cannot be imported: AttributeError"),
         (ClusterSpec(class_path="distributed.LocalCluster", kwargs={"wrong": 1}), r"does not start: TypeError"),
@@ -339,12 +338,11 @@ def test_clusters_that_are_not_there(collection: Path, tmp_path: Path, monkeypat
         assert not (tmp_path / "run").exists()
 
 
-def test_a_scheduler_without_workers(
-    collection: Path, tmp_path: Path, dask_cluster: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("reducer.cluster.CONNECT_TIMEOUT", 3)
-    with pytest.raises(InputError, match="no worker has joined the scheduler in 3 s"):
-        run_on(collection, tmp_path / "run", ClusterSpec(address=dask_cluster(0)))
+def test_a_scheduler_without_workers(collection: Path, tmp_path: Path, dask_cluster: Callable[..., str]) -> None:
+    spec = ClusterSpec(address=dask_cluster(0), rules=WorkerRules(wait=3))
+    with pytest.raises(ClusterError, match=r"no worker has joined in 3 s \(workers: wait\).*dask worker tcp://"):
+        run_on(collection, tmp_path / "run", spec)
+    assert not (tmp_path / "run").exists()
 
 
 def test_malformed_files_on_real_workers(trial_files: Path, tmp_path: Path) -> None:
@@ -359,13 +357,14 @@ def test_malformed_files_on_real_workers(trial_files: Path, tmp_path: Path) -> N
         keep=5,
         max_failures=0.5,
     )
-    with dask.config.set({"distributed.scheduler.allowed-failures": 0}):  # the death of a worker would end the run
+    with dask.config.set({"distributed.scheduler.allowed-failures": 0}):  # a death shows at once
         result = reduce_images(job, ClusterSpec(workers=2), progress=False)
     ledger = result.images
     assert ledger["id"].tolist() == [str(i) for i in range(len(files))]
     failed = ledger[ledger["reason"] == "failed"]
     assert 50 < len(failed) < 200
     assert failed["error"].notna().all()
+    assert not failed["error"].str.startswith("killed").any()
     assert not failed["kept"].any()
     assert result.summary["photos_read"] == len(files)
 

@@ -13,10 +13,10 @@ from PIL import Image
 from reducer import Job
 from reducer.config import STRATEGY_NAMES
 from reducer.draw import RANDOM_ORDER, draw_order
-from reducer.pipeline import run_partition
+from reducer.pipeline import ledger_rows, run_partition
 from reducer.places import Source
 from reducer.quality import spread
-from reducer.types import LEDGER_SCHEMA, TASK_SCHEMA, PartitionTask, from_ipc, to_ipc
+from reducer.types import LEDGER_SCHEMA, TASK_SCHEMA, PartitionTask, to_ipc
 
 
 def result_of(rows: list[tuple[str, str, str]], always_keep: tuple[str, ...] = (), avoid=None, **options: object):
@@ -35,9 +35,9 @@ def result_of(rows: list[tuple[str, str, str]], always_keep: tuple[str, ...] = (
     )
     named = None if avoid is None else "given below"
     settings = Job("-", "-", avoid=named, **{"keep": 3, "max_pixels": 10**8, **options}).photo_settings
-    task = PartitionTask(0, len(rows), to_ipc(table), settings, Source(), "token")
+    task = PartitionTask(0, len(rows), to_ipc(table), settings, Source())
     result = run_partition(task, avoid)
-    ledger = from_ipc(result.ledger)
+    ledger = ledger_rows(table, result)
     assert ledger.schema.equals(LEDGER_SCHEMA, check_metadata=True)
     return result, ledger.to_pylist()
 

@@ -1,15 +1,20 @@
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from pathlib import Path
 
+import dask.bag
 import pytest
+from distributed.protocol.pickle import dumps
 
 from reducer import InputError, Job
 from reducer.draw import CANDIDATES, draw_order
+from reducer.pipeline import photo_paths
 from reducer.plan import make_plan, parse_labels
 from reducer.ranking import FACILITY_LOCATION_CANDIDATES
-from reducer.types import LEDGER_SCHEMA, TASK_SCHEMA, from_ipc
+from reducer.types import LEDGER_SCHEMA, TASK_SCHEMA, Terms, Work, from_ipc
+from reducer.worker import work_off
 
 
 @pytest.fixture
@@ -92,10 +97,14 @@ def test_a_label_too_large_for_facility_location_is_refused(tmp_path: Path) -> N
 def test_tasks_hold_whole_labels_once_and_no_path_in_their_names(listed: Path) -> None:
     for threads, size in [(1, None), (2, 8), (64, 1)]:
         plan = plan_of(listed, partition_images=size, rank_all=True)
-        tasks = plan.tasks(threads, "token")
-        tables = [from_ipc(task.rows) for task in tasks]
-        assert [task.index for task in tasks] == list(range(len(tasks)))
+        tables = plan.partition_rows(threads)
+        tasks = [plan.task(index, table) for index, table in enumerate(tables)]
         assert [task.photos for task in tasks] == [table.num_rows for table in tables]
+        for task, table in zip(tasks, tables, strict=True):
+            sent = from_ipc(task.rows)
+            assert sent.column_names == ["id", "label"]
+            assert sent.equals(table.select(["id", "label"]))
+            assert photo_paths(task, sent).equals(table["path"])
         assert sorted(row for table in tables for row in table["row"].to_pylist()) == list(range(63))
         homes = [label for table in tables for label in set(table["label"].to_pylist())]
         assert sorted(homes) == list("abcdef")
@@ -119,13 +128,16 @@ def test_trial_labels(listed: Path) -> None:
     assert parse_labels('x,"with, comma", 7') == ("x", "with, comma", " 7")
 
 
-def test_paths_travel_small(tmp_path: Path) -> None:
-    import hashlib
-
+def test_tasks_travel_small(tmp_path: Path) -> None:
+    """Under 20 bytes a photo and 5 KB a partition, all that Dask adds included."""
     (tmp_path / "train").mkdir()
     ids = [hashlib.blake2b(str(i).encode(), digest_size=8).hexdigest() for i in range(10_000)]
     lines = [f"{photo},{i // 1000}" for i, photo in enumerate(ids)]
     (tmp_path / "train.csv").write_text("id,landmark_id\n" + "\n".join(lines) + "\n")
-    task = plan_of(tmp_path, path_template=None, partition_images=10_000).tasks(1, "token")[0]
-    # 8 bytes of every id are pure chance; the path repeats the id and must not cost that much again.
-    assert len(task.rows) < 32 * 10_000
+    for size in (1000, 10_000):
+        plan = plan_of(tmp_path, path_template=None, partition_images=size)
+        terms = Terms("f" * 32, "f" * 16, "f" * 16, plan.read["path"][0].as_py(), 10.0, 600.0)
+        works = [Work(plan.task(index, rows), terms) for index, rows in enumerate(plan.partition_rows(1))]
+        assert len(works) == 10_000 // size
+        graph = dask.bag.from_sequence(works, partition_size=1).map(work_off, avoid=None).__dask_graph__()
+        assert len(dumps(graph)) < 20 * 10_000 + 5_000 * len(works)

@@ -26,8 +26,8 @@ from s3server import S3Server
 from test_cli import invoke
 from test_faults import IN_PROCESS
 
-import reducer.job
 import reducer.sources
+import reducer.worker
 from reducer import ClusterError, ClusterSpec, InputError, Job, reduce_images
 from reducer.job import Result
 from reducer.places import Place, Source, parse_options
@@ -557,7 +557,7 @@ def test_no_secret_is_in_a_repr_or_a_local_run(s3: S3Server, tmp_path: Path) -> 
     every = {f"{name}storage_options": planted(s3) for name in ("", "manifest_", "output_")}
     job = Job("s3://trial/train", "s3://trial/run", manifest="s3://trial/train.csv", keep=8, **every)
     plan = make_plan(job)
-    task = plan.tasks(2, "token")[0]
+    task = plan.task(0, plan.read)
     shown = [repr(thing) for thing in (job, task, task.source, plan, job.images_place, RunFolder(job.output_place))]
     assert hidden(s3, *shown)
     every = {name: given for name, given in every.items() if name != "output_storage_options"}
@@ -572,10 +572,10 @@ def test_no_secret_is_shown_when_a_partition_fails_on_a_cluster(
     capfd: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def breaks(task: object, avoid: object = None) -> None:
+    def breaks(task: object, avoid: object = None, look: object = None) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(reducer.job, "run_partition", breaks)
+    monkeypatch.setattr(reducer.worker, "run_partition", breaks)
     every = {f"{name}storage_options": planted(s3) for name in ("", "manifest_")}
     job = Job("s3://trial/train", str(tmp_path / "run"), manifest="s3://trial/train.csv", keep=8, **every)
     with pytest.raises(ClusterError, match="RuntimeError: a bug") as caught:

@@ -1,0 +1,332 @@
+"""The Dask bag: submit partitions, gather them as they finish, send again what was lost with a worker."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+import uuid
+import warnings
+from collections import Counter, deque
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from reducer.cluster import check_alike, check_sight, expected_threads
+from reducer.clusterspec import ClusterSpec
+from reducer.environment import compare_with, environment
+from reducer.errors import ClusterError
+from reducer.pipeline import run_partition
+from reducer.plan import Plan
+from reducer.ranking import Hashes
+from reducer.shipping import code_digest
+from reducer.types import PartitionResult, Terms, Unfit, Work
+from reducer.worker import topic, work_off
+
+if TYPE_CHECKING:
+    from distributed import Client, Future
+
+log = logging.getLogger("reducer")
+
+#: At most so many partitions a worker thread are with the scheduler at a time, so that its graph stays small.
+WINDOW = 16
+#: Seconds between two signs of a partition that goes on, at most.
+MOST_BEAT = 10.0
+#: A partition that was lost so often, each time with several workers, is given up.
+MOST_ATTEMPTS = 5
+#: Seconds between two looks at the cluster, and how long it may take to answer.
+TICK, ANSWER = 1.0, 30.0
+#: How a person goes on from a run that ended early.
+GO_ON = "What was hashed so far is kept in the run folder's images/; start again with --overwrite"
+
+
+@dataclass
+class _Sent:
+    """A partition that is with the scheduler."""
+
+    work: Work
+    future: Future[Any]
+    #: When it was last known to go on, as `time.monotonic` tells it.
+    last_sign: float
+    #: Whether a worker has begun with it.
+    begun: bool = False
+
+
+class InProcess:
+    """Runs partitions in this process, one after the other, without Dask.
+
+    Attributes
+    ----------
+    environment : Environment
+        What decides hashes here.
+    partitions : list of pyarrow.Table
+        Rows of each partition (`Plan.partition_rows`).
+    """
+
+    def __init__(self, plan: Plan, avoid: Hashes | None) -> None:
+        self.plan, self.avoid = plan, avoid
+        self.environment = environment(plan.job.photo_settings)
+        self.partitions = plan.partition_rows(threads=1)
+
+    def results(self) -> Generator[PartitionResult]:
+        """Run all partitions, in turn."""
+        for index, rows in enumerate(self.partitions):
+            yield run_partition(self.plan.task(index, rows), self.avoid)
+
+
+class Dispatch:
+    """Runs partitions on a cluster, windows of them, each window a Dask bag.
+
+    Parameters
+    ----------
+    client : distributed.Client
+        Of the cluster.
+    plan : Plan
+        Whose partitions they are; there are photos to read.
+    spec : ClusterSpec
+        Of the cluster. Workers that hang are restarted where it is ours.
+    avoid : ndarray of uint8, shape (m, hash bytes), or None
+        As for `reducer.pipeline.run_partition`.
+
+    Attributes
+    ----------
+    environment : Environment
+        What decides hashes on all workers.
+    partitions : list of pyarrow.Table
+        Rows of each partition (`Plan.partition_rows`).
+
+    Raises
+    ------
+    InputError
+        If workers differ in what decides hashes, or some of them cannot read the photos.
+    """
+
+    def __init__(self, client: Client, plan: Plan, spec: ClusterSpec, avoid: Hashes | None) -> None:
+        self.client, self.plan, self.rules = client, plan, spec.rules
+        self.may_restart = spec.address is None
+        self.environment = check_alike(client, plan.job.photo_settings)
+        self.terms = Terms(
+            run_token=uuid.uuid4().hex,
+            code=code_digest(),
+            environment=self.environment.digest,
+            seen=check_sight(client, plan.job, plan.read["path"][0].as_py()),
+            beat=min(MOST_BEAT, self.rules.stall / 4),
+            patience=self.rules.stall,
+        )
+        self.partitions = plan.partition_rows(expected_threads(client, spec))
+        self.waiting: deque[tuple[int, int, bool]] = deque((index, 0, False) for index in range(len(self.partitions)))
+        self.sent: dict[Any, _Sent] = {}
+        self.losses: Counter[int] = Counter()
+        #: Workers that get nothing more from us, and why.
+        self.left_out: dict[str, str] = {}
+        self.threads: dict[str, int] = {}
+        self.wake: queue.SimpleQueue[object] = queue.SimpleQueue()
+        self.next_look = float("-inf")
+        self.alone_since: float | None = None
+        self.last_sign = time.monotonic()
+        # Sent once and held by the workers, not sent with each partition; a task, so that it comes again where one
+        # dies.
+        self.avoid = None
+        if avoid is not None:
+            from dask.delayed import delayed
+
+            self.avoid = self._persist(delayed(_unpacked, pure=False)(avoid.tobytes(), avoid.shape))
+
+    def results(self) -> Generator[PartitionResult]:
+        """Run all partitions.
+
+        Yields
+        ------
+        PartitionResult
+            One a partition, as they arrive.
+
+        Raises
+        ------
+        ClusterError
+            If one cannot be finished, or there is no worker for too long.
+        """
+        name = topic(self.terms.run_token)
+        self.client.subscribe_topic(name, self._on_sign)
+        try:
+            while self.waiting or self.sent:
+                self._look_at_cluster()
+                self._fill_up()
+                self._wait()
+                for key in [key for key, sent in self.sent.items() if sent.future.status != "pending"]:
+                    result = self._take(key)
+                    if result is not None:
+                        yield result
+        finally:
+            self.client.cancel([sent.future for sent in self.sent.values()], force=True)
+            self.client.unsubscribe_topic(name)
+
+    def _fill_up(self) -> None:
+        """Send a window of partitions, if there is room for one."""
+        usable = [worker for worker in self.threads if worker not in self.left_out]
+        threads = sum(self.threads[worker] for worker in usable)
+        room = WINDOW * max(1, threads) - len(self.sent)
+        # Filled up by halves, so that workers never wait and a window is worth a graph.
+        if not usable or not self.waiting or room < min(len(self.waiting), (room + len(self.sent)) // 2):
+            return
+        window = []
+        for index, attempt, apart in [self.waiting.popleft() for _ in range(min(room, len(self.waiting)))]:
+            window.append(Work(self.plan.task(index, self.partitions[index]), self.terms, attempt, apart))
+        self._send(window, usable if self.left_out else None)
+
+    def _send(self, window: list[Work], workers: list[str] | None) -> None:
+        import dask.bag
+        from distributed.client import futures_of
+
+        bag = dask.bag.from_sequence(window, partition_size=1).map(work_off, avoid=self.avoid)
+        now = time.monotonic()
+        futures = {future.key: future for future in futures_of(self._persist(bag, workers))}
+        for work, key in zip(window, bag.__dask_keys__(), strict=True):
+            self.sent[key] = _Sent(work, futures[key], now)
+            futures[key].add_done_callback(self.wake.put)
+
+    def _persist(self, collection: Any, workers: list[str] | None = None) -> Any:
+        with warnings.catch_warnings():
+            # Rows and hashes travel in the tasks on purpose: data that is scattered dies with its worker.
+            warnings.filterwarnings("ignore", message="Sending large graph")
+            # Not only these workers: some may die, and others come.
+            return self.client.persist(collection, workers=workers, allow_other_workers=workers is not None)
+
+    def _wait(self) -> None:
+        """Until something has finished, or it is time to look at the cluster again."""
+        try:
+            self.wake.get(timeout=max(0.01, self.next_look - time.monotonic()))
+            while True:
+                self.wake.get_nowait()
+        except queue.Empty:
+            pass
+
+    def _on_sign(self, event: tuple[float, dict[str, Any]]) -> None:
+        """A worker tells that it is at work on a partition. Called in the client's own thread."""
+        sign, now = event[1], time.monotonic()
+        self.last_sign = now
+        for sent in list(self.sent.values()):
+            if (sent.work.task.index, sent.work.attempt) == (sign["index"], sign["attempt"]):
+                sent.last_sign, sent.begun = now, True
+
+    def _take(self, key: Any) -> PartitionResult | None:
+        """What has come of a partition; if nothing, it is sent again."""
+        sent = self.sent[key]
+        status = sent.future.status
+        if status != "finished":
+            error = sent.future.exception(timeout=ANSWER) if status == "error" else None
+            self._again_or_give_up(key, error or RuntimeError(f"the scheduler has {status} it"))
+            return None
+        try:
+            found: PartitionResult | Unfit = sent.future.result(timeout=ANSWER)[0]
+        except TimeoutError:  # the worker that holds it is out of reach
+            self._lost(key)
+            return None
+        except Exception as failure:
+            self._again_or_give_up(key, failure)
+            return None
+        self.last_sign = time.monotonic()
+        if isinstance(found, Unfit):
+            reason = found.reason
+            if found.environment is not None:
+                reason = compare_with(self.environment, found.environment, f"worker {found.worker}") or reason
+            self._leave_out(found.worker, reason)
+            self._send_again(key, apart=sent.work.apart)
+            return None
+        del self.sent[key]
+        sent.future.release()
+        return found
+
+    def _again_or_give_up(self, key: Any, error: BaseException) -> None:
+        from distributed import KilledWorker
+        from distributed.client import FutureCancelledError
+
+        if self.client.status != "running":
+            raise ClusterError(f"the scheduler is gone. {GO_ON}")
+        lost = self.sent[key].future.status in ("cancelled", "lost") or isinstance(error, FutureCancelledError)
+        if not (lost or isinstance(error, KilledWorker)):
+            raise ClusterError(
+                f"a partition could not be finished: {type(error).__name__}: {' '.join(str(error).split())}. {GO_ON}"
+            )
+        self._lost(key)
+
+    def _lost(self, key: Any) -> None:
+        """A partition went with its workers."""
+        index = self.sent[key].work.task.index
+        self.losses[index] += 1
+        if self.losses[index] >= MOST_ATTEMPTS:
+            raise ClusterError(
+                f"a partition was lost {MOST_ATTEMPTS} times, each time with its workers. Look into the workers' logs: "
+                f"they may have too little memory. {GO_ON}"
+            )
+        self._send_again(key, apart=True)
+
+    def _send_again(self, key: Any, apart: bool) -> None:
+        sent = self.sent.pop(key)
+        self.client.cancel([sent.future], force=True)
+        self.waiting.appendleft((sent.work.task.index, sent.work.attempt + 1, apart))
+
+    def _leave_out(self, worker: str, reason: str) -> None:
+        if worker not in self.left_out:
+            self.left_out[worker] = reason
+            log.warning("worker %s gets no more work: %s", worker, reason)
+
+    def _look_at_cluster(self) -> None:
+        """Once a tick: who is there, and does everything go on?"""
+        now = time.monotonic()
+        if now < self.next_look:
+            return
+        try:
+            scheduler: Any = self.client.scheduler
+            self.threads = dict(self.client.sync(scheduler.ncores, callback_timeout=ANSWER))  # `nthreads`, in time
+        except Exception:
+            if self.client.status != "running":
+                raise ClusterError(f"the scheduler is gone. {GO_ON}") from None
+            self.threads = {}  # it may come back
+        self.next_look = time.monotonic() + TICK
+        if not set(self.threads) - set(self.left_out):
+            self._alone()
+            return
+        self.alone_since = None
+        for key, sent in list(self.sent.items()):
+            quiet_since = sent.last_sign if sent.begun else max(sent.last_sign, self.last_sign)
+            if sent.future.status == "pending" and now - quiet_since > self.rules.stall:
+                self._on_stall(key)
+
+    def _alone(self) -> None:
+        """There is no worker for us."""
+        now = time.monotonic()
+        self.alone_since = self.alone_since or now
+        for sent in self.sent.values():  # waiting for a worker is not stalling
+            sent.last_sign, sent.begun = now, False
+        if now - self.alone_since > self.rules.wait:
+            reasons = "; ".join(f"{worker}: {reason}" for worker, reason in self.left_out.items())
+            raise ClusterError(
+                f"no worker has been there for {self.rules.wait:g} s (workers: wait)"
+                f"{f', but for those left out ({reasons})' if reasons else ''}. {GO_ON} when there are workers"
+            )
+
+    def _on_stall(self, key: Any) -> None:
+        """A partition does not go on: another worker gets it."""
+        for worker, keys in self.client.processing().items():
+            if key in keys:
+                self._free(worker)
+        self._lost(key)
+
+    def _free(self, worker: str) -> None:
+        """A worker hangs in a task that cannot be stopped: restart it if it is ours alone, or else leave it out."""
+        reason = f"a partition has made no progress in {self.rules.stall:g} s (workers: stall)"
+        if self.may_restart:
+            try:
+                self.client.restart_workers([worker], timeout=ANSWER)
+            except Exception as error:
+                log.debug("worker %s could not be restarted: %s", worker, error)
+            else:
+                log.warning("worker %s was restarted: %s", worker, reason)
+                return
+        self._leave_out(worker, reason)
+
+
+def _unpacked(content: bytes, shape: tuple[int, ...]) -> Hashes:
+    return np.frombuffer(content, dtype=np.uint8).reshape(shape)

@@ -1,0 +1,287 @@
+"""Photos looked at in a process of their own, which one of them may kill; the worker then knows which."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import queue
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from reducer.config import PhotoSettings
+from reducer.hashing import OUT_OF_MEMORY, PhotoError
+from reducer.pipeline import Look, look_at_all
+from reducer.places import Source
+
+#: Kinds of failure.
+KILLED, STALLED = "killed its worker", "stalled"
+#: Share of a worker's memory limit that looking at photos may take: Dask's nanny kills a worker at 0.95.
+MEMORY_SHARE = 0.9
+#: A process that looks at photos apart gets at least so much, in bytes, however full its worker is.
+LEAST_MEMORY = 256 * 2**20
+#: What the process runs first. It finds our code where its worker does.
+START = "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); from reducer.isolation import serve; serve()"
+
+
+class Died(Exception):
+    """The process has ended."""
+
+
+class TookTooLong(Exception):
+    """One photo has taken too long."""
+
+
+class _Process:
+    """Looks at photos in turn in a process of its own."""
+
+    def __init__(self, paths: Sequence[str], settings: PhotoSettings, source: Source, memory: int | None) -> None:
+        # Not multiprocessing, which refuses to start processes in those of Dask's nannies. A session of its own: Ctrl-C
+        # in a terminal must not look like a photo's doing.
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", START], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+        )
+        self.looks: queue.SimpleQueue[Look | None] = queue.SimpleQueue()
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):  # told by `next`
+            pickle.dump(sys.path, self.process.stdin)
+            pickle.dump((list(paths), settings, source, memory), self.process.stdin)
+            self.process.stdin.flush()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        with suppress(EOFError, OSError, pickle.UnpicklingError):
+            while True:
+                self.looks.put(pickle.load(self.process.stdout))
+        self.looks.put(None)
+
+    def next(self, patience: float, beat: Callable[[], None]) -> Look:
+        """The next photo's look.
+
+        Raises
+        ------
+        Died
+            The message says how.
+        TookTooLong
+            After ``patience`` seconds.
+        """
+        stop = time.monotonic() + patience
+        while True:
+            left = stop - time.monotonic()
+            if left <= 0:
+                raise TookTooLong
+            try:
+                look = self.looks.get(timeout=min(left, 1.0))
+            except queue.Empty:
+                beat()
+                continue
+            if look is None:
+                raise Died(_how_it_ended(self.process.wait()))
+            return look
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.reader.join()
+        for pipe in (self.process.stdin, self.process.stdout):
+            with suppress(OSError):  # what was not written any more
+                if pipe is not None:
+                    pipe.close()
+
+
+@contextmanager
+def _process(*arguments: Any) -> Iterator[_Process]:
+    process = _Process(*arguments)
+    try:
+        yield process
+    finally:
+        process.close()
+
+
+def _how_it_ended(code: int) -> str:
+    if code >= 0:
+        return f"the process that looked at it ended with exit code {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    return f"the process that looked at it was ended by {name}"
+
+
+def look_apart(
+    paths: Sequence[str],
+    settings: PhotoSettings,
+    source: Source,
+    *,
+    memory: int | None,
+    patience: float,
+    beat: Callable[[], None],
+) -> Iterator[Look]:
+    """Read and hash photos as `reducer.pipeline.look_at_all` does, in a process that a photo may kill.
+
+    A photo at which the process dies is looked at once more, alone in a process of its own: only one that kills that
+    too is to blame.
+
+    Parameters
+    ----------
+    paths : sequence of str
+        The photos.
+    settings : PhotoSettings
+        How they are hashed.
+    source : Source
+        How they are read.
+    memory : int or None
+        Bytes that the process may take.
+    patience : float
+        Seconds that a photo may take.
+    beat : callable
+        Called about every second while a photo takes that long.
+
+    Yields
+    ------
+    Look
+        One a photo.
+    """
+    done = 0
+    while done < len(paths):
+        with _process(paths[done:], settings, source, memory) as process:
+            while done < len(paths):
+                try:
+                    look = process.next(patience, beat)
+                except TookTooLong:
+                    yield _stalled(patience)
+                    done += 1
+                    break
+                except Died:
+                    yield look_alone(paths[done], settings, source, memory=memory, patience=patience, beat=beat)
+                    done += 1
+                    break
+                yield look
+                done += 1
+
+
+def look_alone(
+    path: str,
+    settings: PhotoSettings,
+    source: Source,
+    *,
+    memory: int | None,
+    patience: float,
+    beat: Callable[[], None],
+) -> Look:
+    """Look at one photo, alone in a process of its own; parameters as for `look_apart`."""
+    with _process([path], settings, source, memory) as process:
+        try:
+            return process.next(patience, beat)
+        except TookTooLong:
+            return _stalled(patience)
+        except Died as error:
+            return Look(error=str(PhotoError(KILLED, str(error))))
+
+
+def _stalled(patience: float) -> Look:
+    return Look(error=str(PhotoError(STALLED, f"no end after {patience:g} s")))
+
+
+def is_out_of_memory(look: Look) -> bool:
+    """Whether a photo failed because there was no more memory, which others may have taken."""
+    return look.error is not None and look.error.startswith(OUT_OF_MEMORY)
+
+
+def serve() -> None:
+    """Look at the photos that standard input names, and write each look to standard output."""
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever libraries print
+    paths, settings, source, memory = pickle.load(sys.stdin.buffer)
+    with memory_bound(memory):
+        for look in look_at_all(paths, settings, source):
+            pickle.dump(look, out)
+            out.flush()
+
+
+class _Bound:
+    """The process's limit of address space, changed while anyone looks at photos."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.users = 0
+        self.before: tuple[int, int] | None = None
+
+
+_bound = _Bound()
+
+
+@contextmanager
+def memory_bound(memory: int | None) -> Iterator[None]:
+    """Let allocations beyond a limit fail, so that a photo which needs more is a `MemoryError` and not the end.
+
+    Linux counts address space (``RLIMIT_AS``, setrlimit(2)); what is reserved already and not in use is added. Where
+    the system has no such limit nothing is done. Threads share it: the first in sets it, the last out takes it back.
+
+    Parameters
+    ----------
+    memory : int or None
+        Bytes of resident memory that the process may have in all; None for no limit.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows
+        yield
+        return
+    with _bound.lock:
+        _bound.users += 1
+        if _bound.users == 1 and memory is not None and (used := _memory_used()) is not None:
+            soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+            wanted = memory + max(0, used[0] - used[1])
+            if soft == resource.RLIM_INFINITY or wanted < soft:
+                with suppress(ValueError, OSError):
+                    resource.setrlimit(resource.RLIMIT_AS, (wanted, hard))
+                    _bound.before = (soft, hard)
+    try:
+        yield
+    finally:
+        with _bound.lock:
+            _bound.users -= 1
+            if _bound.users == 0 and _bound.before is not None:
+                resource.setrlimit(resource.RLIMIT_AS, _bound.before)
+                _bound.before = None
+
+
+def memory_was_tight() -> bool:
+    """Whether this process has come near its limit of address space, so that any allocation may have failed."""
+    try:
+        import resource
+
+        with open("/proc/self/status") as file:
+            found = re.search(r"^VmPeak:\s*(\d+) kB$", file.read(), re.MULTILINE)
+    except (ImportError, OSError):
+        return False
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return found is not None and limit != resource.RLIM_INFINITY and 1024 * int(found[1]) > 0.8 * limit
+
+
+def _memory_used() -> tuple[int, int] | None:
+    """Address space and resident memory of this process, in bytes."""
+    try:
+        with open("/proc/self/statm") as file:
+            size, resident = file.read().split()[:2]
+    except OSError:
+        return None
+    page = os.sysconf("SC_PAGE_SIZE")
+    return int(size) * page, int(resident) * page
+
+
+def memory_left(limit: int | None) -> int | None:
+    """Bytes that a process beside this one may take so that both stay within a worker's limit."""
+    if limit is None:
+        return None
+    used = _memory_used()
+    return max(LEAST_MEMORY, int(MEMORY_SHARE * limit) - (used[1] if used else 0))

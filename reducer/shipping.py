@@ -1,0 +1,228 @@
+"""Our own code, for workers that lack it or have another version of it.
+
+What runs on a scheduler or worker here must not need this package there: it travels by value (cloudpickle) and imports
+what it uses inside, from Python's own library.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import socket
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import cloudpickle
+from distributed.diagnostics.plugin import UploadFile
+
+import reducer
+from reducer.errors import InputError
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+
+@lru_cache(maxsize=1)
+def code_digest() -> str:
+    """Digest of the code that this process has, in hex."""
+    return digest_of_package() or ""
+
+
+def digest_of_package() -> str | None:
+    """Digest of the names and contents of the package's files, where this process finds it; None without it."""
+    import hashlib
+
+    files = package_files()
+    digest = hashlib.sha256()
+    for name, content in sorted(files.items()):
+        digest.update(f"{name}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()[:16] if files else None
+
+
+def package_files() -> dict[str, bytes]:
+    """The files of the package by name, where this process finds it: in a folder or in a zip file."""
+    import importlib.util
+    import pathlib
+    import zipfile
+
+    try:
+        spec = importlib.util.find_spec("reducer")
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        return {}
+    archive = getattr(spec.loader, "archive", None)
+    top: Any = zipfile.Path(archive, "reducer/") if archive else pathlib.Path(spec.submodule_search_locations[0])
+    files: dict[str, bytes] = {}
+    folders = [("", top)]
+    while folders:
+        prefix, folder = folders.pop()
+        for entry in folder.iterdir():
+            if entry.name.startswith((".", "__pycache__")) or entry.name.endswith((".pyc", "~")):
+                continue
+            if entry.is_dir():
+                folders.append((f"{prefix}{entry.name}/", entry))
+            else:
+                files[prefix + entry.name] = entry.read_bytes()
+    return files
+
+
+def package_zip() -> bytes:
+    """The package as a zip file, the same to the byte whenever its files are."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in sorted(package_files().items()):
+            archive.writestr(zipfile.ZipInfo(f"reducer/{name}", (1980, 1, 1, 0, 0, 0)), data, zipfile.ZIP_DEFLATED)
+    return content.getvalue()
+
+
+async def install(server: Any, name: str, data: bytes, digest: str, home: tuple[str, int]) -> None:
+    """Make a scheduler or worker import this very code: its own where it is the same, else the zip file that is sent.
+
+    Parameters
+    ----------
+    server : distributed.Scheduler or distributed.Worker
+        In whose process this runs.
+    name : str
+        Of the zip file.
+    data : bytes
+        The zip file.
+    digest : str
+        Of the code.
+    home : (str, int)
+        Host and process of the client, where nothing is to be done.
+    """
+    import importlib
+    import os
+    import socket
+    import sys
+
+    if (socket.gethostname(), os.getpid()) == home:
+        return
+    if getattr(sys.modules.get("reducer"), "_verified", None) == digest:
+        return
+    # A long-lived process may hold an older version than the one that it would find now.
+    for module in [module for module in sys.modules if module == "reducer" or module.startswith("reducer.")]:
+        del sys.modules[module]
+    importlib.invalidate_caches()
+    if digest_of_package() != digest:
+        await server.upload_file(filename=name, data=data, load=False)
+        sys.path.insert(0, os.path.join(server.local_directory, name))
+        importlib.invalidate_caches()
+        if digest_of_package() != digest:
+            raise RuntimeError(f"{name} has come, and another version of reducer is found all the same")
+    importlib.import_module("reducer")._verified = digest  # type: ignore[attr-defined]
+
+
+class ShipCode(UploadFile):
+    """The worker's half of `Client.upload_file`, for workers that lack this very code; late joiners get it too."""
+
+    def __init__(self, path: str, digest: str, home: tuple[str, int]) -> None:
+        super().__init__(path, load=False)
+        self.name = f"reducer-code-{digest}"
+        self.digest, self.home = digest, home
+
+    async def setup(self, worker: Any) -> None:
+        """Run on each worker that is there, and on each that joins."""
+        await install(worker, self.filename, self.data, self.digest, self.home)
+
+
+async def _install_on_scheduler(
+    name: str, data: bytes, digest: str, home: tuple[str, int], dask_scheduler: Any = None
+) -> None:
+    await install(dask_scheduler, name, data, digest, home)
+
+
+@contextmanager
+def same_code(client: Client, ship_code: str) -> Iterator[None]:
+    """See to it that the scheduler and all workers, late ones too, run the code that this process runs.
+
+    Parameters
+    ----------
+    client : distributed.Client
+        Of the cluster.
+    ship_code : {"auto", "never"}
+        Send it where that very version is missing, or refuse.
+
+    Raises
+    ------
+    InputError
+        If a worker lacks it, and gets none or cannot load it.
+    """
+    this = sys.modules[__name__]
+    cloudpickle.register_pickle_by_value(this)
+    plugin = None
+    try:
+        if ship_code == "never":
+            _refuse_others(client)
+        else:
+            plugin = _ship(client)
+        cloudpickle.unregister_pickle_by_value(this)
+        _check_imports(client)
+        yield
+    finally:
+        with suppress(ValueError):  # done already
+            cloudpickle.unregister_pickle_by_value(this)
+        if plugin is not None:
+            with suppress(Exception):  # the cluster may be gone
+                client.unregister_worker_plugin(plugin)
+
+
+def _ship(client: Client) -> str:
+    """Returns the name of the plugin that serves late joiners."""
+    digest = code_digest()
+    home = (socket.gethostname(), os.getpid())
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, f"reducer-{digest}.zip")
+        with open(path, "wb") as file:
+            file.write(package_zip())
+        plugin = ShipCode(path, digest, home)
+    try:
+        client.run_on_scheduler(_install_on_scheduler, plugin.filename, plugin.data, digest, home)
+        client.register_plugin(plugin, name=plugin.name)
+    except Exception as error:
+        raise InputError(
+            f"our code could not be sent to the workers ({_one_line(error)}): install reducer {reducer.__version__} "
+            "where they run, and give workers: {ship_code: never}"
+        ) from None
+    return plugin.name
+
+
+def _refuse_others(client: Client) -> None:
+    digests = client.run(digest_of_package)
+    digests["(the scheduler)"] = client.run_on_scheduler(digest_of_package)
+    for worker, digest in sorted(digests.items()):
+        if digest != code_digest():
+            what = "no reducer" if digest is None else f"another version of reducer than this one ({digest})"
+            raise InputError(
+                f"worker {worker} has {what}: install reducer {reducer.__version__} ({code_digest()}) there, or leave "
+                "workers: ship_code at auto"
+            )
+
+
+def _check_imports(client: Client) -> None:
+    """Import now what tasks need, so that a package which is missing somewhere is found before the run."""
+    found: dict[str, Exception | None] = client.run(_import_all, on_error="return")
+    try:
+        client.run_on_scheduler(_import_all)
+    except Exception as error:
+        found["(the scheduler)"] = error
+    for worker, failure in sorted(found.items()):
+        if failure is not None:
+            raise InputError(
+                f"worker {worker} cannot import what reducer needs ({_one_line(failure)}): install reducer's "
+                "dependencies where the scheduler and the workers run"
+            )
+
+
+def _import_all() -> None:
+    import reducer.worker  # noqa: F401
+
+
+def _one_line(error: Any) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
