@@ -101,6 +101,8 @@ class Deployment:
         kept = {name: value for name, value in (env or os.environ).items() if not name.startswith("DASK_")}
         self.env: dict[str, str] = kept | {MARK: self.mark}
         self.logs: dict[subprocess.Popen[bytes], Path] = {}
+        #: Those that others need until their end: a worker whose scheduler is gone first may hang.
+        self.needed: list[subprocess.Popen[bytes]] = []
         #: How to undo what was done so far.
         self.undo = ExitStack()
 
@@ -204,12 +206,17 @@ class Deployment:
         """Whether a process with this environment is one of ours."""
         return environ.get(MARK) == self.mark
 
-    def end_processes(self, seconds: float = 10) -> None:
-        """Ask what was started to end, the last one first; kill what is left after ``seconds``."""
+    def end_processes(self, seconds: float = 5) -> None:
+        """Ask what was started to end, those that others need last; kill what is left after ``seconds``."""
         family = self.alive()
-        for process in reversed(self.logs):
-            process.terminate()
-        self._wait_for_end(family, seconds)
+        stop_at = time.monotonic() + seconds
+        for wave in ([process for process in self.logs if process not in self.needed], self.needed):
+            for process in wave:
+                process.terminate()
+            for process in wave:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(max(0, stop_at - time.monotonic()))
+        self._wait_for_end(family, stop_at - time.monotonic())
         for _ in range(100):
             family |= self.alive()
             for process in filter(is_running, family):
@@ -370,6 +377,7 @@ class DaskProcesses(Deployment):
             env=env,
             prefix=prefix,
         )
+        self.needed.append(process)
         # Dask writes the file in place: it is there before it is whole.
         self.wait(process, lambda: json.loads(file.read_text()), "listening")
         address: str = json.loads(file.read_text())["address"]
@@ -561,6 +569,7 @@ class Slurm(Deployment):
             *("munged", "munged", "--foreground", "--force", f"--socket={sockets / 'socket'}", f"--key-file={key}"),
             *(f"--{name}-file={self.folder / f'munged-{name}'}" for name in ("pid", "log", "seed")),
         )
+        self.needed.append(munged)
         self.wait(munged, (sockets / "socket").exists)
 
         host = socket.gethostname().partition(".")[0]
