@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from deployments import DaskProcesses
 from s3server import S3Server
 
 from reducer import ClusterSpec, Job, reduce_images
@@ -85,39 +83,22 @@ def clean_env() -> dict[str, str]:
 @pytest.fixture
 def dask_cluster(tmp_path: Path, clean_env: dict[str, str]) -> Iterator[Callable[..., str]]:
     """Start a real ``dask scheduler`` and ``dask worker`` processes on loopback; gives the address."""
-    processes: list[subprocess.Popen[bytes]] = []
+    with DaskProcesses(tmp_path, clean_env) as dask:
 
-    def spawn(*arguments: str) -> None:
-        with open(tmp_path / f"dask-{len(processes)}.log", "wb") as log:
-            command = [sys.executable, "-m", "dask", *arguments]
-            processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=clean_env, cwd=tmp_path))
+        def start(workers: int = 2, threads: int = 1) -> str:
+            address: str = dask.scheduler()
+            for _ in range(workers):
+                dask.worker(address, threads)
+            return address
 
-    def start(workers: int = 2, threads: int = 1) -> str:
-        scheduler_file = tmp_path / f"scheduler-{len(processes)}.json"
-        spawn(
-            *("scheduler", "--host", "127.0.0.1", "--port", "0", "--dashboard-address", "127.0.0.1:0"),
-            *("--scheduler-file", str(scheduler_file)),
-        )
-        wait_for(scheduler_file.exists, "the scheduler's file")
-        import json
+        yield start
 
-        address: str = json.loads(scheduler_file.read_text())["address"]
-        for _ in range(workers):
-            spawn(
-                *("worker", address, "--host", "127.0.0.1", "--nthreads", str(threads)),
-                *("--dashboard-address", "127.0.0.1:0", "--local-directory", str(tmp_path)),
-            )
-        return address
 
-    yield start
-    for process in reversed(processes):
-        process.send_signal(signal.SIGTERM)
-    for process in processes:
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+def need(missing: Callable[[], str | None]) -> None:
+    """Skip the test if something that it needs is missing here: ``need(Sshd.missing)``."""
+    reason = missing()
+    if reason:
+        pytest.skip(reason)
 
 
 def wait_for(condition: Callable[[], object], what: str, seconds: float = 60) -> None:
