@@ -36,8 +36,9 @@ WINDOW = 16
 MOST_BEAT = 10.0
 #: A partition that was lost so often, each time with several workers, is given up.
 MOST_ATTEMPTS = 5
-#: Seconds between two looks at the cluster, and how long it may take to answer.
-TICK, ANSWER = 1.0, 30.0
+#: Seconds between two looks at the cluster, how long the scheduler may take to answer then, and how long a worker to
+#: hand over a result.
+TICK, ANSWER, HAND_OVER = 1.0, 10.0, 30.0
 #: How a person goes on from a run that ended early.
 GO_ON = "What was hashed so far is kept in the run folder's images/; start again with --overwrite"
 
@@ -48,10 +49,8 @@ class _Sent:
 
     work: Work
     future: Future[Any]
-    #: When it was last known to go on, as `time.monotonic` tells it.
-    last_sign: float
-    #: Whether a worker has begun with it.
-    begun: bool = False
+    #: When it was sent, as `time.monotonic` tells it; later, when it last had no worker to wait for.
+    since: float
 
 
 class InProcess:
@@ -119,6 +118,8 @@ class Dispatch:
         self.waiting: deque[tuple[int, int, bool]] = deque((index, 0, False) for index in range(len(self.partitions)))
         self.sent: dict[Any, _Sent] = {}
         self.losses: Counter[int] = Counter()
+        #: When the workers last told of each partition and attempt. Signs may come before `sent` knows of them.
+        self.signs: dict[tuple[int, int], float] = {}
         #: Workers that get nothing more from us, and why.
         self.left_out: dict[str, str] = {}
         self.threads: dict[str, int] = {}
@@ -204,22 +205,19 @@ class Dispatch:
 
     def _on_sign(self, event: tuple[float, dict[str, Any]]) -> None:
         """A worker tells that it is at work on a partition. Called in the client's own thread."""
-        sign, now = event[1], time.monotonic()
-        self.last_sign = now
-        for sent in list(self.sent.values()):
-            if (sent.work.task.index, sent.work.attempt) == (sign["index"], sign["attempt"]):
-                sent.last_sign, sent.begun = now, True
+        sign = event[1]
+        self.last_sign = self.signs[sign["index"], sign["attempt"]] = time.monotonic()
 
     def _take(self, key: Any) -> PartitionResult | None:
         """What has come of a partition; if nothing, it is sent again."""
         sent = self.sent[key]
         status = sent.future.status
         if status != "finished":
-            error = sent.future.exception(timeout=ANSWER) if status == "error" else None
+            error = sent.future.exception(timeout=HAND_OVER) if status == "error" else None
             self._again_or_give_up(key, error or RuntimeError(f"the scheduler has {status} it"))
             return None
         try:
-            found: PartitionResult | Unfit = sent.future.result(timeout=ANSWER)[0]
+            found: PartitionResult | Unfit = sent.future.result(timeout=HAND_OVER)[0]
         except TimeoutError:  # the worker that holds it is out of reach
             self._lost(key)
             return None
@@ -289,17 +287,26 @@ class Dispatch:
             self._alone()
             return
         self.alone_since = None
-        for key, sent in list(self.sent.items()):
-            quiet_since = sent.last_sign if sent.begun else max(sent.last_sign, self.last_sign)
+        stalled = []
+        for key, sent in self.sent.items():
+            sign = self.signs.get((sent.work.task.index, sent.work.attempt))
+            # What no worker has begun with waits for others to end: then all are quiet.
+            quiet_since = max(sent.since, self.last_sign if sign is None else sign)
             if sent.future.status == "pending" and now - quiet_since > self.rules.stall:
+                stalled.append((sign is None, key))
+        if stalled:
+            # What has begun goes first; what waits behind it on the same worker may begin then.
+            begun = [key for waits, key in stalled if not waits]
+            for key in begun or [key for _, key in stalled]:
                 self._on_stall(key)
+            self.last_sign = time.monotonic()
 
     def _alone(self) -> None:
         """There is no worker for us."""
         now = time.monotonic()
         self.alone_since = self.alone_since or now
         for sent in self.sent.values():  # waiting for a worker is not stalling
-            sent.last_sign, sent.begun = now, False
+            sent.since = now
         if now - self.alone_since > self.rules.wait:
             reasons = "; ".join(f"{worker}: {reason}" for worker, reason in self.left_out.items())
             raise ClusterError(
@@ -309,17 +316,23 @@ class Dispatch:
 
     def _on_stall(self, key: Any) -> None:
         """A partition does not go on: another worker gets it."""
-        for worker, keys in self.client.processing().items():
-            if key in keys:
-                self._free(worker)
-        self._lost(key)
+        name, number = key
+        # Dask runs both steps of a bag as one, under a longer name that ends alike.
+        hanging = [
+            worker
+            for worker, keys in self.client.processing().items()
+            if any(isinstance(k, tuple) and k[0].endswith(name) and k[1] == number for k in keys)
+        ]
+        self._lost(key)  # first, or a worker that is restarted gets it again at once
+        for worker in hanging:
+            self._free(worker)
 
     def _free(self, worker: str) -> None:
         """A worker hangs in a task that cannot be stopped: restart it if it is ours alone, or else leave it out."""
         reason = f"a partition has made no progress in {self.rules.stall:g} s (workers: stall)"
         if self.may_restart:
             try:
-                self.client.restart_workers([worker], timeout=ANSWER)
+                self.client.restart_workers([worker], timeout=HAND_OVER)
             except Exception as error:
                 log.debug("worker %s could not be restarted: %s", worker, error)
             else:

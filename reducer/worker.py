@@ -60,9 +60,10 @@ def work_off(work: Work, avoid: Hashes | None = None) -> PartitionResult | Unfit
     def look(paths: Sequence[str], settings: PhotoSettings, source: Source) -> Iterator[Look]:
         patience = work.terms.patience
         if apart:
-            yield from look_apart(
-                paths, settings, source, memory=memory_left(limit), patience=patience, beat=beat.alive
-            )
+            left = memory_left(limit)
+            for seen in look_apart(paths, settings, source, memory=left, patience=patience, beat=beat.alive):
+                beat.alive()
+                yield seen
             return
         with memory_bound(None if limit is None else int(MEMORY_SHARE * limit)):
             for path, seen in zip(paths, look_at_all(paths, settings, source), strict=True):

@@ -137,10 +137,13 @@ def test_every_option_reaches_the_job(collection: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--address", "tcp://x:1", "--cluster", "c.yaml"], "--address and --cluster exclude each other"),
+        (
+            ["--address", "tcp://x:1", "--cluster", str(ROOT / "cluster.yaml")],
+            "--address and --cluster exclude each other",
+        ),
         (["--address", "tcp://x:1", "--workers", "2"], "--workers and --threads are for the LocalCluster"),
         (["--address", "tcp://x:1", "--threads", "2"], "--workers and --threads are for the LocalCluster"),
-        (["--cluster", "c.yaml", "--workers", "2"], "--cluster says where to run"),
+        (["--cluster", str(ROOT / "cluster.yaml"), "--workers", "2"], "--cluster says where to run"),
         (["--cluster", "nowhere.yaml"], "nowhere.yaml: No such file"),
         (["--candidates", "0"], "'0' is neither a whole number of 1 or more nor 'all'"),
         (["--candidates", "most"], "'most' is neither"),
