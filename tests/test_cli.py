@@ -20,6 +20,8 @@ from conftest import ROOT, reduced_files, run_on, wait_for
 import reducer
 from reducer.cli import main
 
+FILE = str(ROOT / "cluster.yaml")
+
 
 def invoke(*arguments: object) -> tuple[int, str, str]:
     done = CliRunner().invoke(main, [str(argument) for argument in arguments])
@@ -143,7 +145,7 @@ def test_every_option_reaches_the_job(collection: Path, tmp_path: Path) -> None:
         ),
         (["--address", "tcp://x:1", "--workers", "2"], "--workers and --threads are for the LocalCluster"),
         (["--address", "tcp://x:1", "--threads", "2"], "--workers and --threads are for the LocalCluster"),
-        (["--cluster", str(ROOT / "cluster.yaml"), "--workers", "2"], "--cluster says where to run"),
+        (["--cluster", FILE, "--workers", "2"], "--cluster says where to run"),
         (["--cluster", "nowhere.yaml"], "nowhere.yaml: No such file"),
         (["--candidates", "0"], "'0' is neither a whole number of 1 or more nor 'all'"),
         (["--candidates", "most"], "'most' is neither"),

@@ -170,7 +170,7 @@ def test_no_worker_left_ends_the_run(slow_collection: Path, tmp_path: Path, dask
 
 def test_a_scheduler_that_goes_ends_the_run(slow_collection: Path, tmp_path: Path, dask: DaskProcesses) -> None:
     address = dask.scheduler()
-    scheduler = list(dask.logs)[0]
+    scheduler = next(iter(dask.logs))
     dask.registered(dask.worker(address, nanny=False))
     thread = when_begun(tmp_path / "run", scheduler.kill)
     spec = ClusterSpec(address=address, rules=WorkerRules(wait=5))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 from collections.abc import Callable
 from importlib.metadata import files
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from conftest import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +92,16 @@ def test_good_spec(spec: dict[str, Any], make_cluster_spec: Callable[..., dict[s
     assert container["image"] == "registry.example/reducer:0.1.0"
     # With all defaults, many of which are None.
     assert errors_of(make_cluster_spec(name="reducer")) == []
+
+
+def test_the_cluster_of_the_readme(make_cluster_spec: Callable[..., dict[str, Any]]) -> None:
+    blocks = re.findall(r"^```yaml\n(.*?)^```$", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+    (block,) = (block for block in blocks if "KubeCluster" in block)
+    made = make_cluster_spec(**yaml.safe_load(block)["cluster"]["kwargs"])
+    assert errors_of(made) == []
+    container = made["spec"]["worker"]["spec"]["containers"][0]
+    assert container["args"][:2] == ["dask", "worker"]
+    assert "imagehash" in next(entry["value"] for entry in container["env"] if entry["name"] == "EXTRA_PIP_PACKAGES")
 
 
 @pytest.mark.parametrize(

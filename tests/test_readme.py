@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import yaml
 from conftest import ROOT
 
 from reducer.cli import main
+from reducer.clusterspec import ClusterFile
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
@@ -39,8 +44,40 @@ OPTIONS = {option for command in main.commands.values() for param in command.par
     "--help",
     "--lowest",  # scripts/test
     "--photos",
+    "--nthreads",  # dask worker
 }
 
 
 def test_options_that_the_readme_names_exist() -> None:
     assert set(re.findall(r"--[a-z]+(?:-[a-z]+)*", README)) <= OPTIONS
+
+
+@pytest.mark.parametrize("block", [block for kind, block in BLOCKS if kind == "yaml"])
+def test_the_cluster_files_are_right(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as can be told without the cluster: their keys are known, the classes are there and take the arguments."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("ca.pem", "cert.pem", "key.pem"):
+        Path(name).write_text("-")
+    for name in ("USER", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "me")
+    Path("cluster.yaml").write_text(block)
+    spec = ClusterFile.read("cluster.yaml").spec
+    if spec.class_path is None or spec.class_path.startswith("dask_cloudprovider"):  # an address; not installed here
+        return
+    monkeypatch.setattr("dask.config.PATH", str(tmp_path))  # where dask-kubernetes and dask-jobqueue write defaults
+    module, _, name = spec.class_path.rpartition(".")
+    made = getattr(importlib.import_module(module), name)
+    takers = [made, *(made.job_cls.__mro__[:-1] if hasattr(made, "job_cls") else ())]  # dask-jobqueue hands them on
+    known = {argument for taker in takers for argument in inspect.signature(taker).parameters}
+    assert set(spec.kwargs) - known <= {"memory_limit"}  # LocalCluster hands it on to each worker
+
+
+def test_there_is_a_cluster_file_of_each_kind() -> None:
+    files = [yaml.safe_load(block)["cluster"] for kind, block in BLOCKS if kind == "yaml"]
+    classes = [file.get("class", "address").partition(".")[0] for file in files]
+    assert classes == [
+        "distributed",
+        "address",
+        "distributed",
+        *("dask_jobqueue", "dask_kubernetes", "dask_cloudprovider"),
+    ]
