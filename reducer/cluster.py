@@ -144,13 +144,21 @@ def check_alike(client: Client, settings: PhotoSettings) -> Environment:
     InputError
         If workers differ from each other in what decides a hash. Other differences are logged as warnings.
     """
-    found: dict[str, Environment] = client.run(environment, settings)
+    found: dict[str, Environment] = _ask(client, environment, settings)
     errors, warnings_ = differences({f"worker {worker}": own for worker, own in sorted(found.items())})
     if errors:
         raise InputError("; ".join(errors))
     for line in warnings_:
         log.warning("%s", line)
     return found[min(found)]
+
+
+def _ask(client: Client, function: Any, *arguments: Any, workers: list[str] | None = None) -> Any:
+    """Run a function on workers; what it returns, by worker."""
+    try:
+        return client.run(function, *arguments, workers=workers)
+    except OSError as error:
+        raise ClusterError(f"a worker went away before the run began: {_one_line(error)}; run this again") from None
 
 
 def check_sight(client: Client, job: Job, photo: str) -> str | None:
@@ -178,7 +186,7 @@ def check_sight(client: Client, job: Job, photo: str) -> str | None:
     from distributed.comm.addressing import get_address_host
 
     worker_on = {get_address_host(worker): worker for worker in sorted(client.nthreads(), reverse=True)}
-    found = client.run(sees, photo, job.photo_settings, job.source, workers=sorted(worker_on.values()))
+    found = _ask(client, sees, photo, job.photo_settings, job.source, workers=sorted(worker_on.values()))
     blind = {host: found[worker] for host, worker in sorted(worker_on.items()) if found[worker] is not None}
     if not blind:
         return photo

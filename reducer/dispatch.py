@@ -148,8 +148,7 @@ class Dispatch:
         ClusterError
             If one cannot be finished, or there is no worker for too long.
         """
-        name = topic(self.terms.run_token)
-        self.client.subscribe_topic(name, self._on_sign)
+        self._listen()
         try:
             while self.waiting or self.sent:
                 self._look_at_cluster()
@@ -161,7 +160,10 @@ class Dispatch:
                         yield result
         finally:
             self.client.cancel([sent.future for sent in self.sent.values()], force=True)
-            self.client.unsubscribe_topic(name)
+            self.client.unsubscribe_topic(topic(self.terms.run_token))
+
+    def _listen(self) -> None:
+        self.client.subscribe_topic(topic(self.terms.run_token), self._on_sign)
 
     def _fill_up(self) -> None:
         """Send a window of partitions, if there is room for one."""
@@ -259,6 +261,7 @@ class Dispatch:
                 f"they may have too little memory. {GO_ON}"
             )
         self._send_again(key, apart=True)
+        self._listen()  # a scheduler that was started anew knows nothing of us
 
     def _send_again(self, key: Any, apart: bool) -> None:
         sent = self.sent.pop(key)
@@ -298,7 +301,8 @@ class Dispatch:
             # What has begun goes first; what waits behind it on the same worker may begin then.
             begun = [key for waits, key in stalled if not waits]
             for key in begun or [key for _, key in stalled]:
-                self._on_stall(key)
+                if key in self.sent:  # or it went with another one of its worker
+                    self._on_stall(key)
             self.last_sign = time.monotonic()
 
     def _alone(self) -> None:
@@ -316,29 +320,33 @@ class Dispatch:
 
     def _on_stall(self, key: Any) -> None:
         """A partition does not go on: another worker gets it."""
-        name, number = key
-        # Dask runs both steps of a bag as one, under a longer name that ends alike.
-        hanging = [
-            worker
-            for worker, keys in self.client.processing().items()
-            if any(isinstance(k, tuple) and k[0].endswith(name) and k[1] == number for k in keys)
-        ]
+        assigned = self._assigned()
         self._lost(key)  # first, or a worker that is restarted gets it again at once
-        for worker in hanging:
-            self._free(worker)
+        for worker, keys in assigned.items():
+            if key in keys and not (self.may_restart and self._restart(worker)):
+                self._leave_out(worker, f"a partition has made no progress in {self.rules.stall:g} s (workers: stall)")
+                # What waits there would wait for ever.
+                for other in keys & self.sent.keys():
+                    self._send_again(other, apart=self.sent[other].work.apart)
 
-    def _free(self, worker: str) -> None:
-        """A worker hangs in a task that cannot be stopped: restart it if it is ours alone, or else leave it out."""
-        reason = f"a partition has made no progress in {self.rules.stall:g} s (workers: stall)"
-        if self.may_restart:
-            try:
-                self.client.restart_workers([worker], timeout=HAND_OVER)
-            except Exception as error:
-                log.debug("worker %s could not be restarted: %s", worker, error)
-            else:
-                log.warning("worker %s was restarted: %s", worker, reason)
-                return
-        self._leave_out(worker, reason)
+    def _assigned(self) -> dict[str, set[Any]]:
+        """The keys of our partitions that each worker has been given."""
+        # Dask runs both steps of a bag as one, under a longer name that ends alike.
+        by_end = {(name.rpartition("-")[2], number): (name, number) for name, number in self.sent}
+        return {
+            worker: {by_end.get((key[0].rpartition("-")[2], key[1])) for key in keys if isinstance(key, tuple)} - {None}
+            for worker, keys in self.client.processing().items()
+        }
+
+    def _restart(self, worker: str) -> bool:
+        """Restart a worker of ours, which hangs in a task that cannot be stopped; whether it is back."""
+        try:
+            self.client.restart_workers([worker], timeout=HAND_OVER)
+        except Exception as error:  # it has no nanny, say
+            log.debug("worker %s could not be restarted: %s", worker, error)
+            return False
+        log.warning("worker %s was restarted: it made no progress in %g s (workers: stall)", worker, self.rules.stall)
+        return True
 
 
 def _unpacked(content: bytes, shape: tuple[int, ...]) -> Hashes:

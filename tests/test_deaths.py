@@ -28,6 +28,8 @@ def dask(tmp_path: Path) -> Iterator[DaskProcesses]:
     (tmp_path / "dask").mkdir()
     with DaskProcesses(tmp_path / "dask") as processes:
         yield processes
+        for process in list(processes.logs):  # asked to end, a worker in the middle of a photo takes its time
+            processes.kill(process)
 
 
 def copy_of(collection: Path, folder: Path, **bad: bytes) -> tuple[Path, list[str]]:
@@ -173,8 +175,8 @@ def test_a_scheduler_that_goes_ends_the_run(slow_collection: Path, tmp_path: Pat
     scheduler = next(iter(dask.logs))
     dask.registered(dask.worker(address, nanny=False))
     thread = when_begun(tmp_path / "run", scheduler.kill)
-    spec = ClusterSpec(address=address, rules=WorkerRules(wait=5))
-    with pytest.raises(ClusterError, match=r"the scheduler is gone|no worker has been there"):
+    spec = ClusterSpec(address=address, timeout=5)
+    with pytest.raises(ClusterError, match=r"the scheduler is gone"):
         run_on(slow_collection, tmp_path / "run", spec, keep=1, partition_images=100)
     thread.join()
 
