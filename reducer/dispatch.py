@@ -8,7 +8,7 @@ import time
 import uuid
 import warnings
 from collections import Counter, deque
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from reducer.types import PartitionResult, Terms, Unfit, Work
 from reducer.worker import topic, work_off
 
 if TYPE_CHECKING:
+    from dask.bag import Bag
     from distributed import Client, Future
 
 log = logging.getLogger("reducer")
@@ -51,6 +52,8 @@ class _Sent:
     future: Future[Any]
     #: When it was sent, as `time.monotonic` tells it; later, when it last had no worker to wait for.
     since: float
+    #: The only workers that may do it; None for all.
+    allowed: frozenset[str] | None
 
 
 class InProcess:
@@ -123,6 +126,7 @@ class Dispatch:
         #: Workers that get nothing more from us, and why.
         self.left_out: dict[str, str] = {}
         self.threads: dict[str, int] = {}
+        self.windows = 0
         self.wake: queue.SimpleQueue[object] = queue.SimpleQueue()
         self.next_look = float("-inf")
         self.alone_since: float | None = None
@@ -179,22 +183,22 @@ class Dispatch:
         self._send(window, usable if self.left_out else None)
 
     def _send(self, window: list[Work], workers: list[str] | None) -> None:
-        import dask.bag
         from distributed.client import futures_of
 
-        bag = dask.bag.from_sequence(window, partition_size=1).map(work_off, avoid=self.avoid)
+        self.windows += 1
+        bag = as_bag(f"work_off-{self.terms.run_token}-{self.windows}", window, self.avoid)
         now = time.monotonic()
+        allowed = None if workers is None else frozenset(workers)
         futures = {future.key: future for future in futures_of(self._persist(bag, workers))}
         for work, key in zip(window, bag.__dask_keys__(), strict=True):
-            self.sent[key] = _Sent(work, futures[key], now)
+            self.sent[key] = _Sent(work, futures[key], now, allowed)
             futures[key].add_done_callback(self.wake.put)
 
     def _persist(self, collection: Any, workers: list[str] | None = None) -> Any:
         with warnings.catch_warnings():
             # Rows and hashes travel in the tasks on purpose: data that is scattered dies with its worker.
             warnings.filterwarnings("ignore", message="Sending large graph")
-            # Not only these workers: some may die, and others come.
-            return self.client.persist(collection, workers=workers, allow_other_workers=workers is not None)
+            return self.client.persist(collection, workers=workers)
 
     def _wait(self) -> None:
         """Until something has finished, or it is time to look at the cluster again."""
@@ -290,6 +294,9 @@ class Dispatch:
             self._alone()
             return
         self.alone_since = None
+        for key, sent in list(self.sent.items()):
+            if sent.allowed is not None and not sent.allowed & self.threads.keys():
+                self._send_again(key, apart=sent.work.apart)  # those that might do it are gone
         stalled = []
         for key, sent in self.sent.items():
             sign = self.signs.get((sent.work.task.index, sent.work.attempt))
@@ -320,7 +327,7 @@ class Dispatch:
 
     def _on_stall(self, key: Any) -> None:
         """A partition does not go on: another worker gets it."""
-        assigned = self._assigned()
+        assigned = {worker: set(keys) for worker, keys in self.client.processing().items()}
         self._lost(key)  # first, or a worker that is restarted gets it again at once
         for worker, keys in assigned.items():
             if key in keys and not (self.may_restart and self._restart(worker)):
@@ -328,15 +335,6 @@ class Dispatch:
                 # What waits there would wait for ever.
                 for other in keys & self.sent.keys():
                     self._send_again(other, apart=self.sent[other].work.apart)
-
-    def _assigned(self) -> dict[str, set[Any]]:
-        """The keys of our partitions that each worker has been given."""
-        # Dask runs both steps of a bag as one, under a longer name that ends alike.
-        by_end = {(name.rpartition("-")[2], number): (name, number) for name, number in self.sent}
-        return {
-            worker: {by_end.get((key[0].rpartition("-")[2], key[1])) for key in keys if isinstance(key, tuple)} - {None}
-            for worker, keys in self.client.processing().items()
-        }
 
     def _restart(self, worker: str) -> bool:
         """Restart a worker of ours, which hangs in a task that cannot be stopped; whether it is back."""
@@ -347,6 +345,34 @@ class Dispatch:
             return False
         log.warning("worker %s was restarted: it made no progress in %g s (workers: stall)", worker, self.rules.stall)
         return True
+
+
+def as_bag(name: str, window: Sequence[Work], avoid: Any = None) -> Bag:
+    """Partitions as a Dask bag, one element each, and one task each.
+
+    ``from_sequence(window).map(work_off)`` would make two tasks of each: the second, for which nothing is left to do,
+    would wait for a thread behind other partitions, and for ever where one hangs.
+
+    Parameters
+    ----------
+    name : str
+        Begins the names of the tasks; no other bag may have it.
+    window : sequence of Work
+        The partitions.
+    avoid : dask.delayed.Delayed, optional
+        Hashes to avoid.
+    """
+    from dask.bag import Bag
+    from dask.highlevelgraph import HighLevelGraph
+
+    hashes, above = (None, []) if avoid is None else (avoid.key, [avoid])
+    graph: dict[Any, Any] = {(name, number): (_as_partition, work, hashes) for number, work in enumerate(window)}
+    return Bag(HighLevelGraph.from_collections(name, graph, dependencies=above), name, len(window))
+
+
+def _as_partition(work: Work, avoid: Hashes | None) -> list[PartitionResult | Unfit]:
+    """One partition of the Dask bag, which holds one element."""
+    return [work_off(work, avoid)]
 
 
 def _unpacked(content: bytes, shape: tuple[int, ...]) -> Hashes:

@@ -4,17 +4,16 @@ import hashlib
 from collections import Counter
 from pathlib import Path
 
-import dask.bag
 import pytest
 from distributed.protocol.pickle import dumps
 
 from reducer import InputError, Job
+from reducer.dispatch import as_bag
 from reducer.draw import CANDIDATES, draw_order
 from reducer.pipeline import photo_paths
 from reducer.plan import make_plan, parse_labels
 from reducer.ranking import FACILITY_LOCATION_CANDIDATES
 from reducer.types import LEDGER_SCHEMA, TASK_SCHEMA, Terms, Work, from_ipc
-from reducer.worker import work_off
 
 
 @pytest.fixture
@@ -139,5 +138,4 @@ def test_tasks_travel_small(tmp_path: Path) -> None:
         terms = Terms("f" * 32, "f" * 16, "f" * 16, plan.read["path"][0].as_py(), 10.0, 600.0)
         works = [Work(plan.task(index, rows), terms) for index, rows in enumerate(plan.partition_rows(1))]
         assert len(works) == 10_000 // size
-        graph = dask.bag.from_sequence(works, partition_size=1).map(work_off, avoid=None).__dask_graph__()
-        assert len(dumps(graph)) < 20 * 10_000 + 5_000 * len(works)
+        assert len(dumps(as_bag("work_off", works).__dask_graph__())) < 20 * 10_000 + 5_000 * len(works)
