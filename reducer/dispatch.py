@@ -9,10 +9,9 @@ import uuid
 import warnings
 from collections import Counter, deque
 from collections.abc import Generator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from reducer.cluster import check_alike, check_sight, expected_threads
 from reducer.clusterspec import ClusterSpec
@@ -23,7 +22,7 @@ from reducer.plan import Plan
 from reducer.ranking import Hashes
 from reducer.shipping import code_digest
 from reducer.types import PartitionResult, Terms, Unfit, Work
-from reducer.worker import topic, work_off
+from reducer.worker import as_partition, topic, unpacked
 
 if TYPE_CHECKING:
     from dask.bag import Bag
@@ -137,7 +136,7 @@ class Dispatch:
         if avoid is not None:
             from dask.delayed import delayed
 
-            self.avoid = self._persist(delayed(_unpacked, pure=False)(avoid.tobytes(), avoid.shape))
+            self.avoid = self._persist(delayed(unpacked, pure=False)(avoid.tobytes(), avoid.shape))
 
     def results(self) -> Generator[PartitionResult]:
         """Run all partitions.
@@ -162,9 +161,12 @@ class Dispatch:
                     result = self._take(key)
                     if result is not None:
                         yield result
+        except OSError as error:
+            raise ClusterError(f"the scheduler cannot be reached: {type(error).__name__}: {error}. {GO_ON}") from None
         finally:
-            self.client.cancel([sent.future for sent in self.sent.values()], force=True)
-            self.client.unsubscribe_topic(topic(self.terms.run_token))
+            with suppress(OSError):  # the scheduler may be gone
+                self.client.cancel([sent.future for sent in self.sent.values()], force=True)
+                self.client.unsubscribe_topic(topic(self.terms.run_token))
 
     def _listen(self) -> None:
         self.client.subscribe_topic(topic(self.terms.run_token), self._on_sign)
@@ -366,14 +368,5 @@ def as_bag(name: str, window: Sequence[Work], avoid: Any = None) -> Bag:
     from dask.highlevelgraph import HighLevelGraph
 
     hashes, above = (None, []) if avoid is None else (avoid.key, [avoid])
-    graph: dict[Any, Any] = {(name, number): (_as_partition, work, hashes) for number, work in enumerate(window)}
+    graph: dict[Any, Any] = {(name, number): (as_partition, work, hashes) for number, work in enumerate(window)}
     return Bag(HighLevelGraph.from_collections(name, graph, dependencies=above), name, len(window))
-
-
-def _as_partition(work: Work, avoid: Hashes | None) -> list[PartitionResult | Unfit]:
-    """One partition of the Dask bag, which holds one element."""
-    return [work_off(work, avoid)]
-
-
-def _unpacked(content: bytes, shape: tuple[int, ...]) -> Hashes:
-    return np.frombuffer(content, dtype=np.uint8).reshape(shape)

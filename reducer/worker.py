@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from reducer.config import PhotoSettings
 from reducer.environment import environment
 from reducer.isolation import (
@@ -154,3 +156,13 @@ def sees(path: str, settings: PhotoSettings, source: Source) -> str | None:
     with closing(read_all([path], source, max_pixels=settings.max_pixels)) as files:
         found = next(files)
     return str(found) if isinstance(found, PhotoError) else None
+
+
+def as_partition(work: Work, avoid: Hashes | None) -> list[PartitionResult | Unfit]:
+    """`work_off` as one partition of a Dask bag, which holds one element."""
+    return [work_off(work, avoid)]
+
+
+def unpacked(content: bytes, shape: tuple[int, ...]) -> Hashes:
+    """Hashes as they were before they travelled."""
+    return np.frombuffer(content, dtype=np.uint8).reshape(shape)
