@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import dask as dask_package
+import PIL
+import psutil
 import pytest
 import yaml
-from conftest import ROOT, need, reduced_files, run_on, wait_for, when_begun
-from deployments import DaskProcesses, Hosts, Slurm, Sshd, foreign_tls_files, run, tls_files, tls_missing
+from conftest import ROOT, job_on, need, reduced_files, run_on, wait_for, when_begun
+from deployments import DaskProcesses, Hosts, Slurm, Sshd, StartError, foreign_tls_files, run, tls_files, tls_missing
+from distributed import Client
 
 from reducer import ClusterSpec, InputError
+from reducer.plan import make_plan
 
 SCRIPT = ROOT / "scripts" / "run_cluster.py"
 #: How often the run on hosts is repeated; each prints its seconds: ``REDUCER_HOST_RUNS=20 pytest -s -k hosts``.
@@ -319,3 +326,150 @@ def test_run_cluster_from_a_checkout_that_is_not_installed(
     address = bare_dask.scheduler(python=bare_python)
     bare_dask.registered(bare_dask.worker(address, python=bare_python))
     run_it(tmp_path / "address", "--cluster", cluster_file(tmp_path, cluster={"address": address}))
+
+
+# Workers that hash differently, or cannot see the photos
+
+
+@pytest.fixture(scope="session")
+def other_pillow(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Another version of Pillow than ours, and the folder that it is in."""
+    folder = tmp_path_factory.mktemp("pillow")
+    version = "12.3.0" if PIL.__version__ != "12.3.0" else "13.0.0"
+    try:
+        run(sys.executable, "-m", "pip", "install", "-q", "--target", str(folder), "--no-deps", f"Pillow=={version}")
+    except (StartError, subprocess.TimeoutExpired) as error:
+        pytest.skip(f"pip cannot get Pillow {version}: {error}")
+    return version, str(folder)
+
+
+def with_pillow(folder: str) -> dict[str, str]:
+    """What a worker's environment needs for the Pillow in a folder."""
+    return {"PYTHONPATH": os.pathsep.join((folder, str(ROOT)))}
+
+
+def no_mounts() -> str | None:
+    """Why no process can have an empty folder in a photo folder's place here, or None."""
+    try:
+        run("unshare", "-m", "mount", "-t", "tmpfs", "none", "/tmp")
+    except (StartError, OSError) as error:
+        return f"unshare -m does not work here: {error}"
+    return None
+
+
+def blind_for(folder: Path) -> tuple[str, ...]:
+    """A prefix for commands that are to find this folder empty."""
+    return ("unshare", "-m", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(folder))
+
+
+def join_while_first_waits(
+    dask: DaskProcesses, address: str, first: subprocess.Popen[bytes], caplog: pytest.LogCaptureFixture, **late: Any
+) -> Callable[[], None]:
+    """What makes a worker join, and keeps the first from ending the run before the late one was asked to do its part.
+
+    Those who call it have started the first without a nanny.
+    """
+
+    def act() -> None:
+        worker = psutil.Process(first.pid)
+        worker.suspend()
+        try:
+            dask.registered(dask.worker(address, nanny=False, **late))
+            wait_for(lambda: "gets no more work" in caplog.text, "the late worker to be left out")
+        finally:
+            worker.resume()
+
+    return act
+
+
+def test_two_versions_of_pillow_are_refused(
+    collection: Path, tmp_path: Path, dask: DaskProcesses, other_pillow: tuple[str, str]
+) -> None:
+    version, folder = other_pillow
+    address = dask.scheduler()
+    ours, other = dask.worker(address, nanny=False), dask.worker(address, nanny=False, env=with_pillow(folder))
+    dask.registered(ours, other)
+    with pytest.raises(InputError, match=r"photos may not be hashed alike") as caught:
+        run_on(collection, tmp_path / "run", at(tmp_path, address, workers={"min": 2}))
+    found = dict(re.findall(r"worker (tcp://[0-9.:]+) has Pillow ([0-9.]+[0-9])", str(caught.value)))
+    assert sorted(found.values()) == sorted([PIL.__version__, version])
+    for process, expected in ((ours, PIL.__version__), (other, version)):
+        (worker,) = (worker for worker, value in found.items() if value == expected)
+        assert worker in dask.logs[process].read_text()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_late_worker_with_another_pillow_gets_no_work(
+    slow_collection: Path,
+    slow_reference: dict[str, bytes],
+    tmp_path: Path,
+    dask: DaskProcesses,
+    other_pillow: tuple[str, str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.WARNING, logger="reducer")
+    version, folder = other_pillow
+    address = dask.scheduler()
+    first = dask.worker(address, nanny=False)
+    dask.registered(first)
+    act = join_while_first_waits(dask, address, first, caplog, env=with_pillow(folder))
+    thread = when_begun(tmp_path / "run", act)
+    run_on(slow_collection, tmp_path / "run", at(tmp_path, address), partition_images=100)
+    thread.join()
+    (line,) = (line for line in caplog.messages if "gets no more work" in line)
+    assert f"the first worker of the run has Pillow {PIL.__version__}" in line
+    assert re.search(rf"worker tcp://\S+ has Pillow {re.escape(version)}", line)
+    assert reduced_files(tmp_path / "run") == slow_reference
+
+
+def test_a_host_that_cannot_see_the_photos_is_named(collection: Path, tmp_path: Path, dask: DaskProcesses) -> None:
+    need(no_mounts)
+    photos = collection / "train"
+    address = dask.scheduler()
+    seeing = dask.worker(address, nanny=False)
+    dask.registered(seeing, dask.worker(address, nanny=False, host="127.0.0.2", prefix=blind_for(photos)))
+    expected = re.escape(f"worker host 127.0.0.2 cannot see {photos}: use a shared folder or S3")
+    with pytest.raises(InputError, match=expected):
+        run_on(collection, tmp_path / "run", at(tmp_path, address, workers={"min": 2}))
+    # Nor is it any better where no worker sees what the client sees.
+    dask.kill(seeing)
+    with Client(address, set_as_default=False) as client:
+        wait_for(lambda: len(client.nthreads()) == 1, "the scheduler to miss the worker")
+    with pytest.raises(InputError, match=expected):
+        run_on(collection, tmp_path / "run", at(tmp_path, address))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_photo_that_is_missing_everywhere_fails_alone(collection: Path, tmp_path: Path) -> None:
+    first = make_plan(job_on(collection, tmp_path / "none")).read.slice(0, 1).to_pylist()[0]
+    shutil.copytree(collection, tmp_path / "partial")
+    (tmp_path / "partial" / "train" / Path(first["path"]).relative_to(collection / "train")).unlink()
+    run_on(tmp_path / "partial", tmp_path / "serial")
+    kwargs = {"n_workers": 1, "threads_per_worker": 2, "dashboard_address": None}
+    spec = spec_of(tmp_path, cluster={"class": "distributed.LocalCluster", "kwargs": kwargs})
+    result = run_on(tmp_path / "partial", tmp_path / "run", spec, partition_images=40)
+    failed = result.images[result.images["reason"] == "failed"]
+    assert list(zip(failed["id"], failed["error"], strict=True)) == [(first["id"], "missing: no such file")]
+    assert reduced_files(tmp_path / "run") == reduced_files(tmp_path / "serial")
+
+
+def test_a_late_worker_that_cannot_see_the_photos_gets_no_work(
+    slow_collection: Path,
+    slow_reference: dict[str, bytes],
+    tmp_path: Path,
+    dask: DaskProcesses,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    need(no_mounts)
+    caplog.set_level(logging.WARNING, logger="reducer")
+    address = dask.scheduler()
+    first = dask.worker(address, nanny=False)
+    dask.registered(first)
+    photos = (slow_collection / "train").resolve()
+    late = {"host": "127.0.0.2", "prefix": blind_for(photos)}
+    thread = when_begun(tmp_path / "run", join_while_first_waits(dask, address, first, caplog, **late))
+    run_on(slow_collection, tmp_path / "run", at(tmp_path, address), partition_images=100)
+    thread.join()
+    (line,) = (line for line in caplog.messages if "gets no more work" in line)
+    assert re.match(r"worker tcp://127\.0\.0\.2:\d+ gets no more work: it cannot read ", line)
+    assert reduced_files(tmp_path / "run") == slow_reference
