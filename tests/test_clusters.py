@@ -19,11 +19,14 @@ import PIL
 import psutil
 import pytest
 import yaml
+from click.testing import CliRunner
 from conftest import ROOT, job_on, need, reduced_files, run_on, wait_for, when_begun
 from deployments import DaskProcesses, Hosts, Slurm, Sshd, StartError, foreign_tls_files, run, tls_files, tls_missing
 from distributed import Client
+from s3server import S3Server
 
-from reducer import ClusterSpec, InputError
+from reducer import ClusterError, ClusterSpec, InputError, Job, reduce_images
+from reducer.cli import main
 from reducer.plan import make_plan
 
 SCRIPT = ROOT / "scripts" / "run_cluster.py"
@@ -473,3 +476,145 @@ def test_a_late_worker_that_cannot_see_the_photos_gets_no_work(
     (line,) = (line for line in caplog.messages if "gets no more work" in line)
     assert re.match(r"worker tcp://127\.0\.0\.2:\d+ gets no more work: it cannot read ", line)
     assert reduced_files(tmp_path / "run") == slow_reference
+
+
+# What is kept to ourselves
+
+PLANTED = "a-planted-value"
+
+
+def storage(s3: S3Server) -> dict[str, Any]:
+    """Options for the server, with one more secret further in."""
+    more = {"config_kwargs": {"user_agent_extra": PLANTED}}
+    return {"endpoint_url": s3.endpoint, "key": s3.key, "secret": s3.secret, **more}
+
+
+def test_logs_and_keys_tell_no_secret_and_no_path(
+    collection: Path, s3: S3Server, tmp_path: Path, dask: DaskProcesses
+) -> None:
+    debug = {"DASK_LOGGING__DISTRIBUTED": "debug"}
+    address = dask.scheduler(env=debug)
+    dask.registered(*(dask.worker(address, env=debug, nanny=False) for _ in range(2)))
+    options = {name: storage(s3) for name in ("storage_options", "manifest_storage_options")}
+    job = {"manifest": "s3://trial/train.csv", "keep": 3, "limit_labels": 5, "partition_images": 10, **options}
+    spec = at(tmp_path, address, workers={"min": 2})
+    for name, where in (("serial", ClusterSpec(workers=0)), ("run", spec)):
+        reduce_images(Job("s3://trial/train", str(tmp_path / name), **job), where, progress=False)
+    assert reduced_files(tmp_path / "run") == reduced_files(tmp_path / "serial")
+
+    def breaks(task: object, avoid: object = None, look: object = None) -> None:
+        raise RuntimeError("a bug")
+
+    def break_it() -> None:
+        sys.modules["reducer.worker"].run_partition = breaks  # type: ignore[attr-defined]
+
+    with Client(address, set_as_default=False) as client:
+        client.run(break_it)
+        # A task that fails is shown in the worker's log.
+        with pytest.raises(ClusterError, match="RuntimeError: a bug"):
+            reduce_images(Job("s3://trial/train", str(tmp_path / "broken"), **job), spec, progress=False)
+        # All that the scheduler has done, and what has been told of it, in both runs.
+        history = client.run_on_scheduler(
+            lambda dask_scheduler: [
+                *map(str, dask_scheduler.transition_log),
+                *map(str, dask_scheduler.get_events().values()),
+            ]
+        )
+        stories = client.run(lambda dask_worker: [str(entry) for entry in dask_worker.state.log])
+    scheduler, *workers = (path.read_text() for path in dask.logs.values())
+    assert "DEBUG" in scheduler and all("DEBUG" in log for log in workers)
+    assert any("a bug" in log for log in workers)
+    told = {"scheduler": scheduler, "history": "\n".join(history)}
+    told |= {f"worker {i}": log for i, log in enumerate(workers)}
+    told |= {f"story of {worker}": "\n".join(entries) for worker, entries in stories.items()}
+    assert "work_off" in told["history"] and all("work_off" in told[name] for name in told if "story" in name)
+    ids = [line.partition(",")[0] for line in (collection / "train.csv").read_text().splitlines()[1:]]
+    for name, text in told.items():
+        for secret in (s3.secret, PLANTED, f"'key': '{s3.key}'", f"key={s3.key}", f"key='{s3.key}'"):
+            assert secret not in text, name
+        if not name.startswith("worker"):
+            assert "trial/" not in text, name
+            assert not [photo for photo in ids if photo in text], name
+
+
+def test_the_job_of_a_cluster_file_on_s3(collection: Path, s3: S3Server, tmp_path: Path) -> None:
+    labels = (collection / "train.csv").read_text().split()[1::60]
+    chosen = sorted({line.partition(",")[2] for line in labels})
+    assert len(chosen) > 1
+    job = {"keep": 3, "rank_all": True, "manifest": "s3://trial/train.csv"}
+    job |= {name: storage(s3) for name in ("storage_options", "manifest_storage_options")}
+    serial = Job("s3://trial/train", str(tmp_path / "serial"), labels=tuple(chosen), candidates=None, **job)
+    reduce_images(serial, ClusterSpec(workers=0), progress=False)
+    # A label that is a number in YAML is its text; a key without a value is as good as not there.
+    more = {"labels": [int(label) for label in chosen], "candidates": "all", "format": None}
+    file = cluster_file(tmp_path, cluster=IN_THIS_PROCESS, job={**job, **more})
+    code, _, err = command("s3://trial/train", "--output", tmp_path / "run", "--cluster", file)
+    assert code == 0, err
+    assert reduced_files(tmp_path / "run") == reduced_files(tmp_path / "serial")
+
+
+# What is said on the command line
+
+#: A cluster that starts in no time: its worker is a thread.
+IN_THIS_PROCESS = {
+    "class": "distributed.LocalCluster",
+    "kwargs": {"n_workers": 1, "threads_per_worker": 1, "processes": False, "dashboard_address": None},
+}
+
+
+def command(*arguments: object) -> tuple[int, str, str]:
+    """``reducer run``: its exit code, and what it printed and complained of."""
+    done = CliRunner().invoke(main, ["run", *map(str, arguments)])
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done.exit_code, done.stdout, done.stderr
+
+
+def test_flags_win_over_the_job_of_a_cluster_file(collection: Path, tmp_path: Path) -> None:
+    file = cluster_file(tmp_path, cluster=IN_THIS_PROCESS, job={"keep": 3, "limit_labels": 4, "rank_all": True})
+    photos = (collection / "train", "--manifest", collection / "train.csv", "--cluster", file)
+    for keep, flags in ((3, ()), (5, ("--keep", 5))):
+        code, _, err = command(*photos, "--output", tmp_path / f"{keep}", *flags)
+        assert code == 0, err
+        run_on(collection, tmp_path / f"serial-{keep}", keep=keep, limit_labels=4, rank_all=True)
+        assert reduced_files(tmp_path / f"{keep}") == reduced_files(tmp_path / f"serial-{keep}")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            {"cluster": {"class": "dask_cloudprovider.aws.FargateCluster"}},
+            "class dask_cloudprovider.aws.FargateCluster cannot be imported: ModuleNotFoundError: "
+            "No module named 'dask_cloudprovider'; install the package that has it, such as: "
+            "pip install dask-cloudprovider",
+        ),
+        (
+            {"cluster": {"class": "distributed.NoSuchCluster"}},
+            "class distributed.NoSuchCluster cannot be imported: AttributeError",
+        ),
+        ({"cluster": {"class": "LocalCluster"}}, "class LocalCluster cannot be imported"),
+        ({"cluster": IN_THIS_PROCESS, "job": {"keeps": 3}}, "job: unknown key 'keeps' (did you mean 'keep'?)"),
+        ({"cluster": IN_THIS_PROCESS, "job": {"keep": "many"}}, "'many' is not a valid integer"),
+        ({"cluster": IN_THIS_PROCESS, "job": {"hash": "colorhash"}}, "'colorhash' is not one of"),
+        ({"cluster": IN_THIS_PROCESS, "job": {"labels": ["no such label"]}}, "no photo has the label 'no such label'"),
+        (
+            {"cluster": IN_THIS_PROCESS, "job": {"storage_options": {"secret": PLANTED}}},
+            "--storage-option says how a URL is opened",
+        ),
+        (
+            {"cluster": {**IN_THIS_PROCESS, "kwargs": {"n_worker": 1, "processes": False, "dashboard_address": None}}},
+            "the cluster distributed.LocalCluster does not start: TypeError",
+        ),
+    ],
+)
+def test_what_cannot_be_done_is_told_before_anything_starts(
+    collection: Path, tmp_path: Path, content: dict[str, Any], message: str
+) -> None:
+    file = cluster_file(tmp_path, **content)
+    photos = (collection / "train", "--manifest", collection / "train.csv", "--output", tmp_path / "run")
+    code, out, err = command(*photos, "--cluster", file)
+    assert (code, out) == (2, "")
+    assert message in " ".join(err.split())
+    assert "Traceback" not in err
+    assert PLANTED not in err
+    assert not (tmp_path / "run").exists()
