@@ -11,8 +11,8 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 import dask
@@ -33,6 +33,8 @@ log = logging.getLogger("reducer")
 LOCAL_CLUSTER = "distributed.LocalCluster"
 #: How long closing a cluster may take before its workers are killed, in seconds.
 CLOSE_TIMEOUT = 5
+#: Seconds between two looks at whether workers that are asked are still there.
+TICK = 1.0
 
 #: Ours for clusters that we start.
 DASK_SETTINGS: dict[str, Any] = {
@@ -185,12 +187,14 @@ def check_sight(client: Client, job: Job, photo: str) -> str | None:
     """
     from distributed.comm.addressing import get_address_host
 
-    worker_on = {get_address_host(worker): worker for worker in sorted(client.nthreads(), reverse=True)}
-    found = _ask(client, sees, photo, job.photo_settings, job.source, workers=sorted(worker_on.values()))
-    blind = {host: found[worker] for host, worker in sorted(worker_on.items()) if found[worker] is not None}
+    workers_on: dict[str, list[str]] = {}
+    for worker in sorted(client.nthreads()):
+        workers_on.setdefault(get_address_host(worker), []).append(worker)
+    found = _on_hosts(client, workers_on, sees, photo, job.photo_settings, job.source)
+    blind = {host: failure for host, failure in sorted(found.items()) if failure is not None}
     if not blind:
-        return photo
-    if len(blind) == len(worker_on) and sees(photo, job.photo_settings, job.source) is not None:
+        return photo if found else None  # all of them may have gone meanwhile
+    if len(blind) == len(found) and sees(photo, job.photo_settings, job.source) is not None:
         return None
     hosts = ", ".join(blind)
     what = f"worker host{'s' if len(blind) > 1 else ''} {hosts}"
@@ -200,6 +204,26 @@ def check_sight(client: Client, job: Job, photo: str) -> str | None:
             f"{what} cannot read {job.images} ({reason}): check that it reaches the storage, and may use it"
         )
     raise InputError(f"{what} cannot see {os.path.abspath(job.images)}: use a shared folder or S3 ({reason})")
+
+
+def _on_hosts(
+    client: Client, workers_on: Mapping[str, list[str]], function: Callable[..., Any], *args: Any
+) -> dict[str, Any]:
+    """What a function gives on a worker of each host, but for hosts whose workers go meanwhile.
+
+    By tasks, which the scheduler and the workers never print: arguments of `Client.run` stand in their logs, secrets
+    and all, where Dask logs at the level DEBUG.
+    """
+    futures = {host: client.submit(function, *args, workers=own, pure=False) for host, own in workers_on.items()}
+    while waiting := {host: future for host, future in futures.items() if not future.done()}:
+        with suppress(TimeoutError):
+            next(iter(waiting.values())).exception(timeout=TICK)
+            continue
+        there = client.nthreads()
+        for host in waiting:
+            if not there.keys() & set(workers_on[host]):
+                futures.pop(host).cancel()
+    return {host: future.result() for host, future in futures.items() if not future.cancelled()}
 
 
 def dask_setup(worker: object) -> None:

@@ -194,28 +194,29 @@ def _ship(client: Client) -> str:
 
 
 def _refuse_others(client: Client) -> None:
-    digests = client.run(digest_of_package)
-    digests["(the scheduler)"] = client.run_on_scheduler(digest_of_package)
-    for worker, digest in sorted(digests.items()):
+    digests = {f"worker {worker}": digest for worker, digest in sorted(client.run(digest_of_package).items())}
+    digests["the scheduler"] = client.run_on_scheduler(digest_of_package)
+    for who, digest in digests.items():
         if digest != code_digest():
             what = "no reducer" if digest is None else f"another version of reducer than this one ({digest})"
             raise InputError(
-                f"worker {worker} has {what}: install reducer {reducer.__version__} ({code_digest()}) there, or leave "
+                f"{who} has {what}: install reducer {reducer.__version__} ({code_digest()}) there, or leave "
                 "workers: ship_code at auto"
             )
 
 
 def _check_imports(client: Client) -> None:
     """Import now what tasks need, so that a package which is missing somewhere is found before the run."""
-    found: dict[str, Exception | None] = client.run(_import_all, on_error="return")
+    answers: dict[str, Exception | None] = client.run(_import_all, on_error="return")
+    found = {f"worker {worker}": failure for worker, failure in sorted(answers.items())}
     try:
         client.run_on_scheduler(_import_all)
     except Exception as error:
-        found["(the scheduler)"] = error
-    for worker, failure in sorted(found.items()):
+        found["the scheduler"] = error
+    for who, failure in found.items():
         if failure is not None:
             raise InputError(
-                f"worker {worker} cannot import what reducer needs ({_one_line(failure)}): install reducer's "
+                f"{who} cannot import what reducer needs ({_one_line(failure)}): install reducer's "
                 "dependencies where the scheduler and the workers run"
             )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -48,6 +49,16 @@ def collection(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """240 photos of 12 landmarks: train/, train.csv, truth.csv."""
     folder = tmp_path_factory.mktemp("collection")
     write_sample(str(folder), labels=12, images=240, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def slow_collection(collection: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same photos under many labels: some seconds of work."""
+    folder = tmp_path_factory.mktemp("slow")
+    (folder / "train").symlink_to(collection / "train")
+    header, *lines = (collection / "train.csv").read_text().splitlines()
+    (folder / "train.csv").write_text("\n".join([header, *(f"{line}-{i}" for i in range(12) for line in lines)]) + "\n")
     return folder
 
 
@@ -109,3 +120,15 @@ def wait_for(condition: Callable[[], object], what: str, seconds: float = 60) ->
                 return
         assert time.monotonic() < stop, f"waited {seconds} s for {what}"
         time.sleep(0.1)
+
+
+def when_begun(run: Path, act: Callable[[], object]) -> threading.Thread:
+    """Do something as soon as a run has written its first parts."""
+
+    def wait_and_act() -> None:
+        wait_for(lambda: len(list((run / "images").glob("part-*"))) >= 2, "the first parts")
+        act()
+
+    thread = threading.Thread(target=wait_and_act)
+    thread.start()
+    return thread

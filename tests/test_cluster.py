@@ -5,13 +5,16 @@ from __future__ import annotations
 import gc
 import inspect
 import logging
+import os
 import re
+from collections.abc import Callable
 
 import pytest
-from distributed import Client, Worker
+from conftest import wait_for
+from distributed import Client, Worker, get_worker
 
 from reducer import ClusterSpec, InputError
-from reducer.cluster import _worth_saying, connect
+from reducer.cluster import _on_hosts, _worth_saying, connect
 
 
 def test_a_failed_connection_leaves_no_client_behind() -> None:
@@ -38,3 +41,19 @@ def test_what_a_worker_of_ours_says_when_the_client_stops() -> None:
     assert len(said) == 2
     assert len(dropped) == 1
     assert source.index("except OSError") < source.index(dropped[0]) < source.index("except Exception:")
+
+
+def test_a_worker_that_goes_while_it_is_asked_is_left_out(dask_cluster: Callable[..., str]) -> None:
+    with Client(dask_cluster(workers=2), set_as_default=False) as client:
+        wait_for(lambda: len(client.nthreads()) == 2, "the workers")
+        stays, goes = sorted(client.nthreads())
+
+        def answer(last: str) -> str:
+            worker = str(get_worker().address)
+            if worker == last:
+                os._exit(1)
+            return worker
+
+        # Each answers for itself, and no other takes its place: not even the one that its nanny starts.
+        assert _on_hosts(client, {stays: [stays], goes: [goes]}, answer, "nobody") == {stays: stays, goes: goes}
+        assert _on_hosts(client, {stays: [stays], goes: [goes]}, answer, goes) == {stays: stays}

@@ -7,13 +7,13 @@ import json
 import shutil
 import threading
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
 import psutil
 import pytest
-from conftest import reduced_files, run_on, wait_for
+from conftest import reduced_files, run_on, when_begun
 from deployments import DaskProcesses
 
 from reducer import ClusterError, ClusterSpec, WorkerRules
@@ -135,28 +135,6 @@ def test_a_worker_of_ours_that_hangs_is_restarted(
     assert reduced_files(tmp_path / "run") == reduced_files(tmp_path / "reference")
 
 
-@pytest.fixture(scope="module")
-def slow_collection(collection: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same photos under many labels: some seconds of work."""
-    folder = tmp_path_factory.mktemp("slow")
-    (folder / "train").symlink_to(collection / "train")
-    header, *lines = (collection / "train.csv").read_text().splitlines()
-    (folder / "train.csv").write_text("\n".join([header, *(f"{line}-{i}" for i in range(12) for line in lines)]) + "\n")
-    return folder
-
-
-def when_begun(run: Path, act: Callable[[], object]) -> threading.Thread:
-    """Do something as soon as a run has written its first parts."""
-
-    def wait_and_act() -> None:
-        wait_for(lambda: len(list((run / "images").glob("part-*"))) >= 2, "the first parts")
-        act()
-
-    thread = threading.Thread(target=wait_and_act)
-    thread.start()
-    return thread
-
-
 def test_no_worker_left_ends_the_run(slow_collection: Path, tmp_path: Path, dask: DaskProcesses) -> None:
     address = dask.scheduler()
     workers = [dask.worker(address, nanny=False) for _ in range(2)]
@@ -172,7 +150,7 @@ def test_no_worker_left_ends_the_run(slow_collection: Path, tmp_path: Path, dask
 
 def test_a_scheduler_that_goes_ends_the_run(slow_collection: Path, tmp_path: Path, dask: DaskProcesses) -> None:
     address = dask.scheduler()
-    scheduler = next(iter(dask.logs))
+    (scheduler,) = dask.logs
     dask.registered(dask.worker(address, nanny=False))
     thread = when_begun(tmp_path / "run", scheduler.kill)
     spec = ClusterSpec(address=address, timeout=5)
