@@ -537,22 +537,6 @@ def test_logs_and_keys_tell_no_secret_and_no_path(
             assert not [photo for photo in ids if photo in text], name
 
 
-def test_the_job_of_a_cluster_file_on_s3(collection: Path, s3: S3Server, tmp_path: Path) -> None:
-    labels = (collection / "train.csv").read_text().split()[1::60]
-    chosen = sorted({line.partition(",")[2] for line in labels})
-    assert len(chosen) > 1
-    job = {"keep": 3, "rank_all": True, "manifest": "s3://trial/train.csv"}
-    job |= {name: storage(s3) for name in ("storage_options", "manifest_storage_options")}
-    serial = Job("s3://trial/train", str(tmp_path / "serial"), labels=tuple(chosen), candidates=None, **job)
-    reduce_images(serial, ClusterSpec(workers=0), progress=False)
-    # A label that is a number in YAML is its text; a key without a value is as good as not there.
-    more = {"labels": [int(label) for label in chosen], "candidates": "all", "format": None}
-    file = cluster_file(tmp_path, cluster=IN_THIS_PROCESS, job={**job, **more})
-    code, _, err = command("s3://trial/train", "--output", tmp_path / "run", "--cluster", file)
-    assert code == 0, err
-    assert reduced_files(tmp_path / "run") == reduced_files(tmp_path / "serial")
-
-
 # What is said on the command line
 
 #: A cluster that starts in no time: its worker is a thread.
@@ -577,6 +561,22 @@ def test_flags_win_over_the_job_of_a_cluster_file(collection: Path, tmp_path: Pa
         assert code == 0, err
         run_on(collection, tmp_path / f"serial-{keep}", keep=keep, limit_labels=4, rank_all=True)
         assert reduced_files(tmp_path / f"{keep}") == reduced_files(tmp_path / f"serial-{keep}")
+
+
+def test_the_job_of_a_cluster_file_on_s3(collection: Path, s3: S3Server, tmp_path: Path) -> None:
+    labels = (collection / "train.csv").read_text().split()[1::60]
+    chosen = sorted({line.partition(",")[2] for line in labels})
+    assert len(chosen) > 1
+    job = {"keep": 3, "rank_all": True, "manifest": "s3://trial/train.csv"}
+    job |= {name: storage(s3) for name in ("storage_options", "manifest_storage_options")}
+    serial = Job("s3://trial/train", str(tmp_path / "serial"), labels=tuple(chosen), candidates=None, **job)
+    reduce_images(serial, ClusterSpec(workers=0), progress=False)
+    # A label that is a number in YAML is its text; a key without a value is as good as not there.
+    more = {"labels": [int(label) for label in chosen], "candidates": "all", "format": None}
+    file = cluster_file(tmp_path, cluster=IN_THIS_PROCESS, job={**job, **more})
+    code, _, err = command("s3://trial/train", "--output", tmp_path / "run", "--cluster", file)
+    assert code == 0, err
+    assert reduced_files(tmp_path / "run") == reduced_files(tmp_path / "serial")
 
 
 @pytest.mark.parametrize(
