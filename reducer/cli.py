@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import click
+from click.core import ParameterSource
 
 import reducer
 from reducer.clusterspec import ClusterFile, ClusterSpec
@@ -28,7 +29,7 @@ from reducer.config import (
     STRATEGY_NAMES,
     Job,
 )
-from reducer.errors import ReducerError, TooManyFailuresError
+from reducer.errors import InputError, ReducerError, TooManyFailuresError
 
 
 class Terminated(BaseException):
@@ -52,21 +53,33 @@ def read_cluster_file(ctx: click.Context, param: click.Parameter, value: str | N
         file = ClusterFile.read(value)
     except ReducerError as error:
         _end(f"Error: {error}", error.exit_code)
-    flags = {name: _as_flag(name, default) for name, default in file.job.items()}
+    options = {option.name: option for option in ctx.command.params}
+    try:
+        flags = {name: _as_flag(options[name], default) for name, default in file.job.items()}
+    except ReducerError as error:
+        _end(f"Error: {value}: {error}", error.exit_code)
     ctx.default_map = {**(ctx.default_map or {}), **flags}
     return file.spec
 
 
-def _as_flag(name: str, value: Any) -> Any:
+def _as_flag(option: click.Parameter, value: Any) -> Any:
     """A value from YAML as the command line would give it."""
-    if isinstance(value, dict):
+    name = option.name
+    if isinstance(value, dict) and name in STORAGE_OPTIONS:
         pairs = {key: json.dumps(v) if isinstance(v, bool | dict) else str(v) for key, v in value.items()}
         return [f"{key}={v}" for key, v in pairs.items()]
     if isinstance(value, list) and name == "labels":
         text = io.StringIO()
         csv.writer(text, lineterminator="").writerow(value)
         return text.getvalue()
-    return value if isinstance(value, bool | list) else str(value)
+    expected = "keys with values" if name in STORAGE_OPTIONS else "one value"
+    if getattr(option, "is_flag", False):
+        if isinstance(value, bool):
+            return value
+        expected = "true or false"
+    elif not isinstance(value, dict | list | bool) and name not in STORAGE_OPTIONS:
+        return str(value)
+    raise InputError(f"job: {name} is a {type(value).__name__}: expected {expected}")
 
 
 def exit_codes(command: Callable[..., None]) -> Callable[..., None]:
@@ -296,8 +309,7 @@ def run(
     anything else.
     """
     _log_to_stderr("error" if quiet and log_level == "warning" else log_level)
-    by_default = click.get_current_context().get_parameter_source("cluster") is click.core.ParameterSource.DEFAULT_MAP
-    if by_default and (address, workers, threads) != (None, None, None):
+    if _source("cluster") is ParameterSource.DEFAULT_MAP and (address, workers, threads) != (None, None, None):
         cluster = None  # scripts/run_cluster.py names a file for those who say nothing else
     if address is not None and cluster is not None:
         raise click.UsageError("--address and --cluster exclude each other: give one")
@@ -307,6 +319,10 @@ def run(
         raise click.UsageError("--no-sample goes with --dry-run")
     from reducer.places import parse_options
 
+    # Two that exclude each other: the one of the command line wins over the one of the cluster file.
+    for name, other in (("path_column", "path_template"), ("path_template", "path_column")):
+        if _source(name) is ParameterSource.COMMANDLINE and _source(other) is ParameterSource.DEFAULT_MAP:
+            options[other] = None
     for name in STORAGE_OPTIONS:
         options[name] = parse_options("--" + name.removesuffix("s").replace("_", "-"), options[name])
     job = Job(
@@ -348,6 +364,11 @@ def sample(directory: str, labels: int, images: int, seed: int) -> None:
     total = write_sample(directory, labels=labels, images=images, seed=seed)
     click.echo(f"{images} photos of {labels} landmarks, {_size(total)}, are in {directory}/train")
     click.echo(f"Next: reducer run {directory}/train --manifest {directory}/train.csv --output run")
+
+
+def _source(name: str) -> ParameterSource | None:
+    """Where the value of an option comes from."""
+    return click.get_current_context().get_parameter_source(name)
 
 
 def _log_to_stderr(level: str) -> None:

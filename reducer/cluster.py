@@ -10,8 +10,9 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from dask.system import CPU_COUNT
 from reducer.clusterspec import TLS, ClusterSpec
 from reducer.config import Job, PhotoSettings
 from reducer.environment import Environment, differences, environment
-from reducer.errors import ClusterError, InputError
+from reducer.errors import ClusterError, InputError, ReducerError
 from reducer.shipping import same_code
 from reducer.worker import sees
 
@@ -72,7 +73,7 @@ def expected_threads(client: Client, spec: ClusterSpec) -> int:
     now = client.nthreads()
     asked = spec.scale or (spec.adapt[1] if spec.adapt else 0)
     threads = worker_threads(client)
-    return max(threads, asked * threads // len(now)) if now else asked
+    return max(1, threads, asked * threads // max(1, len(now)))
 
 
 @contextmanager
@@ -147,6 +148,8 @@ def check_alike(client: Client, settings: PhotoSettings) -> Environment:
         If workers differ from each other in what decides a hash. Other differences are logged as warnings.
     """
     found: dict[str, Environment] = _ask(client, environment, settings)
+    if not found:
+        raise ClusterError("all workers went away before the run began; run this again")
     errors, warnings_ = differences({f"worker {worker}": own for worker, own in sorted(found.items())})
     if errors:
         raise InputError("; ".join(errors))
@@ -163,7 +166,7 @@ def _ask(client: Client, function: Any, *arguments: Any, workers: list[str] | No
         raise ClusterError(f"a worker went away before the run began: {_one_line(error)}; run this again") from None
 
 
-def check_sight(client: Client, job: Job, photo: str) -> str | None:
+def check_sight(client: Client, job: Job, photos: Sequence[str], wait: float) -> str | None:
     """Let one worker of each host read a photo.
 
     Parameters
@@ -171,43 +174,54 @@ def check_sight(client: Client, job: Job, photo: str) -> str | None:
     client : distributed.Client
         Of the cluster.
     job : Job
-        Whose photo it is.
-    photo : str
-        Its path.
+        Whose photos they are.
+    photos : sequence of str
+        Paths of a few of them. The first is read; the next one where nobody can read it, for that tells nothing.
+    wait : float
+        Seconds after which a host has to have answered.
 
     Returns
     -------
     str or None
-        The photo, if it can be read; None if it cannot be read anywhere, so that it tells nothing.
+        A photo that all can read; None if none of them can be read anywhere.
 
     Raises
     ------
     InputError
-        If only some hosts can read it, or this process can and the workers cannot.
+        If only some hosts can read a photo, or this process can and the workers cannot.
+    ClusterError
+        If one does not answer.
     """
     from distributed.comm.addressing import get_address_host
 
     workers_on: dict[str, list[str]] = {}
     for worker in sorted(client.nthreads()):
         workers_on.setdefault(get_address_host(worker), []).append(worker)
-    found = _on_hosts(client, workers_on, sees, photo, job.photo_settings, job.source)
-    blind = {host: failure for host, failure in sorted(found.items()) if failure is not None}
-    if not blind:
-        return photo if found else None  # all of them may have gone meanwhile
-    if len(blind) == len(found) and sees(photo, job.photo_settings, job.source) is not None:
-        return None
-    hosts = ", ".join(blind)
-    what = f"worker host{'s' if len(blind) > 1 else ''} {hosts}"
-    reason = f"the first photo there, {photo}, is {next(iter(blind.values()))}"
+    stop = time.monotonic() + wait
+    for photo in photos:
+        found = _on_hosts(client, workers_on, stop, sees, photo, job.photo_settings, job.source)
+        blind = {host: failure for host, failure in sorted(found.items()) if failure is not None}
+        if not found:  # all of them have gone meanwhile
+            return None
+        if not blind:
+            return photo
+        if len(blind) < len(found) or sees(photo, job.photo_settings, job.source) is None:
+            raise InputError(_blind(job, photo, blind))
+        if time.monotonic() > stop:
+            break
+    return None
+
+
+def _blind(job: Job, photo: str, blind: Mapping[str, str]) -> str:
+    what = f"worker host{'s' if len(blind) > 1 else ''} {', '.join(blind)}"
+    reason = f"the photo {photo} is {next(iter(blind.values()))} there"
     if job.images_place.remote:
-        raise InputError(
-            f"{what} cannot read {job.images} ({reason}): check that it reaches the storage, and may use it"
-        )
-    raise InputError(f"{what} cannot see {os.path.abspath(job.images)}: use a shared folder or S3 ({reason})")
+        return f"{what} cannot read {job.images} ({reason}): check that it reaches the storage, and may use it"
+    return f"{what} cannot see {os.path.abspath(job.images)}: use a shared folder or S3 ({reason})"
 
 
 def _on_hosts(
-    client: Client, workers_on: Mapping[str, list[str]], function: Callable[..., Any], *args: Any
+    client: Client, workers_on: Mapping[str, list[str]], stop: float, function: Callable[..., Any], *args: Any
 ) -> dict[str, Any]:
     """What a function gives on a worker of each host, but for hosts whose workers go meanwhile.
 
@@ -215,15 +229,27 @@ def _on_hosts(
     and all, where Dask logs at the level DEBUG.
     """
     futures = {host: client.submit(function, *args, workers=own, pure=False) for host, own in workers_on.items()}
-    while waiting := {host: future for host, future in futures.items() if not future.done()}:
-        with suppress(TimeoutError):
-            next(iter(waiting.values())).exception(timeout=TICK)
-            continue
-        there = client.nthreads()
-        for host in waiting:
-            if not there.keys() & set(workers_on[host]):
-                futures.pop(host).cancel()
-    return {host: future.result() for host, future in futures.items() if not future.cancelled()}
+    try:
+        while waiting := {host: future for host, future in futures.items() if not future.done()}:
+            with suppress(TimeoutError):
+                next(iter(waiting.values())).exception(timeout=TICK)
+                continue
+            if time.monotonic() > stop:
+                raise ClusterError(
+                    f"the workers on {', '.join(sorted(waiting))} do not answer in time (workers: wait): they hang, or "
+                    "are busy with other work"
+                )
+            there = client.nthreads()
+            for host in waiting:
+                if not there.keys() & set(workers_on[host]):
+                    futures.pop(host).cancel()
+        return {host: future.result() for host, future in futures.items() if not future.cancelled()}
+    except (ReducerError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        raise ClusterError(f"a worker could not read a photo: {_one_line(error)}; run this again") from None
+    finally:
+        client.cancel([future for future in futures.values() if not future.done()])
 
 
 def dask_setup(worker: object) -> None:

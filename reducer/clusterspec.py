@@ -162,13 +162,13 @@ class ClusterSpec:
         if self.scale is not None and self.adapt is not None:
             raise InputError("cluster: scale and adapt exclude each other: give one")
         if self.scale is not None and (not _is_whole(self.scale) or self.scale < 1):
-            raise InputError(f"cluster: scale is {self.scale!r}: expected a whole number of 1 or more")
+            raise InputError(f"cluster: scale is {_shown(self.scale)}: expected a whole number of 1 or more")
         if self.adapt is not None:
             least, most = self.adapt
             if not (_is_whole(least) and _is_whole(most) and 0 <= least <= most and most >= 1):
                 raise InputError(
-                    f"cluster: adapt has minimum {least!r} and maximum {most!r}: expected whole numbers, the maximum "
-                    "1 or more and no less than the minimum"
+                    f"cluster: adapt has minimum {_shown(least)} and maximum {_shown(most)}: expected whole numbers, "
+                    "the maximum 1 or more and no less than the minimum"
                 )
             if least < self.rules.min:
                 raise InputError(
@@ -267,15 +267,15 @@ class ClusterFile:
     @classmethod
     def _of(cls, content: object) -> ClusterFile:
         top = known_keys("the file", content, ("version", "cluster", "client", "security", "workers", "job"))
-        if top.get("version") != 1:
+        if not _is_whole(top.get("version")) or top["version"] != 1:
             raise InputError(f"version is {top.get('version')!r}; this Reducer reads version 1")
         cluster = known_keys("cluster", top.get("cluster"), ("class", "kwargs", "address", "scale", "adapt"))
         for key in ("class", "address"):
             if cluster.get(key) is not None and not isinstance(cluster[key], str):
-                raise InputError(f"cluster: {key} is {cluster[key]!r}; expected text")
+                raise InputError(f"cluster: {key} is {_shown(cluster[key])}; expected text")
         if cluster.get("class") is None and cluster.get("address") is None:
             raise InputError("cluster needs a class (started for the run) or an address (running already)")
-        kwargs = cluster.get("kwargs") or {}
+        kwargs = {} if cluster.get("kwargs") is None else cluster["kwargs"]
         if not isinstance(kwargs, dict) or not all(isinstance(key, str) for key in kwargs):
             raise InputError(f"cluster: kwargs is a {type(kwargs).__name__}; expected keys with values")
         adapt = cluster.get("adapt")
@@ -283,7 +283,7 @@ class ClusterFile:
             adapt = known_keys("cluster: adapt", adapt, ("minimum", "maximum"))
             if "maximum" not in adapt:
                 raise InputError("cluster: adapt needs a maximum")
-            adapt = (adapt.get("minimum", 1), adapt["maximum"])
+            adapt = (1 if adapt.get("minimum") is None else adapt["minimum"], adapt["maximum"])
 
         client = _section(top, "client", ("timeout",))
         rules = _section(top, "workers", tuple(rule.name for rule in fields(WorkerRules)))
@@ -317,7 +317,7 @@ def _security(top: Mapping[str, Any]) -> TLS | None:
         return None
     for name in names:
         if not isinstance(files.get(name), str):
-            raise InputError(f"security: {name} is {files.get(name)!r}; expected a PEM file")
+            raise InputError(f"security: {name} is {_shown(files.get(name))}; expected a PEM file")
     return TLS(**{name: os.path.expanduser(path) for name, path in files.items()})
 
 
@@ -329,13 +329,18 @@ def _seconds(where: str, value: object) -> float:
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             raise ValueError(value)
         return float(parse_timedelta(value))
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{where} is {value!r}: expected a length of time, such as 60s or 10m") from None
+    except (ValueError, LookupError, TypeError, OverflowError):
+        raise InputError(f"{where} is {_shown(value)}: expected a length of time, such as 60s or 10m") from None
 
 
 def _check_seconds(where: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
         raise InputError(f"{where} is {value!r}: expected more than 0 seconds")
+
+
+def _shown(value: object) -> str:
+    """A value as a message shows it: not what is in lists and mappings, which may be a secret."""
+    return f"a {type(value).__name__}" if isinstance(value, dict | list) else repr(value)
 
 
 def _is_whole(value: object) -> bool:
@@ -347,17 +352,22 @@ def _load(text: str, path: str | Path) -> object:
     import yaml
 
     # Braces mean something to YAML: variables are marked by characters that mean nothing to anybody.
-    loader = yaml.SafeLoader(re.sub(r"\$\{([^}\n]*)\}", f"{BEGIN}\\1{END}", text))
+    marked = re.sub(r"\$\{([^}\n]*)\}", f"{BEGIN}\\1{END}", text)
     try:
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        _prepare(node, [], set())
-        return loader.construct_document(node)
-    except yaml.YAMLError as error:
-        raise InputError(f"--cluster {path} is no YAML: {' '.join(str(error).split())}") from None
-    finally:
-        loader.dispose()
+        loader = yaml.SafeLoader(marked)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            _prepare(node, [], set())
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        # Not the error itself: it shows the line, which may hold a secret.
+        mark = getattr(error, "problem_mark", None)
+        where = f" near line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise InputError(f"--cluster {path} is no YAML that can be read{where} ({type(error).__name__})") from None
 
 
 def _prepare(node: yaml.Node, where: list[str], done: set[int]) -> None:
@@ -370,6 +380,8 @@ def _prepare(node: yaml.Node, where: list[str], done: set[int]) -> None:
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode) or BEGIN in key.value:
+                raise InputError(f"{': '.join(where) or 'the file'}: a key is no plain text")
             if key.value in seen and key.value != "<<":
                 raise InputError(f"{': '.join([*where, str(key.value)])} is given twice")
             seen.add(key.value)

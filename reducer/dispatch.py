@@ -13,6 +13,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+
 from reducer.cluster import check_alike, check_sight, expected_threads
 from reducer.clusterspec import ClusterSpec
 from reducer.environment import compare_with, environment
@@ -39,6 +41,8 @@ MOST_ATTEMPTS = 5
 #: Seconds between two looks at the cluster, how long the scheduler may take to answer then, and how long a worker to
 #: hand over a result.
 TICK, ANSWER, HAND_OVER = 1.0, 10.0, 30.0
+#: So many photos are tried to see whether workers can read them.
+FEW = 20
 #: How a person goes on from a run that ended early.
 GO_ON = "What was hashed so far is kept in the run folder's images/; start again with --overwrite"
 
@@ -112,7 +116,7 @@ class Dispatch:
             run_token=uuid.uuid4().hex,
             code=code_digest(),
             environment=self.environment.digest,
-            seen=check_sight(client, plan.job, plan.read["path"][0].as_py()),
+            seen=check_sight(client, plan.job, _a_few(plan.read["path"]), self.rules.wait),
             beat=min(MOST_BEAT, self.rules.stall / 4),
             patience=self.rules.stall,
         )
@@ -120,8 +124,8 @@ class Dispatch:
         self.waiting: deque[tuple[int, int, bool]] = deque((index, 0, False) for index in range(len(self.partitions)))
         self.sent: dict[Any, _Sent] = {}
         self.losses: Counter[int] = Counter()
-        #: When the workers last told of each partition and attempt. Signs may come before `sent` knows of them.
-        self.signs: dict[tuple[int, int], float] = {}
+        #: When which worker last told of each partition and attempt. Signs may come before `sent` knows of them.
+        self.signs: dict[tuple[int, int], tuple[float, str]] = {}
         #: Workers that get nothing more from us, and why.
         self.left_out: dict[str, str] = {}
         self.threads: dict[str, int] = {}
@@ -214,7 +218,8 @@ class Dispatch:
     def _on_sign(self, event: tuple[float, dict[str, Any]]) -> None:
         """A worker tells that it is at work on a partition. Called in the client's own thread."""
         sign = event[1]
-        self.last_sign = self.signs[sign["index"], sign["attempt"]] = time.monotonic()
+        self.last_sign = time.monotonic()
+        self.signs[sign["index"], sign["attempt"]] = (self.last_sign, sign["worker"])
 
     def _take(self, key: Any) -> PartitionResult | None:
         """What has come of a partition; if nothing, it is sent again."""
@@ -251,7 +256,7 @@ class Dispatch:
         if self.client.status != "running":
             raise ClusterError(f"the scheduler is gone. {GO_ON}")
         lost = self.sent[key].future.status in ("cancelled", "lost") or isinstance(error, FutureCancelledError)
-        if not (lost or isinstance(error, KilledWorker)):
+        if not (lost or isinstance(error, KilledWorker | MemoryError)):
             raise ClusterError(
                 f"a partition could not be finished: {type(error).__name__}: {' '.join(str(error).split())}. {GO_ON}"
             )
@@ -287,6 +292,8 @@ class Dispatch:
         try:
             scheduler: Any = self.client.scheduler
             self.threads = dict(self.client.sync(scheduler.ncores, callback_timeout=ANSWER))  # `nthreads`, in time
+            # Another worker may come at the same address.
+            self.left_out = {worker: why for worker, why in self.left_out.items() if worker in self.threads}
         except Exception:
             if self.client.status != "running":
                 raise ClusterError(f"the scheduler is gone. {GO_ON}") from None
@@ -299,19 +306,25 @@ class Dispatch:
         for key, sent in list(self.sent.items()):
             if sent.allowed is not None and not sent.allowed & self.threads.keys():
                 self._send_again(key, apart=sent.work.apart)  # those that might do it are gone
-        stalled = []
+        begun: list[Any] = []
+        waiting: list[Any] = []
         for key, sent in self.sent.items():
-            sign = self.signs.get((sent.work.task.index, sent.work.attempt))
-            # What no worker has begun with waits for others to end: then all are quiet.
-            quiet_since = max(sent.since, self.last_sign if sign is None else sign)
-            if sent.future.status == "pending" and now - quiet_since > self.rules.stall:
-                stalled.append((sign is None, key))
-        if stalled:
-            # What has begun goes first; what waits behind it on the same worker may begin then.
-            begun = [key for waits, key in stalled if not waits]
-            for key in begun or [key for _, key in stalled]:
-                if key in self.sent:  # or it went with another one of its worker
-                    self._on_stall(key)
+            name = (sent.work.task.index, sent.work.attempt)
+            if self.signs.get(name, (0.0, ""))[1] not in {"", *self.threads}:  # Dask has it done elsewhere
+                del self.signs[name]
+                sent.since = now
+            sign = self.signs.get(name)
+            if sent.future.status == "pending" and now - (sign[0] if sign else sent.since) > self.rules.stall:
+                (begun if sign else waiting).append(key)
+        for key in begun:
+            if key in self.sent:  # or it went with another one of its worker
+                self._on_stall(key)
+        # What has not begun waits for others, perhaps for other people's work. Only where nothing of ours goes on it is
+        # sent again, lest it was forgotten; nobody is to blame.
+        if waiting and now - self.last_sign > self.rules.stall:
+            for key in waiting:
+                if key in self.sent:
+                    self._send_again(key, apart=self.sent[key].work.apart)
             self.last_sign = time.monotonic()
 
     def _alone(self) -> None:
@@ -328,15 +341,16 @@ class Dispatch:
             )
 
     def _on_stall(self, key: Any) -> None:
-        """A partition does not go on: another worker gets it."""
-        assigned = {worker: set(keys) for worker, keys in self.client.processing().items()}
+        """A worker makes no progress with a partition: another one gets it."""
+        work = self.sent[key].work
+        worker = self.signs[work.task.index, work.attempt][1]
+        assigned = set(self.client.processing().get(worker, ()))
         self._lost(key)  # first, or a worker that is restarted gets it again at once
-        for worker, keys in assigned.items():
-            if key in keys and not (self.may_restart and self._restart(worker)):
-                self._leave_out(worker, f"a partition has made no progress in {self.rules.stall:g} s (workers: stall)")
-                # What waits there would wait for ever.
-                for other in keys & self.sent.keys():
-                    self._send_again(other, apart=self.sent[other].work.apart)
+        if not (self.may_restart and self._restart(worker)):
+            self._leave_out(worker, f"a partition has made no progress in {self.rules.stall:g} s (workers: stall)")
+            # What waits there would wait for ever.
+            for other in assigned & self.sent.keys():
+                self._send_again(other, apart=self.sent[other].work.apart)
 
     def _restart(self, worker: str) -> bool:
         """Restart a worker of ours, which hangs in a task that cannot be stopped; whether it is back."""
@@ -347,6 +361,12 @@ class Dispatch:
             return False
         log.warning("worker %s was restarted: it made no progress in %g s (workers: stall)", worker, self.rules.stall)
         return True
+
+
+def _a_few(paths: pa.ChunkedArray) -> list[str]:
+    """The first photo, and some more from all over the plan."""
+    found: list[str] = paths.take(pa.array(range(0, len(paths), -(-len(paths) // FEW)))).to_pylist()
+    return found
 
 
 def as_bag(name: str, window: Sequence[Work], avoid: Any = None) -> Bag:

@@ -20,6 +20,8 @@ from reducer.hashing import OUT_OF_MEMORY, PhotoError
 from reducer.pipeline import Look, look_at_all
 from reducer.places import Source
 
+#: What the process says when it comes to its photos.
+READY = "ready"
 #: Kinds of failure.
 KILLED, STALLED = "killed its worker", "stalled"
 #: Share of a worker's memory limit that looking at photos may take: Dask's nanny kills a worker at 0.95.
@@ -32,6 +34,10 @@ START = "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); from r
 
 class Died(Exception):
     """The process has ended."""
+
+
+class CannotStart(Exception):
+    """The process has ended before it came to a photo, so none is to blame."""
 
 
 class TookTooLong(Exception):
@@ -47,7 +53,8 @@ class _Process:
         self.process = subprocess.Popen(
             [sys.executable, "-c", START], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
         )
-        self.looks: queue.SimpleQueue[Look | None] = queue.SimpleQueue()
+        self.looks: queue.SimpleQueue[Look | str | None] = queue.SimpleQueue()
+        self.ready = False
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
         assert self.process.stdin is not None
@@ -58,10 +65,12 @@ class _Process:
 
     def _read(self) -> None:
         assert self.process.stdout is not None
-        with suppress(EOFError, OSError, pickle.UnpicklingError):
-            while True:
-                self.looks.put(pickle.load(self.process.stdout))
-        self.looks.put(None)
+        try:
+            with suppress(EOFError, OSError, pickle.UnpicklingError):
+                while True:
+                    self.looks.put(pickle.load(self.process.stdout))
+        finally:
+            self.looks.put(None)
 
     def next(self, patience: float, beat: Callable[[], None]) -> Look:
         """The next photo's look.
@@ -70,6 +79,8 @@ class _Process:
         ------
         Died
             The message says how.
+        CannotStart
+            Likewise.
         TookTooLong
             After ``patience`` seconds.
         """
@@ -84,8 +95,12 @@ class _Process:
                 beat()
                 continue
             if look is None:
-                raise Died(_how_it_ended(self.process.wait()))
-            return look
+                how = _how_it_ended(self.process.wait())
+                raise Died(how) if self.ready else CannotStart(how)
+            if isinstance(look, Look):
+                return look
+            self.ready = True
+            stop = time.monotonic() + patience
 
     def close(self) -> None:
         self.process.kill()
@@ -127,8 +142,8 @@ def look_apart(
 ) -> Iterator[Look]:
     """Read and hash photos as `reducer.pipeline.look_at_all` does, in a process that a photo may kill.
 
-    A photo at which the process dies is looked at once more, alone in a process of its own: only one that kills that
-    too is to blame.
+    A photo at which the process dies, or which takes too long, is looked at once more, alone in a process of its own:
+    only one at which that happens again is to blame.
 
     Parameters
     ----------
@@ -156,11 +171,7 @@ def look_apart(
             while done < len(paths):
                 try:
                     look = process.next(patience, beat)
-                except TookTooLong:
-                    yield _stalled(patience)
-                    done += 1
-                    break
-                except Died:
+                except (Died, TookTooLong):
                     yield look_alone(paths[done], settings, source, memory=memory, patience=patience, beat=beat)
                     done += 1
                     break
@@ -191,9 +202,11 @@ def _stalled(patience: float) -> Look:
     return Look(error=str(PhotoError(STALLED, f"no end after {patience:g} s")))
 
 
-def is_out_of_memory(look: Look) -> bool:
-    """Whether a photo failed because there was no more memory, which others may have taken."""
-    return look.error is not None and look.error.startswith(OUT_OF_MEMORY)
+def may_be_innocent(look: Look) -> bool:
+    """Whether a photo may have failed because others had taken the memory."""
+    if look.error is None or look.error.startswith(("missing", "not a file", "too large", "empty")):
+        return False
+    return look.error.startswith(OUT_OF_MEMORY) or memory_was_tight()
 
 
 def serve() -> None:
@@ -201,10 +214,22 @@ def serve() -> None:
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever libraries print
     paths, settings, source, memory = pickle.load(sys.stdin.buffer)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     with memory_bound(memory):
+        pickle.dump(READY, out)
+        out.flush()
         for look in look_at_all(paths, settings, source):
             pickle.dump(look, out)
             out.flush()
+    out.close()
+    os._exit(0)  # without waiting for the thread that reads standard input
+
+
+def _end_with_parent() -> None:
+    """The worker holds the other end of standard input open for as long as it lives."""
+    while os.read(0, 1024):
+        pass
+    os._exit(1)
 
 
 class _Bound:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import io
 import os
-import socket
 import sys
 import tempfile
+import uuid
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,10 +21,16 @@ import cloudpickle
 from distributed.diagnostics.plugin import UploadFile
 
 import reducer
-from reducer.errors import InputError
+from reducer.errors import ClusterError, InputError
 
 if TYPE_CHECKING:
     from distributed import Client
+
+
+#: Names this process, which has our code and is never to be changed, even where it is a worker itself.
+HOME = uuid.uuid4().hex
+#: Begins the name of the plugin of each run, before the digest of its code and its client.
+PLUGIN = "reducer-code-"
 
 
 @lru_cache(maxsize=1)
@@ -81,7 +87,7 @@ def package_zip() -> bytes:
     return content.getvalue()
 
 
-async def install(server: Any, name: str, data: bytes, digest: str, home: tuple[str, int]) -> None:
+async def install(server: Any, name: str, data: bytes, digest: str, home: str) -> None:
     """Make a scheduler or worker import this very code: its own where it is the same, else the zip file that is sent.
 
     Parameters
@@ -94,37 +100,35 @@ async def install(server: Any, name: str, data: bytes, digest: str, home: tuple[
         The zip file.
     digest : str
         Of the code.
-    home : (str, int)
-        Host and process of the client, where nothing is to be done.
+    home : str
+        `HOME` of the client's process, where nothing is to be done.
     """
     import importlib
     import os
-    import socket
     import sys
 
-    if (socket.gethostname(), os.getpid()) == home:
+    if getattr(sys.modules.get("reducer.shipping"), "HOME", None) == home:
         return
     if getattr(sys.modules.get("reducer"), "_verified", None) == digest:
         return
-    # A long-lived process may hold an older version than the one that it would find now.
+    if digest_of_package() != digest:
+        await server.upload_file(filename=name, data=data, load=False)
+        sys.path.insert(0, os.path.join(server.local_directory, name))
+    # From here on nothing else may run: a long-lived process may hold another version than it would find now.
     for module in [module for module in sys.modules if module == "reducer" or module.startswith("reducer.")]:
         del sys.modules[module]
     importlib.invalidate_caches()
     if digest_of_package() != digest:
-        await server.upload_file(filename=name, data=data, load=False)
-        sys.path.insert(0, os.path.join(server.local_directory, name))
-        importlib.invalidate_caches()
-        if digest_of_package() != digest:
-            raise RuntimeError(f"{name} has come, and another version of reducer is found all the same")
+        raise RuntimeError(f"{name} has come, and another version of reducer is found all the same")
     importlib.import_module("reducer")._verified = digest  # type: ignore[attr-defined]
 
 
 class ShipCode(UploadFile):
     """The worker's half of `Client.upload_file`, for workers that lack this very code; late joiners get it too."""
 
-    def __init__(self, path: str, digest: str, home: tuple[str, int]) -> None:
+    def __init__(self, path: str, digest: str, home: str, client: str) -> None:
         super().__init__(path, load=False)
-        self.name = f"reducer-code-{digest}"
+        self.name = f"{PLUGIN}{digest}-{client}"
         self.digest, self.home = digest, home
 
     async def setup(self, worker: Any) -> None:
@@ -133,9 +137,16 @@ class ShipCode(UploadFile):
 
 
 async def _install_on_scheduler(
-    name: str, data: bytes, digest: str, home: tuple[str, int], dask_scheduler: Any = None
-) -> None:
+    name: str, data: bytes, digest: str, home: str, plugin: str, dask_scheduler: Any = None
+) -> str | None:
+    """Returns the client of a run that is under way with another version: both could not work."""
+    for other in dask_scheduler.worker_plugins:
+        if str(other).startswith(plugin):
+            its_digest, _, client = str(other).removeprefix(plugin).partition("-")
+            if its_digest != digest and client in dask_scheduler.clients:
+                return client
     await install(dask_scheduler, name, data, digest, home)
+    return None
 
 
 @contextmanager
@@ -165,6 +176,9 @@ def same_code(client: Client, ship_code: str) -> Iterator[None]:
         cloudpickle.unregister_pickle_by_value(this)
         _check_imports(client)
         yield
+    except ClusterError:
+        plugin = None  # the scheduler may never answer again
+        raise
     finally:
         with suppress(ValueError):  # done already
             cloudpickle.unregister_pickle_by_value(this)
@@ -176,21 +190,27 @@ def same_code(client: Client, ship_code: str) -> Iterator[None]:
 def _ship(client: Client) -> str:
     """Returns the name of the plugin that serves late joiners."""
     digest = code_digest()
-    home = (socket.gethostname(), os.getpid())
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, f"reducer-{digest}.zip")
         with open(path, "wb") as file:
             file.write(package_zip())
-        plugin = ShipCode(path, digest, home)
+        plugin = ShipCode(path, digest, HOME, client.id)
     try:
-        client.run_on_scheduler(_install_on_scheduler, plugin.filename, plugin.data, digest, home)
-        client.register_plugin(plugin, name=plugin.name)
+        other = client.run_on_scheduler(_install_on_scheduler, plugin.filename, plugin.data, digest, HOME, PLUGIN)
+        if other is None:
+            client.register_plugin(plugin, name=plugin.name)
+            return plugin.name
+    except OSError as error:
+        raise ClusterError(f"a worker or the scheduler went away: {_one_line(error)}; run this again") from None
     except Exception as error:
         raise InputError(
             f"our code could not be sent to the workers ({_one_line(error)}): install reducer {reducer.__version__} "
             "where they run, and give workers: {ship_code: never}"
         ) from None
-    return plugin.name
+    raise InputError(
+        f"another version of reducer is at work on this scheduler (client {other}): two cannot share its workers; wait "
+        "for its end, or use the same version"
+    )
 
 
 def _refuse_others(client: Client) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -13,12 +14,12 @@ from reducer.config import PhotoSettings
 from reducer.environment import environment
 from reducer.isolation import (
     MEMORY_SHARE,
-    is_out_of_memory,
+    CannotStart,
     look_alone,
     look_apart,
+    may_be_innocent,
     memory_bound,
     memory_left,
-    memory_was_tight,
 )
 from reducer.pipeline import Look, look_at_all, run_partition
 from reducer.places import Source
@@ -67,17 +68,22 @@ def work_off(work: Work, avoid: Hashes | None = None) -> PartitionResult | Unfit
                 beat.alive()
                 yield seen
             return
-        with memory_bound(None if limit is None else int(MEMORY_SHARE * limit)):
+        # A worker that is a thread of the client must not limit the client.
+        own_process = worker.thread_id == threading.main_thread().ident
+        with memory_bound(int(MEMORY_SHARE * limit) if limit is not None and own_process else None):
             for path, seen in zip(paths, look_at_all(paths, settings, source), strict=True):
                 beat.alive()
                 # What failed while others took the memory is no fault of its own.
-                if seen.error is not None and (is_out_of_memory(seen) or memory_was_tight()):
+                if seen.error is not None and may_be_innocent(seen):
                     left = memory_left(limit)
                     yield look_alone(path, settings, source, memory=left, patience=patience, beat=beat.alive)
                 else:
                     yield seen
 
-    return run_partition(task, avoid, look)
+    try:
+        return run_partition(task, avoid, look)
+    except CannotStart as error:
+        return Unfit(worker.address, f"it cannot look at photos in a process of their own: {error}")
 
 
 class _Beat:
@@ -130,10 +136,11 @@ _fitness: dict[str, Unfit | None] = {}
 
 def _unfit(worker: str, terms: Terms, settings: PhotoSettings, source: Source) -> Unfit | None:
     """Why this worker process must not take part, or None; looked into once a run."""
-    if terms.run_token not in _fitness:
-        _fitness.clear()
-        _fitness[terms.run_token] = _look_into_fitness(worker, terms, settings, source)
-    return _fitness[terms.run_token]
+    if terms.run_token in _fitness:
+        return _fitness[terms.run_token]
+    found = _look_into_fitness(worker, terms, settings, source)
+    _fitness[terms.run_token] = found
+    return found
 
 
 def _look_into_fitness(worker: str, terms: Terms, settings: PhotoSettings, source: Source) -> Unfit | None:

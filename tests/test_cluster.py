@@ -7,13 +7,14 @@ import inspect
 import logging
 import os
 import re
+import time
 from collections.abc import Callable
 
 import pytest
 from conftest import wait_for
 from distributed import Client, Worker, get_worker
 
-from reducer import ClusterSpec, InputError
+from reducer import ClusterError, ClusterSpec, InputError
 from reducer.cluster import _on_hosts, _worth_saying, connect
 
 
@@ -47,6 +48,7 @@ def test_a_worker_that_goes_while_it_is_asked_is_left_out(dask_cluster: Callable
     with Client(dask_cluster(workers=2), set_as_default=False) as client:
         wait_for(lambda: len(client.nthreads()) == 2, "the workers")
         stays, goes = sorted(client.nthreads())
+        workers_on, stop = {stays: [stays], goes: [goes]}, time.monotonic() + 60
 
         def answer(last: str) -> str:
             worker = str(get_worker().address)
@@ -55,5 +57,9 @@ def test_a_worker_that_goes_while_it_is_asked_is_left_out(dask_cluster: Callable
             return worker
 
         # Each answers for itself, and no other takes its place: not even the one that its nanny starts.
-        assert _on_hosts(client, {stays: [stays], goes: [goes]}, answer, "nobody") == {stays: stays, goes: goes}
-        assert _on_hosts(client, {stays: [stays], goes: [goes]}, answer, goes) == {stays: stays}
+        assert _on_hosts(client, workers_on, stop, answer, "nobody") == {stays: stays, goes: goes}
+        assert _on_hosts(client, workers_on, stop, answer, goes) == {stays: stays}
+        busy = client.submit(time.sleep, 600, workers=[stays])
+        with pytest.raises(ClusterError, match=r"do not answer in time \(workers: wait\)"):
+            _on_hosts(client, {stays: [stays]}, time.monotonic() + 2, answer, "nobody")
+        busy.cancel()

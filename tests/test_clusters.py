@@ -22,12 +22,13 @@ import yaml
 from click.testing import CliRunner
 from conftest import ROOT, job_on, need, reduced_files, run_on, wait_for, when_begun
 from deployments import DaskProcesses, Hosts, Slurm, Sshd, StartError, foreign_tls_files, run, tls_files, tls_missing
-from distributed import Client
+from distributed import Client, WorkerPlugin
 from s3server import S3Server
 
 from reducer import ClusterError, ClusterSpec, InputError, Job, reduce_images
 from reducer.cli import main
 from reducer.plan import make_plan
+from reducer.shipping import PLUGIN
 
 SCRIPT = ROOT / "scripts" / "run_cluster.py"
 #: How often the run on hosts is repeated; each prints its seconds: ``REDUCER_HOST_RUNS=20 pytest -s -k hosts``.
@@ -308,6 +309,22 @@ def test_another_version_of_our_code_gives_way(
     assert shipped(tmp_path / "same") == []
 
 
+def test_two_versions_do_not_share_a_scheduler(collection: Path, tmp_path: Path, dask: DaskProcesses) -> None:
+    address = dask.scheduler()
+    dask.registered(dask.worker(address))
+    with Client(address, set_as_default=False) as other:
+        other.register_plugin(WorkerPlugin(), name=f"{PLUGIN}another-{other.id}")
+        with pytest.raises(
+            InputError, match=r"another version of reducer is at work on this scheduler \(client Client-"
+        ):
+            run_on(collection, tmp_path / "run", at(tmp_path, address))
+    # What a client that has ended left behind is in nobody's way.
+    run_on(collection, tmp_path / "run", at(tmp_path, address))
+    with Client(address, set_as_default=False) as client:
+        left = client.run_on_scheduler(lambda dask_scheduler: [str(name) for name in dask_scheduler.worker_plugins])
+    assert [name for name in left if name.startswith(PLUGIN)] == [f"{PLUGIN}another-{other.id}"]
+
+
 def test_run_cluster_from_a_checkout_that_is_not_installed(
     collection: Path, reference: dict[str, bytes], tmp_path: Path, bare_dask: DaskProcesses, bare_python: str
 ) -> None:
@@ -427,19 +444,23 @@ def test_a_late_worker_with_another_pillow_gets_no_work(
 
 def test_a_host_that_cannot_see_the_photos_is_named(collection: Path, tmp_path: Path, dask: DaskProcesses) -> None:
     need(no_mounts)
-    photos = collection / "train"
+    shutil.copytree(collection, tmp_path / "copy")
+    photos = tmp_path / "copy" / "train"
+    first = Path(make_plan(job_on(tmp_path / "copy", tmp_path / "none")).read["path"][0].as_py())
+    first.rename(tmp_path / "first")  # nobody can read it, which tells nothing: the next one does
     address = dask.scheduler()
     seeing = dask.worker(address, nanny=False)
     dask.registered(seeing, dask.worker(address, nanny=False, host="127.0.0.2", prefix=blind_for(photos)))
     expected = re.escape(f"worker host 127.0.0.2 cannot see {photos}: use a shared folder or S3")
     with pytest.raises(InputError, match=expected):
-        run_on(collection, tmp_path / "run", at(tmp_path, address, workers={"min": 2}))
+        run_on(tmp_path / "copy", tmp_path / "run", at(tmp_path, address, workers={"min": 2}))
     # Nor is it any better where no worker sees what the client sees.
+    (tmp_path / "first").rename(first)
     dask.kill(seeing)
     with Client(address, set_as_default=False) as client:
         wait_for(lambda: len(client.nthreads()) == 1, "the scheduler to miss the worker")
     with pytest.raises(InputError, match=expected):
-        run_on(collection, tmp_path / "run", at(tmp_path, address))
+        run_on(tmp_path / "copy", tmp_path / "run", at(tmp_path, address))
     assert not (tmp_path / "run").exists()
 
 

@@ -158,6 +158,16 @@ def test_the_environment_is_never_read_as_yaml(tmp_path: Path, monkeypatch: pyte
         ("- a\n- b", r"expected the keys version, cluster"),
         ("", r"expected the keys version, cluster"),
         ("a: [", r"is no YAML"),
+        ("version: true\ncluster: {address: x}", r"version is True"),
+        ("version: 1\ncluster: {class: y.Z, kwargs: []}", r"kwargs is a list"),
+        ("version: 1\ncluster: {class: y.Z, kwargs: {'${A}': 1}}", r"cluster: kwargs: a key is no plain text"),
+        ("version: 1\n? [a, b]\n: c", r"a key is no plain text"),
+        ("version: 1\ncluster: {address: x}\nworkers: {wait: ''}", r"wait is '': expected a length of time"),
+        ("version: 1\ncluster: {address: x}\nworkers: {wait: 1.0e+400}", r"wait is inf: expected a length of time"),
+        ("version: 1\ncluster: {address: 2024-13-45}", r"is no YAML that can be read"),
+        ("version: 1\ncluster: {address: !!int abc}", r"is no YAML that can be read"),
+        ("version: 1\ncluster: {address: \x01}", r"is no YAML that can be read"),
+        ("version: 1\na: " + "[" * 3000, r"is no YAML that can be read"),
     ],
 )
 def test_what_is_wrong_with_a_cluster_file(tmp_path: Path, content: str, message: str) -> None:
@@ -169,3 +179,22 @@ def test_what_is_wrong_with_a_cluster_file(tmp_path: Path, content: str, message
     assert str(path) in str(caught.value)
     with pytest.raises(InputError, match="nowhere"):
         ClusterSpec.from_yaml(tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "version: 1\njob: {storage_options: {secret: hunter2: x}}",
+        "version: 1\njob: {storage_options: {secret: 'hunter2}}",
+        "version: 1\ncluster: {class: y.Z, scale: {secret: hunter2}}",
+        "version: 1\ncluster: {class: y.Z, adapt: {maximum: [hunter2]}}",
+        "version: 1\ncluster: {address: [hunter2]}",
+        "version: 1\ncluster: [hunter2]",
+    ],
+)
+def test_no_message_repeats_what_may_be_a_secret(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(content)
+    with pytest.raises(InputError) as caught:
+        ClusterSpec.from_yaml(path)
+    assert "hunter2" not in str(caught.value)

@@ -6,9 +6,11 @@ import contextlib
 import json
 import shutil
 import threading
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import psutil
@@ -17,6 +19,7 @@ from conftest import reduced_files, run_on, when_begun
 from deployments import DaskProcesses
 
 from reducer import ClusterError, ClusterSpec, WorkerRules
+from reducer.dispatch import Dispatch, _Sent
 from reducer.job import Result
 
 KILLER = str(Path(__file__).parent / "killer")
@@ -174,6 +177,31 @@ def test_a_worker_that_comes_late_gets_work(slow_collection: Path, tmp_path: Pat
     thread.join()
     assert first.wait() == -9
     assert reduced_files(tmp_path / "run") == reduced_files(tmp_path / "reference")
+
+
+def test_only_a_worker_that_told_of_a_partition_can_stall_with_it() -> None:
+    """Not one that is to do it after another one has died, nor one that is busy with other people's work."""
+    resent: list[object] = []
+    dispatch = object.__new__(Dispatch)
+    dispatch.rules = WorkerRules(stall=100, wait=1000)
+    dispatch.client = SimpleNamespace(sync=lambda *_, **__: {"a": 1, "b": 1}, scheduler=SimpleNamespace(ncores=None))
+    dispatch._send_again = lambda key, apart: resent.append(key)
+    dispatch._on_stall = lambda key: resent.append(("stalled", key))
+    now = time.monotonic()
+    works = [SimpleNamespace(task=SimpleNamespace(index=index), attempt=0, apart=False) for index in range(4)]
+    pending = SimpleNamespace(status="pending")
+    dispatch.sent = {work.task.index: _Sent(work, pending, now - 200, None) for work in works}
+    dispatch.signs = {(0, 0): (now - 150, "gone"), (1, 0): (now - 150, "a"), (2, 0): (now - 50, "b")}
+    dispatch.left_out, dispatch.next_look, dispatch.last_sign = {"gone": "why"}, 0.0, now - 50
+    dispatch._look_at_cluster()
+    assert resent == [("stalled", 1)]
+    assert dispatch.sent[0].since >= now
+    assert dispatch.left_out == {}  # another worker may come at that address
+    # All of ours are quiet: what nobody has begun with is sent again, at nobody's cost.
+    dispatch.last_sign, dispatch.next_look = now - 150, 0.0
+    resent.clear()
+    dispatch._look_at_cluster()
+    assert resent == [("stalled", 1), 3]
 
 
 def test_an_adaptive_cluster_grows_and_shrinks(slow_collection: Path, tmp_path: Path) -> None:

@@ -17,11 +17,12 @@ import pytest
 from conftest import job_on, reduced_files, run_on
 from PIL import Image
 
+import reducer.dispatch
 from reducer import ClusterError, ClusterSpec, InputError, Job, TooManyFailuresError, WorkerRules, reduce_images
 from reducer.config import STRATEGY_NAMES
 from reducer.dispatch import WINDOW
 from reducer.store import RunFolder
-from reducer.types import LEDGER_SCHEMA
+from reducer.types import LEDGER_SCHEMA, Work
 
 SIZES = (None, 7, 100)
 #: Fewer candidates than the larger labels have photos: the draw is compared too.
@@ -280,18 +281,18 @@ def test_a_window_never_holds_more_than_it_may(
 ) -> None:
     windows: list[int] = []
     outstanding: list[int] = [0]
-    real, real_write = dask.bag.from_sequence, RunFolder.write_part
+    real, real_write = reducer.dispatch.as_bag, RunFolder.write_part
 
-    def watched(items: list[object], **options: object):
-        windows.append(len(items))
-        outstanding.append(outstanding[-1] + len(items))
-        return real(items, **options)
+    def watched(name: str, window: list[Work], avoid: object = None):
+        windows.append(len(window))
+        outstanding.append(outstanding[-1] + len(window))
+        return real(name, window, avoid)
 
     def written(folder: RunFolder, index: int, ledger: object) -> None:
         outstanding.append(outstanding[-1] - 1)
         real_write(folder, index, ledger)
 
-    monkeypatch.setattr(dask.bag, "from_sequence", watched)
+    monkeypatch.setattr(reducer.dispatch, "as_bag", watched)
     monkeypatch.setattr(RunFolder, "write_part", written)
     spec = ClusterSpec(
         class_path="distributed.LocalCluster",
