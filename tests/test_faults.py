@@ -24,16 +24,6 @@ IN_PROCESS = ClusterSpec(
 )
 
 
-@pytest.fixture(scope="module")
-def slow_collection(collection: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same photos under many labels: some seconds of work."""
-    folder = tmp_path_factory.mktemp("slow")
-    (folder / "train").symlink_to(collection / "train")
-    header, *lines = (collection / "train.csv").read_text().splitlines()
-    (folder / "train.csv").write_text("\n".join([header, *(f"{line}-{i}" for i in range(12) for line in lines)]) + "\n")
-    return folder
-
-
 def test_a_killed_worker_costs_time_and_nothing_else(slow_collection: Path, tmp_path: Path) -> None:
     # Hashes to avoid are on the workers too, and must come again.
     (tmp_path / "avoid").write_text("0123456789abcdef\n")
