@@ -88,7 +88,7 @@ class _Process:
         while True:
             left = stop - time.monotonic()
             if left <= 0:
-                raise TookTooLong
+                raise TookTooLong if self.ready else CannotStart(f"it did not start in {patience:g} s")
             try:
                 look = self.looks.get(timeout=min(left, 1.0))
             except queue.Empty:
