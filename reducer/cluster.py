@@ -22,7 +22,7 @@ from dask.system import CPU_COUNT
 from reducer.clusterspec import TLS, ClusterSpec
 from reducer.config import Job, PhotoSettings
 from reducer.environment import Environment, differences, environment
-from reducer.errors import ClusterError, InputError, ReducerError
+from reducer.errors import ClusterError, InputError, ReducerError, one_line
 from reducer.shipping import same_code
 from reducer.worker import sees
 
@@ -147,7 +147,10 @@ def check_alike(client: Client, settings: PhotoSettings) -> Environment:
     InputError
         If workers differ from each other in what decides a hash. Other differences are logged as warnings.
     """
-    found: dict[str, Environment] = _ask(client, environment, settings)
+    try:
+        found: dict[str, Environment] = client.run(environment, settings)
+    except OSError as error:
+        raise ClusterError(f"a worker went away before the run began: {one_line(error)}; run this again") from None
     if not found:
         raise ClusterError("all workers went away before the run began; run this again")
     errors, warnings_ = differences({f"worker {worker}": own for worker, own in sorted(found.items())})
@@ -156,14 +159,6 @@ def check_alike(client: Client, settings: PhotoSettings) -> Environment:
     for line in warnings_:
         log.warning("%s", line)
     return found[min(found)]
-
-
-def _ask(client: Client, function: Any, *arguments: Any, workers: list[str] | None = None) -> Any:
-    """Run a function on workers; what it returns, by worker."""
-    try:
-        return client.run(function, *arguments, workers=workers)
-    except OSError as error:
-        raise ClusterError(f"a worker went away before the run began: {_one_line(error)}; run this again") from None
 
 
 def check_sight(client: Client, job: Job, photos: Sequence[str], wait: float) -> str | None:
@@ -247,7 +242,7 @@ def _on_hosts(
     except (ReducerError, KeyboardInterrupt):
         raise
     except Exception as error:
-        raise ClusterError(f"a worker could not read a photo: {_one_line(error)}; run this again") from None
+        raise ClusterError(f"a worker could not read a photo: {one_line(error)}; run this again") from None
     finally:
         client.cancel([future for future in futures.values() if not future.done()])
 
@@ -317,7 +312,7 @@ def _client_at(spec: ClusterSpec) -> Client:
     try:
         return Client(spec.address, timeout=spec.timeout, set_as_default=False, security=_security(spec.security))
     except (OSError, ValueError, TypeError) as error:
-        reason = _one_line(error)
+        reason = one_line(error)
     # A client that did not come up closes itself when it is collected. Where that happens while another one starts, in
     # its thread, each waits for the other's lock: so it is collected here and now, when no error refers to it any more.
     gc.collect()
@@ -365,7 +360,7 @@ def _start(make: Any, spec: ClusterSpec) -> Any:
             cluster = make(**kwargs)
         except Exception as error:
             log.debug("the cluster does not start", exc_info=error)
-            cause = _one_line(_root_cause(error))
+            cause = one_line(_root_cause(error))
             # A worker that ends while it starts is what a script without the guard looks like from here.
             hint = ""
             if "failed to start" in cause:
@@ -385,9 +380,7 @@ def _cluster_class(path: str) -> Any:
     try:
         return getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(
-            f"cluster: class {path} cannot be imported: {_one_line(error)}{_install_hint(error)}"
-        ) from None
+        raise InputError(f"cluster: class {path} cannot be imported: {one_line(error)}{_install_hint(error)}") from None
 
 
 def _install_hint(error: BaseException) -> str:
@@ -417,14 +410,14 @@ def _size(cluster: Any, spec: ClusterSpec) -> None:
     except Exception as error:
         _close(cluster)
         asked = "scale" if spec.adapt is None else "adapt"
-        raise InputError(f"the cluster {spec.class_path} cannot be asked to {asked}: {_one_line(error)}") from None
+        raise InputError(f"the cluster {spec.class_path} cannot be asked to {asked}: {one_line(error)}") from None
 
 
 def _close(cluster: Any) -> None:
     try:
         cluster.close(timeout=CLOSE_TIMEOUT)
     except Exception as error:  # the results are in; workers die with this process at the latest
-        log.warning("the cluster did not close in order: %s", _one_line(error))
+        log.warning("the cluster did not close in order: %s", one_line(error))
 
 
 def _wait_for_workers(client: Client, spec: ClusterSpec) -> None:
@@ -448,7 +441,3 @@ def _root_cause(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
     return error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

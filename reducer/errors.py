@@ -29,3 +29,8 @@ class TooManyFailuresError(ReducerError):
 
 class ClusterError(ReducerError):
     """The cluster failed in the middle of a job."""
+
+
+def one_line(error: BaseException) -> str:
+    """An error's kind and message in one line, not too long."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

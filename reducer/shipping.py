@@ -21,7 +21,7 @@ import cloudpickle
 from distributed.diagnostics.plugin import UploadFile
 
 import reducer
-from reducer.errors import ClusterError, InputError
+from reducer.errors import ClusterError, InputError, one_line
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -201,10 +201,10 @@ def _ship(client: Client) -> str:
             client.register_plugin(plugin, name=plugin.name)
             return plugin.name
     except OSError as error:
-        raise ClusterError(f"a worker or the scheduler went away: {_one_line(error)}; run this again") from None
+        raise ClusterError(f"a worker or the scheduler went away: {one_line(error)}; run this again") from None
     except Exception as error:
         raise InputError(
-            f"our code could not be sent to the workers ({_one_line(error)}): install reducer {reducer.__version__} "
+            f"our code could not be sent to the workers ({one_line(error)}): install reducer {reducer.__version__} "
             "where they run, and give workers: {ship_code: never}"
         ) from None
     raise InputError(
@@ -236,14 +236,10 @@ def _check_imports(client: Client) -> None:
     for who, failure in found.items():
         if failure is not None:
             raise InputError(
-                f"{who} cannot import what reducer needs ({_one_line(failure)}): install reducer's "
+                f"{who} cannot import what reducer needs ({one_line(failure)}): install reducer's "
                 "dependencies where the scheduler and the workers run"
             )
 
 
 def _import_all() -> None:
     import reducer.worker  # noqa: F401
-
-
-def _one_line(error: Any) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
