@@ -9,29 +9,52 @@ from reducer.config import Job
 from reducer.errors import ClusterError, InputError, ReducerError, TooManyFailuresError
 
 if TYPE_CHECKING:
-    from reducer.job import Result, reduce_images
+    from reducer.cutting import CutResult, cut
+    from reducer.job import Result, reduce_images, resume
+    from reducer.progress import Status, status
+    from reducer.story import Story, explain
 
 __version__ = "0.1.0"
+
+#: Where the names are that are imported when they are first used: Dask, Arrow and Pillow take a second to import, and
+#: ``reducer --help`` does without them. No module may have the name of a function: importing it would hide that one.
+_LATER = {
+    "CutResult": "cutting",
+    "Result": "job",
+    "Status": "progress",
+    "Story": "story",
+    "cut": "cutting",
+    "explain": "story",
+    "reduce_images": "job",
+    "resume": "job",
+    "status": "progress",
+}
 
 __all__ = [
     "TLS",
     "ClusterError",
     "ClusterSpec",
+    "CutResult",
     "InputError",
     "Job",
     "ReducerError",
     "Result",
+    "Status",
+    "Story",
     "TooManyFailuresError",
     "WorkerRules",
     "__version__",
+    "cut",
+    "explain",
     "reduce_images",
+    "resume",
+    "status",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    # Dask, Arrow and Pillow take a second to import; `reducer --help` does without them.
-    if name in ("reduce_images", "Result"):
-        from reducer import job
+    if name in _LATER:
+        from importlib import import_module
 
-        return getattr(job, name)
+        return getattr(import_module(f"reducer.{_LATER[name]}"), name)
     raise AttributeError(f"module 'reducer' has no attribute {name!r}")

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reducer.config import Job, flag, known_keys
+from reducer.config import Job, known_keys
 from reducer.errors import InputError
+from reducer.rules import flag
 
 if TYPE_CHECKING:
     import yaml

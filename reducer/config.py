@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from reducer.errors import InputError
-from reducer.places import Place, Source, check_obstore, is_url
+from reducer.places import Place, Source, absolute, check_obstore, is_url
+from reducer.rules import CutRules, check_count, flag
 
 STRATEGY_NAMES = ("farthest-first", "facility-location", "pairs", "random")
 HASH_NAMES = ("dhash", "dhash-vertical", "phash", "ahash", "whash")
@@ -20,6 +21,8 @@ DECODE_NAMES = ("fast", "exact")
 FORMATS = ("csv", "parquet", "both")
 STORAGE_OPTIONS = ("storage_options", "manifest_storage_options", "output_storage_options")
 READER_NAMES = ("s3fs", "obstore")
+#: Photos kept a label, where nothing else bounds the reduced list.
+DEFAULT_KEEP = 25
 #: Photos that a dry run reads to estimate the time.
 SAMPLE_PHOTOS = 64
 GLDV2_TEMPLATE = "{id[0]}/{id[1]}/{id[2]}/{id}.jpg"
@@ -31,8 +34,8 @@ class PhotoSettings:
 
     Attributes
     ----------
-    keep : int
-        Photos kept a label.
+    keep : int or None
+        Photos kept a label; None for all.
     strategy : str
         One of `STRATEGY_NAMES`.
     hash : str
@@ -53,7 +56,7 @@ class PhotoSettings:
         A photo that declares more pixels is not decoded.
     """
 
-    keep: int
+    keep: int | None
     strategy: str
     hash: str
     hash_size: int
@@ -91,8 +94,10 @@ class Job:
     path_template : str, optional
         Where a photo lies below ``images`` when there is no path column: a format string over ``id`` and
         ``label``, ``{id[0]}`` being the first character. Default: GLDv2's layout.
-    keep : int
-        Photos kept a label.
+    keep : int, optional
+        Photos kept a label; default 25, or no limit with ``total`` or ``max_bytes``.
+    min_distance, total, max_bytes, min_per_label
+        Which photos are kept of all labels, as for `CutRules`. Any of them reads and ranks all labels.
     candidates : int or None
         At most so many photos a label are read, drawn at random; None reads all.
     strategy : {"farthest-first", "facility-location", "pairs", "random"}
@@ -123,6 +128,11 @@ class Job:
         Only so many labels, drawn at random (a trial run).
     rank_all : bool
         Read and rank labels with no more than ``keep`` photos too.
+    reuse : str, optional
+        Folder of an earlier run, a local path or a URL (opened as ``output`` is): hashes of photos that have not
+        changed since come from it.
+    cross_label : bool
+        Also write the near copies under different labels.
     partition_images : int, optional
         Photos a partition; default 500 to 2,000 by the size of the job.
     max_pixels : int
@@ -133,6 +143,8 @@ class Job:
         Which reduced lists are written.
     overwrite : bool
         Replace an earlier run in ``output``.
+    break_lock : bool
+        Take ``output`` from a run that seems to be at work on it.
     storage_options, manifest_storage_options, output_storage_options : mapping
         What fsspec is to open the URLs of ``images``, ``manifest`` and ``output`` with: ``endpoint_url``, ``key``,
         ``secret``, ``anon``, ``profile``, ``region`` and whatever else it takes. They are not shown and not stored.
@@ -154,7 +166,11 @@ class Job:
     label_column: str = "landmark_id"
     path_column: str | None = None
     path_template: str | None = None
-    keep: int = 25
+    keep: int | None = None
+    min_distance: float | None = None
+    total: int | None = None
+    max_bytes: int | str | None = None
+    min_per_label: int | None = None
     candidates: int | None = 1000
     strategy: str = "farthest-first"
     hash: str = "dhash"
@@ -169,11 +185,14 @@ class Job:
     labels: tuple[str, ...] | None = None
     limit_labels: int | None = None
     rank_all: bool = False
+    reuse: str | None = None
+    cross_label: bool = False
     partition_images: int | None = None
     max_pixels: int = 200_000_000
     max_failures: float = 0.1
     format: str = "both"
     overwrite: bool = False
+    break_lock: bool = False
     storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
     manifest_storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
     output_storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
@@ -181,7 +200,7 @@ class Job:
     read_ahead: int = 32
 
     def __post_init__(self) -> None:
-        for name in ("images", "output", "manifest", "always_keep", "avoid"):
+        for name in ("images", "output", "manifest", "always_keep", "avoid", "reuse"):
             value = getattr(self, name)
             if value is None:
                 continue
@@ -208,14 +227,19 @@ class Job:
             ("--manifest", "--manifest-storage-option", self.manifest_place),
             ("--output", "--output-storage-option", self.output_place),
         ):
+            if what == "--output" and self.reuse is not None and is_url(self.reuse):
+                continue  # they open that one
             if place.options and not place.remote:
                 raise InputError(f"{option} says how a URL is opened, and {what} is none: leave it out")
         if self.reader == "obstore" and self.images_place.on_s3:
             check_obstore(self.storage_options)
-        for name in ("keep", "candidates", "limit_labels", "partition_images", "max_pixels", "read_ahead"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise InputError(f"{flag(name)} is {value!r}: expected a whole number of 1 or more")
+        object.__setattr__(self, "max_bytes", self.cut_rules.max_bytes)
+        if self.keep is None and not self.cut_rules.has_budget:
+            object.__setattr__(self, "keep", DEFAULT_KEEP)
+        for name in ("candidates", "limit_labels", "partition_images", "max_pixels", "read_ahead"):
+            check_count(name, getattr(self, name))
+        if self.has_filters:
+            object.__setattr__(self, "rank_all", True)
         if not isinstance(self.hash_size, int) or not SMALLEST_HASH <= self.hash_size <= LARGEST_HASH:
             raise InputError(
                 f"--hash-size is {self.hash_size!r}: expected a whole number from {SMALLEST_HASH} to {LARGEST_HASH}"
@@ -230,7 +254,7 @@ class Job:
                     f"--avoid-distance is {self.avoid_distance!r}: expected a whole number of bits from 0 to "
                     f"{self.hash_size**2}"
                 )
-        if self.candidates is not None and self.candidates < self.keep:
+        if self.candidates is not None and self.keep is not None and self.candidates < self.keep:
             raise InputError(
                 f"--candidates {self.candidates} is less than --keep {self.keep}: no ranked label could keep that "
                 "many; raise --candidates or lower --keep"
@@ -243,7 +267,21 @@ class Job:
             raise InputError("--path-column and --path-template exclude each other: give one")
         if self.manifest is None and (self.path_column or self.path_template):
             raise InputError("--path-column and --path-template say where a manifest's photos lie: give --manifest")
+        if self.reuse is not None and absolute(self.reuse) == absolute(self.output):
+            raise InputError(
+                f"--reuse and --output are both {self.reuse}: give another --output, or go on with reducer resume"
+            )
         template_fields(self.template)
+
+    @property
+    def cut_rules(self) -> CutRules:
+        """Which of the ranked photos are kept."""
+        return CutRules(self.min_distance, self.keep, self.total, self.max_bytes, self.min_per_label)
+
+    @property
+    def has_filters(self) -> bool:
+        """Whether which photos are kept can only be told when all are ranked."""
+        return self.min_distance is not None or self.cut_rules.has_budget
 
     @property
     def template(self) -> str:
@@ -264,6 +302,11 @@ class Job:
     def output_place(self) -> Place:
         """Where the run folder is."""
         return Place(self.output, self.output_storage_options)
+
+    @property
+    def reuse_place(self) -> Place:
+        """Where the run is whose hashes are taken; an empty path without one."""
+        return Place(self.reuse or "", self.output_storage_options)
 
     @property
     def source(self) -> Source:
@@ -298,11 +341,6 @@ def near_copy_bits(bits: int) -> int:
     It is 6 of dHash's 64: resizing, recompression and brightness stay within it, crops and flips do not.
     """
     return 6 * bits // 64
-
-
-def flag(name: str) -> str:
-    """A field's name as the command line writes it."""
-    return "--" + name.replace("_", "-")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

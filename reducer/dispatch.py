@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from reducer.cluster import check_alike, check_sight, expected_threads
+from reducer.cluster import check_alike, check_sight
 from reducer.clusterspec import ClusterSpec
 from reducer.environment import compare_with, environment
 from reducer.errors import ClusterError
 from reducer.pipeline import run_partition
-from reducer.plan import Plan
+from reducer.plan import Errand
 from reducer.ranking import Hashes
 from reducer.shipping import code_digest
 from reducer.types import PartitionResult, Terms, Unfit, Work
@@ -43,8 +43,6 @@ MOST_ATTEMPTS = 5
 TICK, ANSWER, HAND_OVER = 1.0, 10.0, 30.0
 #: So many photos are tried to see whether workers can read them.
 FEW = 20
-#: How a person goes on from a run that ended early.
-GO_ON = "What was hashed so far is kept in the run folder's images/; start again with --overwrite"
 
 
 @dataclass
@@ -66,19 +64,16 @@ class InProcess:
     ----------
     environment : Environment
         What decides hashes here.
-    partitions : list of pyarrow.Table
-        Rows of each partition (`Plan.partition_rows`).
     """
 
-    def __init__(self, plan: Plan, avoid: Hashes | None) -> None:
-        self.plan, self.avoid = plan, avoid
-        self.environment = environment(plan.job.photo_settings)
-        self.partitions = plan.partition_rows(threads=1)
+    def __init__(self, errand: Errand, avoid: Hashes | None) -> None:
+        self.errand, self.avoid = errand, avoid
+        self.environment = environment(errand.job.photo_settings)
 
     def results(self) -> Generator[PartitionResult]:
         """Run all partitions, in turn."""
-        for index, rows in enumerate(self.partitions):
-            yield run_partition(self.plan.task(index, rows), self.avoid)
+        for index in self.errand.rows:
+            yield run_partition(self.errand.task(index), self.avoid)
 
 
 class Dispatch:
@@ -88,8 +83,8 @@ class Dispatch:
     ----------
     client : distributed.Client
         Of the cluster.
-    plan : Plan
-        Whose partitions they are; there are photos to read.
+    errand : Errand
+        The partitions; there are some.
     spec : ClusterSpec
         Of the cluster. Workers that hang are restarted where it is ours.
     avoid : ndarray of uint8, shape (m, hash bytes), or None
@@ -99,8 +94,6 @@ class Dispatch:
     ----------
     environment : Environment
         What decides hashes on all workers.
-    partitions : list of pyarrow.Table
-        Rows of each partition (`Plan.partition_rows`).
 
     Raises
     ------
@@ -108,20 +101,19 @@ class Dispatch:
         If workers differ in what decides hashes, or some of them cannot read the photos.
     """
 
-    def __init__(self, client: Client, plan: Plan, spec: ClusterSpec, avoid: Hashes | None) -> None:
-        self.client, self.plan, self.rules = client, plan, spec.rules
+    def __init__(self, client: Client, errand: Errand, spec: ClusterSpec, avoid: Hashes | None) -> None:
+        self.client, self.errand, self.rules = client, errand, spec.rules
         self.may_restart = spec.address is None
-        self.environment = check_alike(client, plan.job.photo_settings)
+        self.environment = check_alike(client, errand.job.photo_settings)
         self.terms = Terms(
             run_token=uuid.uuid4().hex,
             code=code_digest(),
             environment=self.environment.digest,
-            seen=check_sight(client, plan.job, _a_few(plan.read["path"]), self.rules.wait),
+            seen=check_sight(client, errand.job, _a_few(errand.paths), self.rules.wait),
             beat=min(MOST_BEAT, self.rules.stall / 4),
             patience=self.rules.stall,
         )
-        self.partitions = plan.partition_rows(expected_threads(client, spec))
-        self.waiting: deque[tuple[int, int, bool]] = deque((index, 0, False) for index in range(len(self.partitions)))
+        self.waiting: deque[tuple[int, int, bool]] = deque((index, 0, False) for index in errand.rows)
         self.sent: dict[Any, _Sent] = {}
         self.losses: Counter[int] = Counter()
         #: When which worker last told of each partition and attempt. Signs may come before `sent` knows of them.
@@ -166,7 +158,7 @@ class Dispatch:
                     if result is not None:
                         yield result
         except OSError as error:
-            raise ClusterError(f"the scheduler cannot be reached: {type(error).__name__}: {error}. {GO_ON}") from None
+            raise ClusterError(f"the scheduler cannot be reached: {type(error).__name__}: {error}") from None
         finally:
             with suppress(OSError):  # the scheduler may be gone
                 self.client.cancel([sent.future for sent in self.sent.values()], force=True)
@@ -185,7 +177,7 @@ class Dispatch:
             return
         window = []
         for index, attempt, apart in [self.waiting.popleft() for _ in range(min(room, len(self.waiting)))]:
-            window.append(Work(self.plan.task(index, self.partitions[index]), self.terms, attempt, apart))
+            window.append(Work(self.errand.task(index), self.terms, attempt, apart))
         self._send(window, usable if self.left_out else None)
 
     def _send(self, window: list[Work], workers: list[str] | None) -> None:
@@ -254,11 +246,11 @@ class Dispatch:
         from distributed.client import FutureCancelledError
 
         if self.client.status != "running":
-            raise ClusterError(f"the scheduler is gone. {GO_ON}")
+            raise ClusterError("the scheduler is gone")
         lost = self.sent[key].future.status in ("cancelled", "lost") or isinstance(error, FutureCancelledError)
         if not (lost or isinstance(error, KilledWorker | MemoryError)):
             raise ClusterError(
-                f"a partition could not be finished: {type(error).__name__}: {' '.join(str(error).split())}. {GO_ON}"
+                f"a partition could not be finished: {type(error).__name__}: {' '.join(str(error).split())}"
             )
         self._lost(key)
 
@@ -269,7 +261,7 @@ class Dispatch:
         if self.losses[index] >= MOST_ATTEMPTS:
             raise ClusterError(
                 f"a partition was lost {MOST_ATTEMPTS} times, each time with its workers. Look into the workers' logs: "
-                f"they may have too little memory. {GO_ON}"
+                f"they may have too little memory"
             )
         self._send_again(key, apart=True)
         self._listen()  # a scheduler that was started anew knows nothing of us
@@ -296,7 +288,7 @@ class Dispatch:
             self.left_out = {worker: why for worker, why in self.left_out.items() if worker in self.threads}
         except Exception:
             if self.client.status != "running":
-                raise ClusterError(f"the scheduler is gone. {GO_ON}") from None
+                raise ClusterError("the scheduler is gone") from None
             self.threads = {}  # it may come back
         self.next_look = time.monotonic() + TICK
         if not set(self.threads) - set(self.left_out):
@@ -337,7 +329,7 @@ class Dispatch:
             reasons = "; ".join(f"{worker}: {reason}" for worker, reason in self.left_out.items())
             raise ClusterError(
                 f"no worker has been there for {self.rules.wait:g} s (workers: wait)"
-                f"{f', but for those left out ({reasons})' if reasons else ''}. {GO_ON} when there are workers"
+                f"{f', but for those left out ({reasons})' if reasons else ''}"
             )
 
     def _on_stall(self, key: Any) -> None:

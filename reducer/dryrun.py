@@ -15,6 +15,7 @@ from reducer.draw import TIME_SAMPLE, draw_order
 from reducer.lists import read_avoided
 from reducer.pipeline import look_at_all
 from reducer.plan import make_plan
+from reducer.schemas import KEPT_SMALL_LABEL
 from reducer.store import RunFolder
 
 
@@ -101,18 +102,19 @@ def forecast(job: Job, cluster: ClusterSpec | None = None, *, sample: int = SAMP
         bytes_to_read: int | None = int(np.sum(size.to_numpy()))
     else:
         bytes_to_read = round(rows * sum(sizes) / len(sizes)) if sizes else None
-    largest = int(np.argmax(plan.label_sizes))
+    labels = plan.labels
+    largest = int(np.argmax(labels.sizes))
     return Forecast(
-        labels=len(plan.label_names),
-        photos=int(plan.label_sizes.sum()),
+        labels=len(labels.names),
+        photos=plan.rows.num_rows,
         labels_to_rank=len(np.unique(plan.read_label)),
         photos_to_read=rows,
-        photos_kept_unread=int(np.sum(plan.unread["kept"].to_numpy())),
+        photos_kept_unread=plan.rows["reason"].to_pylist().count(KEPT_SMALL_LABEL),
         bytes_to_read=bytes_to_read,
         bytes_estimated=not known,
-        partitions=len(np.unique(plan.partitions(threads or 1))),
-        largest_label=plan.label_names[largest],
-        largest_label_photos=int(plan.label_sizes[largest]),
+        partitions=len(np.unique(plan.assigned(threads or 1))),
+        largest_label=labels.names[largest],
+        largest_label_photos=int(labels.sizes[largest]),
         threads=threads,
         sampled=len(looks),
         sample_failed=len(failures),

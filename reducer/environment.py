@@ -179,8 +179,10 @@ def differences(environments: Mapping[str, Environment]) -> tuple[list[str], lis
     return errors, warnings
 
 
-def compare_with(reference: Environment, own: Environment, who: str) -> str | None:
-    """Why a process may not join a run that is under way.
+def compare_with(
+    reference: Environment, own: Environment, who: str, reference_name: str = "the first worker of the run"
+) -> str | None:
+    """Why a process may not join a run that has begun.
 
     Parameters
     ----------
@@ -188,15 +190,15 @@ def compare_with(reference: Environment, own: Environment, who: str) -> str | No
         Of the workers that the run began with.
     own : Environment
         Of the process that joins, of the same settings.
-    who : str
-        Its name in the message, such as ``worker tcp://10.0.0.1:333``.
+    who, reference_name : str
+        Their names in the message, such as ``worker tcp://10.0.0.1:333``.
 
     Returns
     -------
     str or None
         One line; None if it hashes alike.
     """
-    errors, _ = differences({"the first worker of the run": reference, who: own})
+    errors, _ = differences({reference_name: reference, who: own})
     return "; ".join(errors) or None
 
 

@@ -1,37 +1,40 @@
-"""The Dask bag: submit partitions, gather them as they finish, write what they found."""
+"""A run from its plan to its results: begun, or gone on with from what it has written."""
 
 from __future__ import annotations
 
+import logging
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
-import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
-from reducer.cluster import connect, dashboard, refuse_import_of_main
+from reducer.cluster import connect, dashboard, expected_threads, refuse_import_of_main
 from reducer.clusterspec import ClusterSpec
-from reducer.config import STORAGE_OPTIONS, Job
+from reducer.config import Job
 from reducer.dispatch import Dispatch, InProcess
-from reducer.errors import ReducerError, TooManyFailuresError
+from reducer.errors import InputError, TooManyFailuresError
+from reducer.fingerprint import Fingerprint
 from reducer.lists import read_avoided
-from reducer.pipeline import ledger_rows
-from reducer.plan import Plan, make_plan
-from reducer.quality import figures
+from reducer.lock import check_unlocked, locked
+from reducer.places import Place
+from reducer.plan import Errand, Plan, make_plan
+from reducer.ranking import Hashes
+from reducer.reuse import Reuse, as_known, beside
+from reducer.schemas import FAILED, TASK_SCHEMA
+from reducer.session import Session, carry_out
 from reducer.store import RunFolder
-from reducer.types import FAILED, KEPT, KEPT_SMALL_LABEL, NOT_SAMPLED, PartitionResult, Quality
+from reducer.summary import cluster_figures, job_figures, opening
 
-#: A job whose first so many photos all fail has a wrong path, not bad photos.
-ALL_FAILED = 200
-#: Rows of the ledger's part files that hold the photos which were not read.
-UNREAD_PART = 100_000
+if TYPE_CHECKING:
+    from distributed import Client
+
+log = logging.getLogger("reducer")
 
 
 @dataclass(frozen=True)
@@ -64,31 +67,6 @@ class Result:
         return frame
 
 
-@dataclass
-class _Totals:
-    """Sums over the partitions that are done."""
-
-    bits: int
-    partitions: int = 0
-    read: int = 0
-    failed: int = 0
-    bytes_read: int = 0
-    worker_seconds: float = 0.0
-    peak_memory: int = 0
-    quality: Quality = field(default_factory=Quality)
-    first_failure: str | None = None
-
-    def add(self, result: PartitionResult) -> None:
-        self.partitions += 1
-        self.read += result.read
-        self.failed += result.failed
-        self.bytes_read += result.bytes_read
-        self.worker_seconds += result.seconds
-        self.peak_memory = max(self.peak_memory, result.peak_memory)
-        self.quality += result.quality
-        self.first_failure = self.first_failure or result.first_failure
-
-
 def reduce_images(job: Job, cluster: ClusterSpec | None = None, *, progress: bool = True) -> Result:
     """Rank the photos of every label and keep the first K.
 
@@ -111,10 +89,10 @@ def reduce_images(job: Job, cluster: ClusterSpec | None = None, *, progress: boo
     InputError
         If anything is found wrong before the first photo is hashed.
     TooManyFailuresError
-        If more than ``job.max_failures`` of the photos read have failed (everything is written), or the first
-        200 have all failed (the run is given up).
+        If more than ``job.max_failures`` of the photos have failed (everything is written), or the first 200 have all
+        failed (the run is given up).
     ClusterError
-        If a partition cannot be finished.
+        If a partition cannot be finished. `resume` goes on.
 
     Examples
     --------
@@ -124,173 +102,228 @@ def reduce_images(job: Job, cluster: ClusterSpec | None = None, *, progress: boo
     """
     refuse_import_of_main()
     spec = cluster or ClusterSpec()
-    started = time.time()
-    clock = time.perf_counter()
+    session = Session(job.hash_size**2, progress)
     folder = RunFolder(job.output_place)
+    check_unlocked(folder.place, break_lock=job.break_lock)
     folder.check_free(overwrite=job.overwrite)
-    plan = make_plan(job)
-    avoid = read_avoided(job)
-    timings = {"plan_seconds": time.perf_counter() - clock}
-
-    totals = _Totals(job.hash_size**2)
-    summary = _opening(plan, spec, started)
-    clock = time.perf_counter()
+    with session.timing("plan"):
+        plan = make_plan(job)
+        avoid = read_avoided(job)
+        reuse = None if job.reuse is None else Reuse(job)
     with ExitStack() as open_cluster:
-        # A job with nothing to read needs no cluster.
-        serial = spec.serial or plan.read.num_rows == 0
-        client = None if serial else open_cluster.enter_context(connect(spec))
-        timings["cluster_start_seconds"] = time.perf_counter() - clock
-        work = InProcess(plan, avoid) if client is None else Dispatch(client, plan, spec, avoid)
-        summary |= {"versions": work.environment.versions, "environment": work.environment.digest}
-        if client is not None and progress and (link := dashboard(client)):
-            tqdm.write(f"Dask dashboard: {link}", file=sys.stderr)
-        folder.start(summary)
-        with _noting_a_stop(folder, summary, totals, timings):
-            clock = time.perf_counter()
-            _work_off(work, folder, totals, progress)
-            timings["hash_seconds"] = time.perf_counter() - clock
-            open_cluster.close()  # the rest needs no workers
-            clock = time.perf_counter()
-            for number, start in enumerate(range(0, plan.unread.num_rows, UNREAD_PART), start=len(work.partitions)):
-                folder.write_part(number, plan.unread.slice(start, UNREAD_PART))
-            folder.write_reduced(job.id_column, job.label_column, job.format)
-            outcome = _outcome(plan, folder)
-            timings["write_seconds"] = time.perf_counter() - clock
-            timings["total_seconds"] = time.time() - started
-            folder.write_summary(summary | outcome | _figures(totals, timings) | {"status": "done"})
-
-    if totals.read and totals.failed > job.max_failures * totals.read:
-        raise TooManyFailuresError(
-            f"{totals.failed} of {totals.read} photos read have failed, over --max-failures {job.max_failures:g}. "
-            f"Everything is written to {job.output}; the column error of images/ says why. The first: "
-            f"{totals.first_failure}"
-        )
-    output = job.output if job.output_place.remote else Path(job.output)
-    return Result(output, folder.read_summary(), folder)
+        client = _connect(spec, session, open_cluster, needed=bool(plan.is_read.any()))
+        plan = plan.numbered(_threads(client, spec))
+        errand = Errand(job, plan.partitions(reuse and reuse.known))
+        work = _executor(client, errand, spec, avoid)
+        if reuse is not None:
+            reuse.check_environment(work.environment)
+        fingerprint = Fingerprint.of(job, work.environment)
+        summary = opening(plan, spec, fingerprint, session.started)
+        folder.make()
+        with locked(folder.place, break_lock=job.break_lock):
+            folder.check_free(overwrite=job.overwrite)  # another run may have come meanwhile
+            folder.start(summary)
+            folder.write_plan(plan.rows, _terms(summary, plan, fingerprint), avoid)
+            carry_out(plan, errand, work, folder, session, summary, open_cluster)
+    return _result(folder, job, session)
 
 
-@contextmanager
-def _noting_a_stop(
-    folder: RunFolder, summary: dict[str, Any], totals: _Totals, timings: dict[str, float]
-) -> Iterator[None]:
-    """Whatever stops the run meanwhile, ``summary.json`` tells how far it came."""
-    try:
-        yield
-    except BaseException:
-        with suppress(ReducerError):  # a full disk has no room for it either, and is what is reported
-            folder.write_summary(summary | _figures(totals, timings) | {"status": "stopped"})
-        raise
+def resume(
+    run: Path | str,
+    cluster: ClusterSpec | None = None,
+    *,
+    rank_all: bool = False,
+    retry_failed: bool = False,
+    break_lock: bool = False,
+    storage_options: Mapping[str, Any] | None = None,
+    manifest_storage_options: Mapping[str, Any] | None = None,
+    output_storage_options: Mapping[str, Any] | None = None,
+    reader: str | None = None,
+    read_ahead: int | None = None,
+    max_failures: float | None = None,
+    progress: bool = True,
+) -> Result:
+    """Go on with a run from what it has written.
 
+    Parameters
+    ----------
+    run : path
+        The run folder, a local path or a URL. What the job is, and its plan, stand there.
+    cluster, progress
+        As for `reduce_images`; the cluster may be another one.
+    rank_all : bool
+        Also read and rank the labels that were kept whole.
+    retry_failed : bool
+        Also read the photos that have failed again, and rank their labels anew.
+    break_lock, reader, read_ahead, max_failures
+        As for `Job`; None leaves what the run began with.
+    storage_options, manifest_storage_options, output_storage_options
+        As for `Job`: a run folder does not keep them.
 
-def _work_off(work: InProcess | Dispatch, folder: RunFolder, totals: _Totals, progress: bool) -> None:
-    """Write each part as it comes."""
-    total = sum(rows.num_rows for rows in work.partitions)
-    results = work.results()
-    clock = time.perf_counter()
-    with (
-        closing(results),  # what is still running is cancelled while there is a client to do it
-        tqdm(total=total, unit=" photos", disable=not progress, smoothing=0.1, file=sys.stderr) as bar,
-    ):
-        for result in results:
-            folder.write_part(result.index, ledger_rows(work.partitions[result.index], result))
-            totals.add(result)
-            rate = totals.bytes_read / 1e6 / max(time.perf_counter() - clock, 1e-9)
-            bar.set_postfix_str(f"{rate:.1f} MB/s, {totals.failed} failed", refresh=False)
-            bar.update(result.read)
-            if totals.read >= ALL_FAILED and totals.failed == totals.read:
-                raise TooManyFailuresError(
-                    f"the first {totals.read} photos have all failed, so the run was given up. The first path tried: "
-                    f"{totals.first_failure}. Check IMAGES, --path-template or --path-column, and that the workers "
-                    "see this path"
-                )
+    Returns
+    -------
+    Result
+        The run folder is complete, and what an undisturbed run would have made.
 
+    Raises
+    ------
+    InputError
+        If it is no run folder, or what decides hashes and ranks is not what it was.
+    TooManyFailuresError, ClusterError
+        As for `reduce_images`.
 
-def _opening(plan: Plan, spec: ClusterSpec, started: float) -> dict[str, Any]:
-    """What is known of a run before it begins."""
-    sizes, manifest = plan.label_sizes, plan.manifest
-    return {
-        "status": "running",
-        "job": asdict(plan.job)
-        | {name: sorted(getattr(plan.job, name)) for name in STORAGE_OPTIONS},  # names only: values may be secrets
-        "cluster": {
-            "workers": spec.workers,
-            "threads": spec.threads,
-            "address": spec.address,
-            "class": spec.class_path,
-            # Values may be secrets: only the names of the arguments are kept.
-            "kwargs": sorted(spec.kwargs),
-        },
-        "started": pd.Timestamp(started, unit="s", tz="UTC").isoformat(timespec="seconds"),
-        "manifest": {
-            "rows": manifest.table.num_rows + manifest.duplicates,
-            "duplicate_rows": manifest.duplicates,
-            "ids_under_several_labels": manifest.shared_ids,
-            "ids_under_several_labels_examples": list(manifest.shared_examples),
-            "skipped_files": manifest.skipped_files,
-        },
-        "labels": len(sizes),
-        "photos": int(sizes.sum()),
-        "photos_to_read": plan.read.num_rows,
+    Examples
+    --------
+    >>> from reducer import resume
+    >>> resume("run", rank_all=True)  # doctest: +SKIP
+    """
+    refuse_import_of_main()
+    spec = cluster or ClusterSpec()
+    folder = RunFolder(Place(str(run), output_storage_options or {}))
+    changes: dict[str, Any] = {
+        "output": str(run),
+        "overwrite": True,
+        "break_lock": break_lock,
+        "storage_options": storage_options or {},
+        "manifest_storage_options": manifest_storage_options or {},
+        "output_storage_options": output_storage_options or {},
+        **{n: v for n, v in (("reader", reader), ("read_ahead", read_ahead), ("max_failures", max_failures)) if v},
     }
-
-
-def _figures(totals: _Totals, timings: dict[str, float]) -> dict[str, Any]:
-    """What the partitions that are done add up to."""
-    hashing = timings.get("hash_seconds")
-    return {
-        "partitions": totals.partitions,
-        "photos_read": totals.read,
-        "photos_failed": totals.failed,
-        "bytes_read": totals.bytes_read,
-        "photos_per_second": round(totals.read / hashing, 1) if hashing and totals.read else None,
-        "timings": {name: round(seconds, 3) for name, seconds in timings.items()}
-        | {"worker_seconds": round(totals.worker_seconds, 3)},
-        "worker_peak_memory_bytes": totals.peak_memory,
-        "quality": figures(totals.quality, totals.bits),
-    }
-
-
-def _outcome(plan: Plan, folder: RunFolder) -> dict[str, Any]:
-    """What the finished ledger says."""
-    ledger = folder.ledger(["row", "id", "label", "kept", "bytes", "reason", "error"])
-    with_photo = set(pc.unique(ledger.filter(ledger["kept"])["label"]).to_pylist())
-    left_out = ledger.filter(pc.invert(ledger["kept"]))["bytes"]
-    reasons = _counts(ledger["reason"])
-    return {
-        "photos_kept": reasons.get(KEPT, 0) + reasons.get(KEPT_SMALL_LABEL, 0),
-        "labels_ranked": len(np.unique(plan.read_label)),
-        "labels_without_photos": [name for name in plan.label_names if name not in with_photo],
-        "labels_short": _labels_short(plan.job.keep, ledger),
-        "always_keep_failed": _always_keep_failed(plan, ledger),
-        "reasons": reasons,
-        "failures": _counts(pc.list_element(pc.split_pattern(ledger["error"].drop_null(), ":", max_splits=1), 0)),
-        # Of photos that were not read only a folder's listing knows the size.
-        "bytes_left_out": pc.sum(left_out).as_py() or 0,
-        "photos_left_out_of_unknown_size": left_out.null_count,
-    }
-
-
-def _labels_short(keep: int, ledger: pa.Table) -> list[str]:
-    """Labels that keep fewer photos than they should although some of theirs were not drawn."""
-    rows = pa.table(
-        {
-            "label": ledger["label"],
-            "kept": ledger["kept"].cast(pa.int64()),
-            "not_drawn": pc.equal(ledger["reason"], NOT_SAMPLED).cast(pa.int64()),
+    summary = folder.summary()
+    if not _is_planned(folder, summary):
+        check_unlocked(folder.place, break_lock=break_lock)
+        # It was stopped before it had a plan, so before the first photo.
+        job = _job_of(summary, changes)
+        return reduce_images(replace(job, rank_all=job.rank_all or rank_all), cluster, progress=progress)
+    with locked(folder.place, break_lock=break_lock), ExitStack() as open_cluster:
+        summary = folder.summary()
+        saved = folder.read_plan()
+        assert saved is not None
+        rows, terms = saved
+        job = replace(_job_of(summary, changes), rank_all=terms["rank_all"])
+        fingerprint = Fingerprint.from_dict(terms["fingerprint"])
+        fingerprint.check_settings(job)
+        session = Session(job.hash_size**2, progress)
+        with session.timing("plan"):
+            plan = Plan(job, rows, summary["manifest"])
+            names = folder.done_partitions()
+            session.done = {index: folder.tally(name) for index, name in names.items()}
+            grows = rank_all and plan.small.any()
+            failed = [index for index, tally in session.done.items() if retry_failed and tally.failed]
+            missing = set(pc.unique(rows["partition"].drop_null()).to_pylist()) - set(names)
+        if not (missing or grows or failed) and summary["status"] == "done":
+            return _result(folder, job, session)
+        needed = bool(missing or grows or failed)
+        if needed:
+            _check_options(summary, job)
+        client = _connect(spec, session, open_cluster, needed=needed)
+        if grows:
+            plan = plan.with_all_ranked(_threads(client, spec))
+            job = plan.job
+        reuse = None if job.reuse is None or not needed else _reuse_again(job)
+        errand = _what_is_left(plan, folder, names, failed, reuse)
+        work = _executor(client, errand, spec, folder.read_avoid())
+        if needed:
+            fingerprint.check_environment(job, work.environment)
+        if grows:
+            folder.write_plan(plan.rows, _terms(summary, plan, fingerprint))
+        folder.remove_leftovers()
+        folder.remove_unread()
+        summary |= {
+            "status": "running",
+            "job": job_figures(job),
+            "cluster": cluster_figures(spec),
+            "resumed": summary["resumed"] + 1,
+            "photos_to_read": int(plan.is_read.sum()),
         }
-    )
-    labels = rows.group_by("label").aggregate([("kept", "sum"), ("not_drawn", "sum")])
-    short = pc.and_(pc.less(labels["kept_sum"], keep), pc.greater(labels["not_drawn_sum"], 0))
-    return sorted(labels.filter(short)["label"].to_pylist())
+        folder.write_summary(summary | session.figures())
+        carry_out(plan, errand, work, folder, session, summary, open_cluster)
+    return _result(folder, job, session)
 
 
-def _always_keep_failed(plan: Plan, ledger: pa.Table) -> list[str]:
-    """Ids of photos that were to be kept whatever else, and could not be read."""
-    wanted = plan.read.filter(plan.read["always_keep"])["row"]
-    failed = ledger.filter(pc.equal(ledger["reason"], FAILED))
-    return sorted(failed.filter(pc.is_in(failed["row"], value_set=wanted.combine_chunks()))["id"].to_pylist())
+def _is_planned(folder: RunFolder, summary: dict[str, Any]) -> bool:
+    """Whether the plan in a run folder is that of the run which the summary tells of."""
+    if "run" not in summary:
+        raise InputError(
+            f"the run in {folder.path} was made by an earlier version of Reducer, which kept no plan: it cannot be "
+            "resumed. Begin again: reducer run with --overwrite"
+        )
+    terms = folder.plan_terms()
+    return terms is not None and terms["run"] == summary["run"]
 
 
-def _counts(column: pa.ChunkedArray) -> dict[str, int]:
-    """How often each text stands in a column, sorted by text."""
-    return dict(sorted((pair["values"], pair["counts"]) for pair in pc.value_counts(column).to_pylist()))
+def _job_of(summary: dict[str, Any], changes: dict[str, Any]) -> Job:
+    """The job of a run, from its summary."""
+    try:
+        return Job(**summary["job"] | changes)
+    except TypeError as error:
+        raise InputError(f"summary.json is of another version of Reducer: {error}") from None
+
+
+def _check_options(summary: dict[str, Any], job: Job) -> None:
+    """Options that open the photos are not kept: refuse to try without."""
+    names = summary["job"]["storage_options"]
+    if names and not job.storage_options:
+        raise InputError(
+            f"IMAGES {job.images} was opened with --storage-option {', '.join(names)}, which a run folder does not "
+            "keep: give them again"
+        )
+
+
+def _reuse_again(job: Job) -> Reuse | None:
+    """The run whose hashes are taken may be gone by now: then photos are read."""
+    try:
+        return Reuse(job)
+    except InputError as error:
+        log.warning("%s; its hashes are not taken any more, the photos that are left are read", error)
+        return None
+
+
+def _what_is_left(
+    plan: Plan, folder: RunFolder, names: dict[int, str], failed: list[int], reuse: Reuse | None
+) -> Errand:
+    """Partitions that are not done, and of others the labels with a photo that failed."""
+    partitions = plan.partitions(reuse and reuse.known)
+    rows = {index: photos for index, photos in partitions.items() if index not in names}
+    for index in failed:
+        ledger, _ = folder.read_part(names[index])
+        labels = pc.unique(ledger.filter(pc.equal(ledger["reason"], FAILED))["label"])
+        own = partitions[index].select(TASK_SCHEMA.names)
+        rows[index] = beside(own.filter(pc.is_in(own["label"], value_set=labels)), as_known(ledger))
+    return Errand(plan.job, rows, frozenset(failed))
+
+
+def _connect(spec: ClusterSpec, session: Session, open_cluster: ExitStack, *, needed: bool) -> Client | None:
+    """A client, or None where the run needs no cluster."""
+    with session.timing("cluster_start"):
+        client = open_cluster.enter_context(connect(spec)) if needed and not spec.serial else None
+    if client is not None and session.progress and (link := dashboard(client)):
+        tqdm.write(f"Dask dashboard: {link}", file=sys.stderr)
+    return client
+
+
+def _threads(client: Client | None, spec: ClusterSpec) -> int:
+    return 1 if client is None else expected_threads(client, spec)
+
+
+def _executor(client: Client | None, errand: Errand, spec: ClusterSpec, avoid: Hashes | None) -> InProcess | Dispatch:
+    return InProcess(errand, avoid) if client is None else Dispatch(client, errand, spec, avoid)
+
+
+def _result(folder: RunFolder, job: Job, session: Session) -> Result:
+    total = session.total
+    tried = total.read + total.reused
+    if total.failed > job.max_failures * tried:
+        ledger = folder.ledger(["path", "error", "reason"])
+        first = ledger.filter(pc.equal(ledger["reason"], FAILED)).slice(0, 1).to_pylist()[0]
+        raise TooManyFailuresError(
+            f"{total.failed} of {tried} photos read have failed, over --max-failures {job.max_failures:g}. "
+            f"Everything is written to {job.output}; the column error of images/ says why. The first: "
+            f"{first['path']}: {first['error']}"
+        )
+    return Result(job.output if job.output_place.remote else Path(job.output), folder.read_summary(), folder)
+
+
+def _terms(summary: dict[str, Any], plan: Plan, fingerprint: Fingerprint) -> dict[str, Any]:
+    """What goes with the plan."""
+    return {"run": summary["run"], "rank_all": plan.job.rank_all, "fingerprint": fingerprint.as_dict()}

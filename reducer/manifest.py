@@ -15,10 +15,11 @@ from PIL import Image
 
 from reducer.config import Job, template_fields
 from reducer.errors import InputError
-from reducer.places import Place, explained, is_url
+from reducer.places import Place, absolute, explained, is_url
+from reducer.schemas import MANIFEST_SCHEMA
 from reducer.sources import paths_by_rule
-from reducer.tables import EXAMPLES, column_names, read_columns, refuse_empty
-from reducer.types import MANIFEST_SCHEMA, PathRule
+from reducer.tables import EXAMPLES, column_names, read_columns, refuse_empty, text_ranks
+from reducer.types import PathRule
 
 #: The column of GLDv2's train_clean.csv that lists the ids of a label.
 ID_LISTS = "images"
@@ -79,7 +80,7 @@ def path_rule(job: Job) -> PathRule | None:
     """Where the photos of a job lie; None where the manifest names each path."""
     if job.path_column is not None:
         return None
-    root = job.images.rstrip("/") if job.images_place.remote else os.path.abspath(job.images)
+    root = absolute(job.images)
     return PathRule(root, "{id}" if job.manifest is None else job.template)
 
 
@@ -93,12 +94,12 @@ def check(table: pa.Table, skipped_files: dict[str, int]) -> Manifest:
     skipped_files : dict of str to int
         Passed on.
     """
-    ids, labels = _ranks(table["id"]), _ranks(table["label"])
+    ids, labels = text_ranks(table["id"]), text_ranks(table["label"])
     order = np.lexsort((ids, labels))
     new = _starts(ids[order], labels[order])
     if not new.all():
         # The smallest path stands for all rows of a duplicate, whatever the order of the manifest.
-        order = np.lexsort((_ranks(table["path"]), ids, labels))
+        order = np.lexsort((text_ranks(table["path"]), ids, labels))
     keep = order[new]
     shared = np.flatnonzero(np.bincount(ids[keep]) > 1)
     examples = _values_of_ranks(table["id"], shared[:EXAMPLES])
@@ -116,16 +117,6 @@ def _starts(*columns: NDArray[np.int64]) -> NDArray[np.bool_]:
     new = np.ones(len(columns[0]), dtype=bool)
     new[1:] = np.logical_or.reduce([column[1:] != column[:-1] for column in columns])
     return new
-
-
-def _ranks(column: pa.ChunkedArray) -> NDArray[np.int64]:
-    """Whole numbers that sort as the texts do (by code point), equal for equal texts."""
-    encoded = column.combine_chunks().dictionary_encode()
-    order = pc.sort_indices(encoded.dictionary).to_numpy()
-    rank = np.empty(len(order), dtype=np.int64)
-    rank[order] = np.arange(len(order))
-    result: NDArray[np.int64] = rank[encoded.indices.to_numpy()]
-    return result
 
 
 def _values_of_ranks(column: pa.ChunkedArray, ranks: NDArray[np.int64]) -> list[str]:
@@ -155,7 +146,7 @@ def _read_table(job: Job) -> pa.Table:
     ids, labels = table[job.id_column], table[job.label_column]
     rule = path_rule(job)
     if rule is None:
-        root = job.images.rstrip("/") if job.images_place.remote else os.path.abspath(job.images)
+        root = absolute(job.images)
         # A URL in the column stands for itself, as an absolute path does.
         found = table[job.path_column].to_pylist()
         paths = pa.array([path if is_url(path) else os.path.join(root, path) for path in found], pa.string())

@@ -16,27 +16,25 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from reducer.config import PhotoSettings
-from reducer.draw import RANDOM_ORDER, draw_order
-from reducer.hashing import PhotoError, PhotoHash, hash_photo, pillow_settings, to_hex
+from reducer.hashing import PhotoError, PhotoHash, from_hex, hash_photo, pillow_settings, to_hex
+from reducer.objects import FileState, PhotoFile
 from reducer.places import Source
-from reducer.quality import certificate, spread
-from reducer.ranking import Hashes, near_any, nearest_kept, rank
-from reducer.sources import PhotoFile, paths_by_rule, read_all
-from reducer.types import (
+from reducer.quality import judge
+from reducer.ranking import Hashes, near_any, rank
+from reducer.schemas import (
     AVOIDED,
     BEYOND_KEEP,
     FAILED,
     FLAT,
     FOUND_SCHEMA,
     KEPT,
+    KNOWN_SCHEMA,
     LEDGER_SCHEMA,
-    Certificate,
-    PartitionResult,
-    PartitionTask,
-    Quality,
     from_ipc,
     to_ipc,
 )
+from reducer.sources import are_unchanged, paths_by_rule, read_all
+from reducer.types import PartitionResult, PartitionTask, Quality, Tally
 
 #: The ledger's columns that ranking fills.
 RANKED_SCHEMA = pa.schema(list(LEDGER_SCHEMA)[LEDGER_SCHEMA.get_field_index("hash") :])
@@ -136,36 +134,27 @@ def rank_label(
         own_hashes,
         own_ids,
         always_keep=always[candidates],
-        keep=settings.keep,
+        keep=settings.keep or 1,
         label=label,
         seed=settings.seed,
     )
-    kept = ranking.order[: settings.keep]
+    ranked = candidates[ranking.order]
+    kept = ranked[: settings.keep]
     for place, (position, insertion) in enumerate(
-        zip(candidates[ranking.order].tolist(), ranking.insertion_distance.tolist(), strict=True)
+        zip(ranked.tolist(), ranking.insertion_distance.tolist(), strict=True)
     ):
-        keep = place < settings.keep
+        keep = place < len(kept)
         rows[row_of[position]] |= {
             "rank": place,
             "insertion_distance": insertion if place else None,
             "kept": keep,
             "reason": KEPT if keep else BEYOND_KEEP,
         }
-    nearest, distance = nearest_kept(hashes, names, candidates[kept])
+    nearest, distance, quality = judge(
+        label, hashes, names, candidates, kept, ranking.insertion_distance[: len(kept)], bool(always.any()), settings
+    )
     for row, position, bits_apart in zip(row_of, nearest.tolist(), distance.tolist(), strict=True):
         rows[row] |= {"nearest_kept": names[position], "nearest_kept_distance": bits_apart}
-
-    drawn = np.array(draw_order(RANDOM_ORDER, settings.seed, label, own_ids)[: settings.keep])
-    quality = Quality(
-        selection=spread(own_hashes[kept], settings.bits, distance[candidates]),
-        random=spread(own_hashes[drawn], settings.bits, nearest_kept(own_hashes, own_ids, drawn)[1]),
-        # Farthest-first promises something of its own choice only.
-        certificate=(
-            certificate(own_hashes, settings.bits, ranking.insertion_distance[: settings.keep])
-            if settings.strategy == "farthest-first" and not always.any()
-            else Certificate()
-        ),
-    )
     return pa.RecordBatch.from_pylist(rows, schema=RANKED_SCHEMA), quality
 
 
@@ -194,7 +183,13 @@ def run_partition(task: PartitionTask, avoid: Hashes | None = None, look: LookAt
     always_keep = np.zeros(len(ids), dtype=bool)
     if "always_keep" in table.column_names:
         always_keep = table["always_keep"].to_numpy()
-    looks = list(look(paths, task.settings, task.source))
+    known = known_looks(table, task.settings.bits)
+    if not task.trusted:
+        known = _still_true(known, paths, task.source)
+    unknown = [path for path, already in zip(paths, known, strict=True) if already is None]
+    new = list(look(unknown, task.settings, task.source))
+    in_turn = iter(new)
+    looks = [already or next(in_turn) for already in known]
 
     near_avoided = np.zeros(len(looks), dtype=bool)
     if avoid is not None:
@@ -218,14 +213,44 @@ def run_partition(task: PartitionTask, avoid: Hashes | None = None, look: LookAt
     return PartitionResult(
         index=task.index,
         found=to_ipc(_found(looks, pa.Table.from_batches(batches, RANKED_SCHEMA))),
-        read=len(looks),
-        failed=len(failures),
-        bytes_read=sum(look.bytes or 0 for look in looks),
+        tally=Tally(
+            read=len(new),
+            failed=len(failures),
+            reused=len(looks) - len(new),
+            bytes_read=sum(look.bytes or 0 for look in new),
+            quality=quality,
+        ),
         first_failure=f"{paths[failures[0]]}: {looks[failures[0]].error}" if failures else None,
-        quality=quality,
         seconds=time.perf_counter() - started,
         peak_memory=peak_memory(),
     )
+
+
+def known_looks(table: pa.Table, bits: int) -> list[Look | None]:
+    """What earlier looks at photos gave, from the columns of `KNOWN_SCHEMA`; None for each that is not known."""
+    if KNOWN_SCHEMA.names[0] not in table.column_names:
+        return [None] * table.num_rows
+    known = table.select(KNOWN_SCHEMA.names)
+    mtime = known.schema.get_field_index("known_mtime")
+    known = known.set_column(mtime, "known_mtime", known["known_mtime"].cast(pa.int64()))
+    looks: list[Look | None] = []
+    for text, flat, width, height, kind, size, mtime_ns, etag in zip(
+        *(column.to_pylist() for column in known.columns), strict=True
+    ):
+        if text is None:
+            looks.append(None)
+            continue
+        found = PhotoHash(from_hex(text, bits), width, height, kind, flat)
+        looks.append(Look(found, size, mtime_ns, etag))
+    return looks
+
+
+def _still_true(looks: Sequence[Look | None], paths: Sequence[str], source: Source) -> list[Look | None]:
+    """What is known of photos whose files are as they were then."""
+    asked = [i for i, look in enumerate(looks) if look is not None]
+    states = [FileState(look.bytes, look.mtime_ns, look.etag) for look in looks if look is not None]
+    found = dict(zip(asked, are_unchanged([paths[i] for i in asked], states, source), strict=True))
+    return [look if found.get(i) else None for i, look in enumerate(looks)]
 
 
 def photo_paths(task: PartitionTask, table: pa.Table) -> pa.ChunkedArray:

@@ -51,6 +51,11 @@ def is_url(path: str) -> bool:
     return "://" in path
 
 
+def absolute(path: str) -> str:
+    """A path that means the same from every working directory; a URL does so already."""
+    return path.rstrip("/") if is_url(path) else os.path.abspath(path)
+
+
 @dataclass(frozen=True)
 class Place:
     """A folder or file.

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,43 +17,88 @@ from reducer.config import Job, nearest
 from reducer.draw import CANDIDATES, TRIAL_LABELS, draw_order
 from reducer.errors import InputError
 from reducer.lists import find_always_keep
-from reducer.manifest import Manifest, path_rule, read_manifest
+from reducer.manifest import path_rule, read_manifest
 from reducer.partition import assign, partition_count
 from reducer.ranking import FACILITY_LOCATION_CANDIDATES
-from reducer.types import KEPT_SMALL_LABEL, LEDGER_SCHEMA, NOT_SAMPLED, TASK_SCHEMA, PartitionTask, to_ipc
+from reducer.reuse import beside
+from reducer.schemas import (
+    KEPT_SMALL_LABEL,
+    KNOWN_SCHEMA,
+    LEDGER_SCHEMA,
+    MANIFEST_SCHEMA,
+    NOT_SAMPLED,
+    PLAN_SCHEMA,
+    TASK_SCHEMA,
+    to_ipc,
+)
+from reducer.tables import with_column
+from reducer.types import PartitionTask
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do.
+    """What a run does; ``RUN/plan.parquet`` keeps it.
 
     Attributes
     ----------
     job : Job
         Whose plan it is.
-    manifest : Manifest
-        The photos, of the chosen labels only.
-    label_names : tuple of str
-        The chosen labels, sorted.
-    label_sizes : ndarray of int64, shape (labels,)
-        Photos a label.
-    read : pyarrow.Table
-        `TASK_SCHEMA` rows to read, sorted by (label, id).
-    read_label : ndarray of int64, shape (rows to read,)
-        The number of the label of each.
-    unread : pyarrow.Table
-        `LEDGER_SCHEMA` rows of the photos that are not read.
+    rows : pyarrow.Table
+        `PLAN_SCHEMA` rows of all photos, of the chosen labels only, sorted by (label, id). The partitions are null
+        before `numbered`.
+    manifest : mapping
+        What ``summary.json`` tells of the manifest.
     """
 
     job: Job
-    manifest: Manifest
-    label_names: tuple[str, ...]
-    label_sizes: NDArray[np.int64]
-    read: pa.Table
-    read_label: NDArray[np.int64]
-    unread: pa.Table
+    rows: pa.Table
+    manifest: Mapping[str, Any]
 
-    def partitions(self, threads: int) -> NDArray[np.int64]:
+    @cached_property
+    def labels(self) -> Labels:
+        """The labels of all rows."""
+        return Labels.of(self.rows["label"])
+
+    @cached_property
+    def is_read(self) -> NDArray[np.bool_]:
+        """Which rows are read."""
+        found: NDArray[np.bool_] = pc.is_null(self.rows["reason"]).to_numpy()
+        return found
+
+    @property
+    def small(self) -> NDArray[np.bool_]:
+        """Which rows are of labels that are kept whole, unread."""
+        found: NDArray[np.bool_] = pc.fill_null(pc.equal(self.rows["reason"], KEPT_SMALL_LABEL), False).to_numpy()
+        return found
+
+    @cached_property
+    def read(self) -> pa.Table:
+        """`TASK_SCHEMA` rows to read."""
+        return self.rows.select(TASK_SCHEMA.names).filter(pa.array(self.is_read))
+
+    @property
+    def read_label(self) -> NDArray[np.int64]:
+        """The number of the label of each row to read."""
+        return self.labels.of_row[self.is_read]
+
+    @property
+    def unread(self) -> pa.Table:
+        """`LEDGER_SCHEMA` rows of the photos that are not read."""
+        rows = self.rows.filter(pa.array(~self.is_read))
+        kept = pc.equal(rows["reason"], KEPT_SMALL_LABEL)
+        known = {name: rows[name] for name in (*MANIFEST_SCHEMA.names, "reason")}
+        known["kept"] = kept
+        known["nearest_kept"] = pc.if_else(kept, rows["id"], pa.scalar(None, pa.string()))
+        columns = [known.get(f.name, pa.nulls(rows.num_rows, f.type)) for f in LEDGER_SCHEMA]
+        return pa.table(columns, schema=LEDGER_SCHEMA)
+
+    @property
+    def always_kept_rows(self) -> NDArray[np.int64]:
+        """``row`` of the photos that are always kept."""
+        found: NDArray[np.int64] = self.rows.filter(self.rows["always_keep"])["row"].to_numpy()
+        return found
+
+    def assigned(self, threads: int) -> NDArray[np.int64]:
         """The partition of each row to read.
 
         Parameters
@@ -63,29 +111,127 @@ class Plan:
         ndarray of int64, shape (rows to read,)
             Partitions are numbered by falling number of photos, so that the end of the job is short.
         """
-        numbers, label, photos = np.unique(self.read_label, return_inverse=True, return_counts=True)
-        if not len(numbers):
-            return label
-        count = partition_count(len(self.read_label), threads, self.job.partition_images)
-        return assign(photos, count)[label]
+        return _assigned(self.job, self.read_label, threads)
 
-    def partition_rows(self, threads: int) -> list[pa.Table]:
-        """The `TASK_SCHEMA` rows of each partition, in the order in which they are to be done."""
-        partition = self.partitions(threads)
+    def numbered(self, threads: int) -> Plan:
+        """The same plan with its partitions."""
+        partition = pa.nulls(self.rows.num_rows, pa.int32())
+        chosen = pa.array(self.is_read)
+        partition = pc.replace_with_mask(partition, chosen, pa.array(self.assigned(threads), pa.int32()))
+        return replace(self, rows=with_column(self.rows, "partition", partition))
+
+    def with_all_ranked(self, threads: int) -> Plan:
+        """The same plan, but that labels which were kept whole are read too, in partitions behind the others.
+
+        Parameters
+        ----------
+        threads : int
+            As for `assigned`.
+        """
+        small = self.small
+        largest = pc.max(self.rows["partition"]).as_py()
+        first = 0 if largest is None else largest + 1
+        new = first + _assigned(self.job, self.labels.of_row[small], threads)
+        chosen = pa.array(small)
+        partition = pc.replace_with_mask(self.rows["partition"], chosen, pa.array(new, pa.int32()))
+        reason = pc.replace_with_mask(self.rows["reason"], chosen, pa.nulls(int(small.sum()), pa.string()))
+        rows = with_column(with_column(self.rows, "partition", partition), "reason", reason)
+        return replace(self, job=replace(self.job, rank_all=True), rows=rows)
+
+    def partitions(self, known: pa.Table | None = None) -> dict[int, pa.Table]:
+        """The rows of each partition by its number, in the order in which they are to be done.
+
+        Parameters
+        ----------
+        known : pyarrow.Table, optional
+            What is known of photos (`reducer.reuse.as_known`).
+
+        Returns
+        -------
+        dict of int to pyarrow.Table
+            `TASK_SCHEMA`, and `KNOWN_SCHEMA` where ``known`` is given.
+        """
+        partition = self.rows["partition"].filter(pa.array(self.is_read)).to_numpy()
         order = np.argsort(partition, kind="stable")
         ordered = self.read.take(pa.array(order))
-        sizes = np.bincount(partition)
-        return [
-            ordered.slice(stop - size, size)
-            for size, stop in zip(sizes.tolist(), np.cumsum(sizes).tolist(), strict=True)
-        ]
+        if known is not None:
+            ordered = beside(ordered, known)
+        numbers, sizes = np.unique(partition, return_counts=True)
+        return {
+            number: ordered.slice(stop - size, size)
+            for number, size, stop in zip(numbers.tolist(), sizes.tolist(), np.cumsum(sizes).tolist(), strict=True)
+        }
 
-    def task(self, index: int, rows: pa.Table) -> PartitionTask:
-        """What is to be done with the rows of a partition; made when it is sent, so that few are held at a time."""
+
+@dataclass(frozen=True)
+class Labels:
+    """The labels of a sorted table.
+
+    Attributes
+    ----------
+    names : list of str
+        Sorted.
+    starts : ndarray of int64, shape (labels + 1,)
+        Where each begins, and the end.
+    of_row : ndarray of int64, shape (rows,)
+        The number of the label of each row.
+    """
+
+    names: list[str]
+    starts: NDArray[np.int64]
+    of_row: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, column: pa.ChunkedArray) -> Labels:
+        """Those of a column in which equal labels stand together."""
+        ends = pc.run_end_encode(column.combine_chunks(), run_end_type=pa.int64())
+        starts = np.concatenate([[0], ends.run_ends.to_numpy()]).astype(np.int64)
+        return cls(ends.values.to_pylist(), starts, np.repeat(np.arange(len(starts) - 1), np.diff(starts)))
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """Rows a label."""
+        return np.diff(self.starts)
+
+
+@dataclass(frozen=True)
+class Errand:
+    """The partitions that are to be done, and how.
+
+    Attributes
+    ----------
+    job : Job
+        Whose they are.
+    rows : dict of int to pyarrow.Table
+        Rows of each by its number, in the order in which they are to be done: `TASK_SCHEMA`, and `KNOWN_SCHEMA` where
+        anything is known.
+    trusted : frozenset of int
+        Partitions for which what is known holds without a look at the files.
+    """
+
+    job: Job
+    rows: dict[int, pa.Table]
+    trusted: frozenset[int] = frozenset()
+
+    @property
+    def photos(self) -> int:
+        """How many there are in all."""
+        return sum(rows.num_rows for rows in self.rows.values())
+
+    @property
+    def paths(self) -> pa.ChunkedArray:
+        """Where all of them lie."""
+        return pa.chunked_array([chunk for rows in self.rows.values() for chunk in rows["path"].chunks], pa.string())
+
+    def task(self, index: int) -> PartitionTask:
+        """What is to be done with a partition; made when it is sent, so that few are held at a time."""
+        rows = self.rows[index]
         rule = path_rule(self.job)
         columns = ["id", "label"] if rule else ["id", "label", "path"]
         if pc.any(rows["always_keep"]).as_py():
             columns.append("always_keep")
+        if KNOWN_SCHEMA.names[0] in rows.column_names and rows[KNOWN_SCHEMA.names[0]].null_count < rows.num_rows:
+            columns += KNOWN_SCHEMA.names
         return PartitionTask(
             index=index,
             photos=rows.num_rows,
@@ -93,6 +239,7 @@ class Plan:
             settings=self.job.photo_settings,
             source=self.job.source,
             path_rule=rule,
+            trusted=index in self.trusted,
         )
 
 
@@ -111,22 +258,22 @@ def make_plan(job: Job) -> Plan:
     """
     manifest = read_manifest(job)
     table = manifest.table
-    names, starts, label_of_row = _labels(table)
-    chosen = _choose_labels(job, names)
+    labels = Labels.of(table["label"])
+    chosen = _choose_labels(job, labels.names)
     always_keep = find_always_keep(job, table["id"])
     if chosen is not None:
-        own = np.isin(label_of_row, chosen)
+        own = np.isin(labels.of_row, chosen)
         table, always_keep = table.filter(pa.array(own)), always_keep[own]
-        names, starts, label_of_row = _labels(table)
-    sizes = np.diff(starts)
+        labels = Labels.of(table["label"])
+    names, starts, label_of_row, sizes = labels.names, labels.starts, labels.of_row, labels.sizes
 
     wanted = np.bincount(label_of_row, weights=always_keep, minlength=len(sizes))
-    if wanted.max() > job.keep:
+    if job.keep is not None and wanted.max() > job.keep:
         raise InputError(
             f"--always-keep {job.always_keep}: {int(wanted.max())} ids are of the label "
             f"{names[int(wanted.argmax())]!r}, over --keep {job.keep}: raise --keep or take ids out"
         )
-    ranked = np.ones(len(sizes), dtype=bool) if job.reads_all else sizes > job.keep
+    ranked = np.ones(len(sizes), dtype=bool) if job.reads_all or job.keep is None else sizes > job.keep
     read = ranked[label_of_row]
     if job.candidates is not None:
         for label in np.flatnonzero(ranked & (sizes > job.candidates)).tolist():
@@ -138,15 +285,23 @@ def make_plan(job: Job) -> Plan:
             read[start + left_out] = False
     _check_memory(job, names, np.bincount(label_of_row[read], minlength=len(sizes)))
 
-    reasons = np.where(ranked[label_of_row[~read]], NOT_SAMPLED, KEPT_SMALL_LABEL)
+    reasons = np.where(ranked[label_of_row], NOT_SAMPLED, KEPT_SMALL_LABEL)
+    columns = {
+        **{name: table[name] for name in MANIFEST_SCHEMA.names},
+        "always_keep": pa.array(always_keep),
+        "partition": pa.nulls(table.num_rows, pa.int32()),
+        "reason": pa.array(reasons, pa.string(), mask=read),
+    }
     return Plan(
         job=job,
-        manifest=manifest,
-        label_names=tuple(names),
-        label_sizes=sizes,
-        read=table.append_column(TASK_SCHEMA.field("always_keep"), pa.array(always_keep)).filter(pa.array(read)),
-        read_label=label_of_row[read],
-        unread=_unread_rows(table.filter(pa.array(~read)), reasons),
+        rows=pa.table([columns[name] for name in PLAN_SCHEMA.names], schema=PLAN_SCHEMA),
+        manifest={
+            "rows": manifest.table.num_rows + manifest.duplicates,
+            "duplicate_rows": manifest.duplicates,
+            "ids_under_several_labels": manifest.shared_ids,
+            "ids_under_several_labels_examples": list(manifest.shared_examples),
+            "skipped_files": manifest.skipped_files,
+        },
     )
 
 
@@ -169,11 +324,12 @@ def parse_labels(text: str) -> tuple[str, ...]:
     return tuple(label for row in csv.reader([text]) for label in row)
 
 
-def _labels(table: pa.Table) -> tuple[list[str], NDArray[np.int64], NDArray[np.int64]]:
-    """Names of the labels, where each starts in the sorted table (and the end), and the label of each row."""
-    ends = pc.run_end_encode(table["label"].combine_chunks(), run_end_type=pa.int64())
-    starts = np.concatenate([[0], ends.run_ends.to_numpy()]).astype(np.int64)
-    return ends.values.to_pylist(), starts, np.repeat(np.arange(len(starts) - 1), np.diff(starts))
+def _assigned(job: Job, label: NDArray[np.int64], threads: int) -> NDArray[np.int64]:
+    """The partition of each row, by the numbers of their labels."""
+    numbers, own, photos = np.unique(label, return_inverse=True, return_counts=True)
+    if not len(numbers):
+        return own
+    return assign(photos, partition_count(len(label), threads, job.partition_images))[own]
 
 
 def _choose_labels(job: Job, names: list[str]) -> NDArray[np.int64] | None:
@@ -191,13 +347,3 @@ def _choose_labels(job: Job, names: list[str]) -> NDArray[np.int64] | None:
         drawn = draw_order(TRIAL_LABELS, job.seed, "", chosen)[: job.limit_labels]
         chosen = [chosen[i] for i in drawn]
     return np.array(sorted(number[name] for name in chosen))
-
-
-def _unread_rows(rows: pa.Table, reasons: NDArray[np.str_]) -> pa.Table:
-    kept = reasons == KEPT_SMALL_LABEL
-    known = {name: rows[name] for name in rows.column_names}
-    known["kept"] = pa.array(kept)
-    known["reason"] = pa.array(reasons.tolist(), pa.string())
-    known["nearest_kept"] = pc.if_else(pa.array(kept), rows["id"], pa.scalar(None, pa.string()))
-    columns = [known.get(f.name, pa.nulls(rows.num_rows, f.type)) for f in LEDGER_SCHEMA]
-    return pa.table(columns, schema=LEDGER_SCHEMA)

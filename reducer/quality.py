@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from fractions import Fraction
+from itertools import groupby
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
-from reducer.config import near_copy_bits
-from reducer.ranking import Hashes, as_words, distances_to
+from reducer.config import PhotoSettings, near_copy_bits
+from reducer.draw import RANDOM_ORDER, draw_order
+from reducer.hashing import from_hex
+from reducer.ranking import Hashes, Positions, as_words, distances_to, nearest_kept
+from reducer.schemas import LEDGER_SCHEMA
+from reducer.tables import with_column
 from reducer.types import Certificate, Quality, Spread
 
 
@@ -115,6 +122,113 @@ def certificate(hashes: Hashes, bits: int, insertion_distance: NDArray[np.float6
     # Where the bound is 0 every choice holds exact copies: none is better.
     share = Fraction(smallest, bound) if bound else Fraction(1)
     return Certificate(1, share, share)
+
+
+def judge(
+    label: str,
+    hashes: Hashes,
+    ids: Sequence[str],
+    candidates: Positions,
+    kept: Positions,
+    insertion_distance: NDArray[np.float64],
+    some_always_kept: bool,
+    settings: PhotoSettings,
+) -> tuple[Positions, NDArray[np.float64], Quality]:
+    """How near every photo of a label is to the kept ones, and what their choice is worth.
+
+    Parameters
+    ----------
+    label : str
+        The label.
+    hashes : ndarray of uint8, shape (n, hash bytes)
+        Packed hashes of all its photos that have one.
+    ids : sequence of str
+        Their ids.
+    candidates : ndarray of int64, shape (c,)
+        Positions of those that could be kept.
+    kept : ndarray of int64, shape (k,)
+        Positions of the kept ones, by rank; k >= 1.
+    insertion_distance : ndarray of float64, shape (k,)
+        Theirs, in bits.
+    some_always_kept : bool
+        Whether any of the label was set beforehand.
+    settings : PhotoSettings
+        Strategy, hash, seed.
+
+    Returns
+    -------
+    nearest : ndarray of int64, shape (n,)
+        Position of the kept photo nearest to each.
+    distance : ndarray of float64, shape (n,)
+        How far it is, in bits.
+    Quality
+        Against a random choice of as many from the same candidates.
+    """
+    nearest, distance = nearest_kept(hashes, ids, kept)
+    own_hashes, own_ids = hashes[candidates], [ids[i] for i in candidates.tolist()]
+    drawn = np.array(draw_order(RANDOM_ORDER, settings.seed, label, own_ids)[: len(kept)])
+    quality = Quality(
+        selection=spread(hashes[kept], settings.bits, distance[candidates]),
+        random=spread(own_hashes[drawn], settings.bits, nearest_kept(own_hashes, own_ids, drawn)[1]),
+        # Farthest-first promises something of its own choice only.
+        certificate=(
+            certificate(own_hashes, settings.bits, insertion_distance)
+            if settings.strategy == "farthest-first" and not some_always_kept
+            else Certificate()
+        ),
+    )
+    return nearest, distance, quality
+
+
+def judge_again(rows: pa.Table, always_keep: NDArray[np.bool_], settings: PhotoSettings) -> tuple[pa.Table, Quality]:
+    """Tell anew of rows of the ledger, of which others are kept now, how near they are to the kept ones.
+
+    Parameters
+    ----------
+    rows : pyarrow.Table
+        `LEDGER_SCHEMA` rows of whole labels that were ranked, rows of a label together; ``kept`` holds.
+    always_keep : ndarray of bool, shape (rows,)
+        Which of them were set beforehand.
+    settings : PhotoSettings
+        Strategy, hash, seed.
+
+    Returns
+    -------
+    pyarrow.Table
+        The rows, ``nearest_kept`` and ``nearest_kept_distance`` set anew.
+    Quality
+        Of all labels.
+    """
+    columns = ("label", "id", "hash", "rank", "insertion_distance", "kept")
+    photos = list(zip(*(rows[name].to_pylist() for name in columns), always_keep.tolist(), strict=True))
+    ids: list[str | None] = [None] * len(photos)
+    distances: list[float | None] = [None] * len(photos)
+    quality = Quality()
+    for label, group in groupby(range(len(photos)), key=lambda row: photos[row][0]):
+        hashed = [row for row in group if photos[row][2] is not None]
+        _, names, texts, ranks, insertion, kept, always = (
+            zip(*(photos[row] for row in hashed), strict=True) if hashed else ((),) * 7
+        )
+        chosen = sorted((position for position in range(len(hashed)) if kept[position]), key=ranks.__getitem__)
+        if not chosen:
+            continue
+        packed = b"".join(from_hex(text, settings.bits) for text in texts)
+        nearest, distance, worth = judge(
+            label,
+            np.frombuffer(packed, dtype=np.uint8).reshape(len(hashed), -1),
+            names,
+            np.array([position for position, rank in enumerate(ranks) if rank is not None]),
+            np.array(chosen),
+            np.array([insertion[position] for position in chosen], dtype=np.float64),
+            any(always),
+            settings,
+        )
+        quality += worth
+        for row, position, bits_apart in zip(hashed, nearest.tolist(), distance.tolist(), strict=True):
+            ids[row], distances[row] = names[position], bits_apart
+    for name, values in (("nearest_kept", ids), ("nearest_kept_distance", distances)):
+        rows = with_column(rows, name, pa.array(values, LEDGER_SCHEMA.field(name).type))
+    return rows, quality
 
 
 def figures(quality: Quality, bits: int) -> dict[str, Any]:

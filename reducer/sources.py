@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import json
 import os
 import stat
 from collections import deque
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
-from datetime import datetime
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from reducer.config import template_fields
 from reducer.hashing import OUT_OF_MEMORY, PhotoError
-from reducer.places import RETRY_SECONDS, Place, Source, is_refused, is_url, obstore_at, pauses
+from reducer.objects import FileState, PhotoFile, Transient, fetch, is_unchanged
+from reducer.places import RETRY_SECONDS, Source, is_url, pauses
 from reducer.types import PathRule
 
 if TYPE_CHECKING:
-    from fsspec import AbstractFileSystem
+    pass
+
+T = TypeVar("T")
 
 #: A rule of thumb that bounds what is read into memory: no single photo of so many pixels is larger, a video or an
 #: archive under a photo's name is.
@@ -32,25 +32,6 @@ MOST_BYTES_A_PIXEL = 8
 LEAST_LIMIT = 2**30
 #: Photos that are read and not yet hashed take at most so many bytes of a worker's memory, beside the next one.
 READ_AHEAD_BYTES = 256 * 2**20
-
-
-@dataclass(frozen=True)
-class PhotoFile:
-    """A photo's bytes and what the place it lies in knows of it.
-
-    Attributes
-    ----------
-    content : bytes
-        The whole file.
-    mtime_ns : int or None
-        Time of its last change, nanoseconds since 1970 UTC.
-    etag : str or None
-        Entity tag of an object in a store.
-    """
-
-    content: bytes
-    mtime_ns: int | None
-    etag: str | None = None
 
 
 def paths_by_rule(rule: PathRule, ids: pa.ChunkedArray, labels: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -75,10 +56,6 @@ def paths_by_rule(rule: PathRule, ids: pa.ChunkedArray, labels: pa.ChunkedArray)
             column = ids if name == "id" else labels
             parts.append(column if character is None else pc.utf8_slice_codeunits(column, character, character + 1))
     return pc.binary_join_element_wise(*parts, "")
-
-
-class Transient(Exception):
-    """A request failed for a reason that may pass."""
 
 
 def read_all(paths: Sequence[str], source: Source, *, max_pixels: int) -> Generator[PhotoFile | PhotoError]:
@@ -176,24 +153,13 @@ class _Budget:
 
 
 class _Shared:
-    """What all threads of a process read with: fsspec's event loop, in a thread of its own, and what belongs to it."""
+    """What all threads of a process read with: fsspec's event loop, in its own thread, and a budget of bytes."""
 
     def __init__(self) -> None:
         from fsspec.asyn import get_loop
 
         self.loop: asyncio.AbstractEventLoop = get_loop()
         self.budget = _Budget(READ_AHEAD_BYTES)
-        self.connecting = asyncio.Lock()
-        self._systems: dict[str, AbstractFileSystem] = {}
-
-    def open(self, place: Place) -> tuple[AbstractFileSystem, str]:
-        """The file system, made once, since that takes longer than it seems, and the path in it."""
-        key = json.dumps([place.path.partition("://")[0], place.options], sort_keys=True, default=repr)
-        system = self._systems.get(key)
-        if system is None:
-            # Attempts are counted here (`_persistently`), not in the client too.
-            system = self._systems[key] = place.open(attempts=1)[0]
-        return system, system._strip_protocol(place.path)
 
 
 @lru_cache(maxsize=1)
@@ -223,7 +189,7 @@ def _read_ahead(paths: Sequence[str], source: Source, max_pixels: int) -> Genera
         try:
             if not is_url(path):
                 return await asyncio.to_thread(read_photo, path, max_pixels=max_pixels)
-            return await _persistently(lambda: _fetch(path, source, room))
+            return await _persistently(lambda: fetch(path, source, room))
         except PhotoError as error:
             await give_back(number)
             return error
@@ -247,100 +213,60 @@ def _read_ahead(paths: Sequence[str], source: Source, max_pixels: int) -> Genera
         asyncio.run_coroutine_threadsafe(give_all_back(), loop)
 
 
-async def _persistently(read: Callable[[], Awaitable[PhotoFile]]) -> PhotoFile:
+def are_unchanged(paths: Sequence[str], states: Sequence[FileState], source: Source) -> list[bool]:
+    """Whether files are as they were, told without reading them.
+
+    Parameters
+    ----------
+    paths : sequence of str, n
+        Local paths and URLs.
+    states : sequence of FileState, n
+        How they were.
+    source : Source
+        How URLs are opened.
+
+    Returns
+    -------
+    list of bool, n
+        True where the size is the same, and the etag of an object, or else the time of the last change. False also
+        where that cannot be told.
+    """
+    if not any(map(is_url, paths)):
+        return [_is_unchanged_here(path, state) for path, state in zip(paths, states, strict=True)]
+
+    async def ask_all() -> list[bool]:
+        gate = asyncio.Semaphore(source.read_ahead)
+
+        async def ask(path: str, state: FileState) -> bool:
+            async with gate:
+                if not is_url(path):
+                    return await asyncio.to_thread(_is_unchanged_here, path, state)
+                try:
+                    return await _persistently(lambda: is_unchanged(path, state, source))
+                except PhotoError:  # reading it will tell what is wrong
+                    return False
+
+        return await asyncio.gather(*map(ask, paths, states))
+
+    return asyncio.run_coroutine_threadsafe(ask_all(), _shared().loop).result()
+
+
+def _is_unchanged_here(path: str, state: FileState) -> bool:
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return False
+    return (found.st_size, found.st_mtime_ns) == (state.bytes, state.mtime_ns)
+
+
+async def _persistently(request: Callable[[], Awaitable[T]]) -> T:
     """Make a request again while it fails for reasons that may pass."""
     for pause in pauses():
         try:
-            return await read()
+            return await request()
         except Transient:
             await asyncio.sleep(pause)
     try:
-        return await read()
+        return await request()
     except Transient as error:
         raise PhotoError("unreadable", f"again and again for {RETRY_SECONDS:g} s: {error}") from None
-
-
-Room = Callable[[int], Awaitable[None]]
-
-
-async def _fetch(path: str, source: Source, room: Room) -> PhotoFile:
-    """One attempt to read a URL."""
-    place = Place(path, source.options)
-    if not place.on_s3:
-        fetch = _fetch_fsspec
-    elif source.reader == "obstore":
-        fetch = _fetch_obstore
-    else:
-        fetch = _fetch_s3fs
-    try:
-        return await fetch(place, room)
-    except (PhotoError, Transient):
-        raise
-    except FileNotFoundError:
-        raise PhotoError("missing", "no such object") from None
-    except MemoryError:
-        raise PhotoError(OUT_OF_MEMORY, "reading it takes more than there is") from None
-    except Exception as error:
-        if is_refused(error):
-            raise PhotoError("unreadable", f"access is refused ({place.safe(error)})") from None
-        raise PhotoError("unreadable", place.safe(error)) from None
-
-
-async def _fetch_s3fs(place: Place, room: Room) -> PhotoFile:
-    """One GET, by s3fs's own client: its ``cat_file`` asks for the size first, and has retries of its own."""
-    import aiohttp
-    import botocore.exceptions as botocore
-    from s3fs.errors import translate_boto_error
-
-    system, path = _shared().open(place)
-    bucket, key, _ = system.split_path(path)
-    try:
-        async with _shared().connecting:  # one at a time: the first makes the client
-            await system.set_session()
-        client = await system.get_s3(bucket)
-        answer = await client.get_object(Bucket=bucket, Key=key)
-        async with answer["Body"] as body:
-            await room(answer["ContentLength"])
-            content = await body.read()
-    except botocore.ClientError as error:
-        status = error.response["ResponseMetadata"]["HTTPStatusCode"]
-        if status >= 500 or status in (408, 429) or error.response["Error"].get("Code") == "RequestTimeout":
-            raise Transient(place.safe(error)) from None
-        raise translate_boto_error(error) from None
-    except (botocore.HTTPClientError, botocore.ConnectionError, aiohttp.ClientError, OSError) as error:
-        raise Transient(place.safe(error)) from None
-    if len(content) != answer["ContentLength"]:
-        raise Transient(f"{len(content)} of {answer['ContentLength']} bytes came")
-    return PhotoFile(content, _nanoseconds(answer["LastModified"]), answer["ETag"].strip('"'))
-
-
-async def _fetch_obstore(place: Place, room: Room) -> PhotoFile:
-    import obstore
-    from obstore.exceptions import GenericError
-
-    _, _, rest = place.path.partition("://")
-    bucket, _, key = rest.partition("/")
-    try:
-        answer = await obstore.get_async(obstore_at(bucket, place.options), key)
-        await room(answer.meta["size"])
-        content = bytes(await answer.bytes_async())
-    except GenericError as error:
-        raise Transient(place.safe(error)) from None
-    etag = answer.meta["e_tag"]
-    return PhotoFile(content, _nanoseconds(answer.meta["last_modified"]), etag and etag.strip('"'))
-
-
-async def _fetch_fsspec(place: Place, room: Room) -> PhotoFile:
-    """Any other file system that fsspec knows; only the bytes can be told alike of them all."""
-    system, path = _shared().open(place)
-    if system.async_impl:
-        content = await system._cat_file(path)
-    else:
-        content = await asyncio.to_thread(system.cat_file, path)
-    await room(len(content))
-    return PhotoFile(content, None)
-
-
-def _nanoseconds(moment: datetime) -> int:
-    """Since 1970 UTC; stores know whole seconds, or milliseconds."""
-    return 1_000_000 * round(1000 * moment.timestamp())

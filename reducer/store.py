@@ -4,22 +4,36 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset
 import pyarrow.parquet as pq
 
-from reducer.errors import InputError, ReducerError
+from reducer.errors import InputError, ReducerError, one_line
+from reducer.lock import is_of_lock
 from reducer.places import Place, explained, persistently
-from reducer.types import LEDGER_SCHEMA, REDUCED_COLUMNS, reduced_schema
+from reducer.ranking import Hashes
+from reducer.schemas import LEDGER_SCHEMA, PLAN_SCHEMA, REDUCED_COLUMNS, reduced_schema
+from reducer.types import Tally
 
 FORMAT = "reducer-run"
 FORMAT_VERSION = 1
 #: Rows of a Parquet row group; fixed, so that the bytes of a file depend on its rows only.
 ROW_GROUP = 100_000
 SUMMARY, CSV, PARQUET, IMAGES = "summary.json", "reduced.csv", "reduced.parquet", "images"
+PLAN, AVOIDED, CROSS_LABEL = "plan.parquet", "avoid.parquet", "cross_label.parquet"
+#: Files that a run writes beside its summary and its ledger.
+OWN_FILES = (PLAN, AVOIDED, CSV, PARQUET, CROSS_LABEL)
+#: Part files of photos that are not read begin so; they are made anew from the plan.
+UNREAD = "part-unread-"
+#: Under which key files carry what is no table.
+METADATA = b"reducer"
 
 
 class RunFolder:
@@ -48,7 +62,7 @@ class RunFolder:
         with explained(self.place, f"--output {self.path} cannot be used"):
             if not self.place.remote:
                 self._check_local()
-            if not self.place.holds_something() or not self._names():
+            if not self.place.holds_something() or all(map(_is_of_the_start, self._names())):
                 return
             if not self.is_run():
                 raise InputError(
@@ -75,56 +89,164 @@ class RunFolder:
             return False
         return isinstance(found, dict) and found.get("format") == FORMAT
 
+    def make(self) -> None:
+        """Make the folder itself, where there are folders.
+
+        Raises
+        ------
+        InputError
+            If it cannot be made.
+        """
+        if self.place.on_s3:
+            return
+        with explained(self.place, f"--output {self.path} cannot be used"):
+            system, root = self.place.open()
+            system.makedirs(root, exist_ok=True)
+
     def start(self, summary: dict[str, Any]) -> None:
-        """Make the folder, take out what an earlier run left (nothing else), and write a first summary.
+        """Take out what an earlier run left (nothing else), and write a first summary.
+
+        Parameters
+        ----------
+        summary : dict
+            Its ``run`` names this run: a plan of another one is not obeyed.
 
         Raises
         ------
         InputError
             If it cannot be written.
         """
-        system, root = self.place.open()
+        self.make()
         try:
-            folders = not self.place.on_s3
-            if folders:
-                system.makedirs(root, exist_ok=True)
             # The first summary marks the folder as ours before anything else is taken out or put in.
             self.write_summary(summary)
-            if folders:
+            if not self.place.on_s3:
+                system, root = self.place.open()
                 system.makedirs(f"{root}/{IMAGES}", exist_ok=True)
-            old = [name for name in (CSV, PARQUET) if name in self._names()]
-            for name in [*old, *(f"{IMAGES}/{part}" for part in self._parts())]:
-                system.rm_file(f"{root}/{name}")
+            self.remove_leftovers()
+            self._remove([name for name in OWN_FILES if name in self._names()])
+            self._remove([f"{IMAGES}/{part}" for part in self.parts()])
         except (OSError, ReducerError) as error:
             raise InputError(f"--output {self.path} cannot be used: {error}") from None
 
-    def write_part(self, index: int, ledger: pa.Table) -> None:
-        """Write the ledger rows of one partition."""
-        self._write(f"{IMAGES}/part-{index:05d}.parquet", _parquet(ledger))
+    def remove_leftovers(self) -> None:
+        """Take out files that a killed run was about to write."""
+        if self.place.remote:
+            return
+        own = [SUMMARY, *OWN_FILES]
+        self._remove([name for name in self._names() if name in map(_temporary, own)])
+        parts = [name for name in self._names(IMAGES) if name.startswith(".part-") and name == _temporary(name[1:-4])]
+        self._remove([f"{IMAGES}/{name}" for name in parts])
 
-    def ledger(self, columns: list[str] | None = None) -> pa.Table:
+    def write_plan(self, rows: pa.Table, terms: dict[str, Any], avoid: Hashes | None = None) -> None:
+        """Write the plan, so that the run can go on from it.
+
+        Parameters
+        ----------
+        rows : pyarrow.Table
+            `PLAN_SCHEMA`, with partitions.
+        terms : dict
+            What goes with it, for JSON: all that decides hashes and ranks.
+        avoid : ndarray of uint8, shape (m, hash bytes), optional
+            Hashes to avoid.
+        """
+        if avoid is not None:  # first: the plan is what tells that it is there
+            packed = pa.array(list(map(bytes, avoid)), pa.binary())
+            self._write(AVOIDED, _parquet(pa.table({"packed_hash": packed})))
+        self._write(PLAN, _parquet(_with_metadata(rows, terms)))
+
+    def read_plan(self) -> tuple[pa.Table, dict[str, Any]] | None:
+        """The plan and what goes with it; None where there is none.
+
+        Raises
+        ------
+        InputError
+            If it cannot be read.
+        """
+        if PLAN not in self._names():
+            return None
+        rows = self._read_parquet(PLAN)
+        terms: dict[str, Any] = json.loads(rows.schema.metadata[METADATA])
+        return rows.cast(PLAN_SCHEMA).replace_schema_metadata(None), terms
+
+    def plan_terms(self) -> dict[str, Any] | None:
+        """What goes with the plan, without reading it; None where there is none."""
+        if PLAN not in self._names():
+            return None
+        found: dict[str, Any] = json.loads(self._schema(PLAN).metadata[METADATA])
+        return found
+
+    def read_avoid(self) -> Hashes | None:
+        """The hashes to avoid that the plan goes with, packed; None where there are none."""
+        if AVOIDED not in self._names():
+            return None
+        packed: list[bytes] = self._read_parquet(AVOIDED)["packed_hash"].to_pylist()
+        return np.frombuffer(b"".join(packed), dtype=np.uint8).reshape(len(packed), -1)
+
+    def write_part(self, index: int, ledger: pa.Table, tally: Tally | None = None) -> None:
+        """Write the ledger rows of one partition: from then on it is done.
+
+        Parameters
+        ----------
+        index : int
+            Its number.
+        ledger : pyarrow.Table
+            `LEDGER_SCHEMA` rows.
+        tally : Tally, optional
+            What they add to the totals of the run.
+        """
+        self.replace_part(f"part-{index:05d}.parquet", ledger, tally or Tally())
+
+    def write_unread(self, ledger: pa.Table) -> None:
+        """Write the ledger rows of the photos that are not read, in parts of their own."""
+        for number, start in enumerate(range(0, ledger.num_rows, ROW_GROUP)):
+            self.replace_part(f"{UNREAD}{number:05d}.parquet", ledger.slice(start, ROW_GROUP), Tally())
+
+    def remove_unread(self) -> None:
+        """Take out what `write_unread` has written: it may not hold any more."""
+        self._remove([f"{IMAGES}/{part}" for part in self.parts() if part.startswith(UNREAD)])
+
+    def replace_part(self, name: str, ledger: pa.Table, tally: Tally) -> None:
+        """Write a part file anew."""
+        self._write(f"{IMAGES}/{name}", _parquet(_with_metadata(ledger, tally.as_dict())))
+
+    def read_part(self, name: str) -> tuple[pa.Table, Tally]:
+        """Rows of a part file, and what they add to the totals of the run."""
+        rows = self._read_parquet(f"{IMAGES}/{name}")
+        return rows.replace_schema_metadata(None), _tally(rows.schema)
+
+    def tally(self, name: str) -> Tally:
+        """What a part file adds to the totals of the run."""
+        return _tally(self._schema(f"{IMAGES}/{name}"))
+
+    def done_partitions(self) -> dict[int, str]:
+        """Names of the part files of the partitions that are done, by number."""
+        return {int(part[5:-8]): part for part in self.parts() if not part.startswith(UNREAD)}
+
+    def ledger(self, columns: list[str] | None = None, where: pc.Expression | None = None) -> pa.Table:
         """The ledger, in manifest order.
 
         Parameters
         ----------
         columns : list of str, optional
             Only these columns.
+        where : pyarrow.compute.Expression, optional
+            Only rows for which it holds.
         """
         wanted = columns or LEDGER_SCHEMA.names
         system, root = self.place.open()
-        parts = [f"{root}/{IMAGES}/{part}" for part in self._parts()]
+        parts = [f"{root}/{IMAGES}/{part}" for part in self.parts()]
         if not parts:
             return LEDGER_SCHEMA.empty_table().select(wanted)
-        where = {"filesystem": system} if self.place.remote else {}
-        dataset = pa.dataset.dataset(parts, schema=LEDGER_SCHEMA, format="parquet", **where)
-        table = dataset.to_table(columns=list(dict.fromkeys([*wanted, "row"])))
+        opened = {"filesystem": system} if self.place.remote else {}
+        dataset = pa.dataset.dataset(parts, schema=LEDGER_SCHEMA, format="parquet", **opened)
+        table = dataset.to_table(columns=list(dict.fromkeys([*wanted, "row"])), filter=where)
         return table.sort_by("row").select(wanted)
 
     def reduced(self, id_column: str, label_column: str) -> pa.Table:
-        """The kept rows of the ledger, in manifest order, in the columns of `reducer.types.reduced_schema`."""
+        """The kept rows of the ledger, in manifest order, in the columns of `reducer.schemas.reduced_schema`."""
         ledger = self.ledger(["id", "label", *REDUCED_COLUMNS, "kept"])
-        schema = reduced_schema(id_column, label_column)
-        return ledger.filter(ledger["kept"]).drop_columns(["kept"]).rename_columns(schema.names).cast(schema)
+        return as_reduced(ledger.filter(ledger["kept"]), id_column, label_column)
 
     def write_reduced(self, id_column: str, label_column: str, formats: str) -> None:
         """Write the reduced list from the ledger, in one pass.
@@ -137,11 +259,25 @@ class RunFolder:
             Which files.
         """
         reduced = self.reduced(id_column, label_column)
-        if formats in ("parquet", "both"):
-            self._write(PARQUET, _parquet(reduced))
-        if formats in ("csv", "both"):
-            frame = reduced.select([id_column, label_column]).to_pandas()
-            self._write(CSV, frame.to_csv(index=False, lineterminator="\n").encode())
+        for kind, name in (("parquet", PARQUET), ("csv", CSV)):
+            if formats in (kind, "both"):
+                self._write(name, reduced_file(reduced, kind))
+
+    def write_cross_label(self, pairs: pa.Table) -> None:
+        """Write ``cross_label.parquet``."""
+        self._write(CROSS_LABEL, _parquet(pairs))
+
+    def cross_label_of(self, photo: str) -> list[tuple[str, dict[str, Any]]]:
+        """Near copies of a photo under other labels: its own label, and ``id``, ``label`` and ``distance`` of each."""
+        if not self.has(CROSS_LABEL):
+            return []
+        pairs = self._read_parquet(CROSS_LABEL)
+        found = []
+        for own, other in (("", "other_"), ("other_", "")):
+            for pair in pairs.filter(pc.equal(pairs[f"{own}id"], photo)).to_pylist():
+                its = {name: pair[f"{other}{name}"] for name in ("id", "label")}
+                found.append((pair[f"{own}label"], {**its, "distance": pair["distance"]}))
+        return sorted(found, key=lambda pair: (pair[1]["distance"], pair[1]["label"], pair[1]["id"]))
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write ``summary.json``."""
@@ -150,9 +286,38 @@ class RunFolder:
 
     def read_summary(self) -> dict[str, Any]:
         """Read ``summary.json``."""
-        system, root = self.place.open()
-        found: dict[str, Any] = json.loads(system.cat_file(f"{root}/{SUMMARY}").decode())
+        found: dict[str, Any] = json.loads(self._read(SUMMARY).decode())
         return found
+
+    def summary(self) -> dict[str, Any]:
+        """``summary.json`` of a folder that is to be a run's.
+
+        Raises
+        ------
+        InputError
+            If it is none.
+        """
+        with explained(self.place, f"{self.path} cannot be read"):
+            if not self.is_run():
+                raise InputError(f"{self.path} is no run folder: it has no summary.json of ours")
+            return self.read_summary()
+
+    def finished(self) -> dict[str, Any]:
+        """The same of a run that is to be finished.
+
+        Raises
+        ------
+        InputError
+            If it is not.
+        """
+        found = self.summary()
+        if found["status"] != "done":
+            raise InputError(f"the run in {self.path} is not finished. First: reducer resume {self.path}")
+        return found
+
+    def has(self, name: str) -> bool:
+        """Whether there is a file of this name."""
+        return name in self._names()
 
     def _names(self, folder: str = "") -> list[str]:
         """Names of what is in the folder now, or in one below it."""
@@ -164,21 +329,83 @@ class RunFolder:
         except FileNotFoundError:
             return []
 
-    def _parts(self) -> list[str]:
+    def parts(self) -> list[str]:
+        """Names of the part files of the ledger that are there now."""
         return [name for name in self._names(IMAGES) if name.startswith("part-") and name.endswith(".parquet")]
+
+    def _read(self, name: str) -> bytes:
+        system, root = self.place.open()
+        content: bytes = system.cat_file(f"{root}/{name}")
+        return content
+
+    def _schema(self, name: str) -> pa.Schema:
+        system, root = self.place.open()
+        with self._damage_explained(name), system.open(f"{root}/{name}", "rb") as file:
+            return pq.read_schema(file)
+
+    def _read_parquet(self, name: str) -> pa.Table:
+        with self._damage_explained(name):
+            return pq.read_table(pa.BufferReader(self._read(name)))
+
+    @contextmanager
+    def _damage_explained(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except pa.ArrowInvalid as error:
+            advice = f"take it out, then reducer resume {self.path}" if name.startswith(IMAGES) else "start again"
+            raise InputError(f"{self.place.below(name).path} is damaged ({one_line(error)}): {advice}") from None
+
+    def _remove(self, names: list[str]) -> None:
+        system, root = self.place.open()
+        for name in names:
+            system.rm_file(f"{root}/{name}")
 
     def _write(self, name: str, content: bytes) -> None:
         """Write a file so that it is whole or absent, whenever this is cut off."""
-        try:
-            if self.place.remote:
-                # One put, or an upload of parts that shows when it is completed.
-                system, root = self.place.open()
-                persistently(lambda: system.pipe_file(f"{root}/{name}", content))
-            else:
-                _replace(Path(self.path, name), content)
-        except Exception as error:
-            reason = self.place.safe(error) if self.place.remote else getattr(error, "strerror", None) or error
-            raise ReducerError(f"{self.place.below(name).path} cannot be written: {reason}") from None
+        write_file(self.place.below(name), content)
+
+
+def write_file(place: Place, content: bytes) -> None:
+    """Write a file so that it is whole, or as it was, whenever this is cut off.
+
+    Raises
+    ------
+    ReducerError
+        If it cannot be written.
+    """
+    try:
+        if place.remote:
+            # One put, or an upload of parts that shows when it is completed.
+            system, path = place.open()
+            persistently(lambda: system.pipe_file(path, content))
+        else:
+            _replace(Path(place.path), content)
+    except Exception as error:
+        reason = place.safe(error) if place.remote else getattr(error, "strerror", None) or error
+        raise ReducerError(f"{place.path} cannot be written: {reason}") from None
+
+
+def as_reduced(rows: pa.Table, id_column: str, label_column: str) -> pa.Table:
+    """Ledger rows in the columns of `reducer.schemas.reduced_schema`."""
+    schema = reduced_schema(id_column, label_column)
+    return rows.select(["id", "label", *REDUCED_COLUMNS]).rename_columns(schema.names).cast(schema)
+
+
+def reduced_file(reduced: pa.Table, kind: str) -> bytes:
+    """A reduced list as the bytes of a file.
+
+    Parameters
+    ----------
+    reduced : pyarrow.Table
+        From `as_reduced`.
+    kind : {"csv", "parquet"}
+        CSV has the manifest's own two columns only.
+    """
+    if kind == "parquet":
+        return _parquet(reduced)
+    frame = reduced.select(reduced.column_names[:2]).to_pandas()
+    text: str = frame.to_csv(index=False, lineterminator="\n")
+    return text.encode()
 
 
 def _parquet(table: pa.Table) -> bytes:
@@ -188,14 +415,45 @@ def _parquet(table: pa.Table) -> bytes:
     return content
 
 
+def _with_metadata(table: pa.Table, content: dict[str, Any]) -> pa.Table:
+    return table.replace_schema_metadata({METADATA: json.dumps(content, ensure_ascii=False)})
+
+
+def _tally(schema: pa.Schema) -> Tally:
+    metadata = schema.metadata or {}
+    return Tally.from_dict(json.loads(metadata[METADATA])) if METADATA in metadata else Tally()
+
+
+def _temporary(name: str) -> str:
+    """What a file is called before it is whole."""
+    return f".{name}.tmp"
+
+
+def _is_of_the_start(name: str) -> bool:
+    """Whether a name is of what a run leaves that was killed before its first summary stood."""
+    return is_of_lock(name) or name == _temporary(SUMMARY)
+
+
 def _replace(path: Path, content: bytes) -> None:
     """Put a file in the place of another once it is written and synced."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(_temporary(path.name))
     try:
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Let the renaming outlive a crash of the machine too."""
+    if os.name != "posix":  # Windows opens no folders
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from reducer.config import nearest
 from reducer.errors import InputError
@@ -156,6 +157,22 @@ def _as_text(where: str, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
     if not (text or pa.types.is_integer(kind)):
         raise InputError(f"{where}: column {name!r} is {column.type}; expected text or whole numbers")
     return column.cast(kind).cast(pa.string())
+
+
+def text_ranks(column: pa.ChunkedArray) -> NDArray[np.int64]:
+    """Whole numbers that sort as the texts do (by code point), equal for equal texts."""
+    encoded = column.combine_chunks().dictionary_encode()
+    order = pc.sort_indices(encoded.dictionary).to_numpy()
+    rank = np.empty(len(order), dtype=np.int64)
+    rank[order] = np.arange(len(order))
+    result: NDArray[np.int64] = rank[encoded.indices.to_numpy()]
+    return result
+
+
+def with_column(table: pa.Table, name: str, column: pa.Array) -> pa.Table:
+    """A table with another column of the same kind in the place of one."""
+    place = table.schema.get_field_index(name)
+    return table.set_column(place, table.schema.field(place), column)
 
 
 def refuse_empty(where: str, name: str, column: pa.ChunkedArray) -> None:

@@ -1,125 +1,14 @@
-"""What crosses a border between stages: frozen dataclasses and Arrow schemas."""
+"""What crosses a border between stages: frozen dataclasses. Tables: `reducer.schemas`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
-
-import pyarrow as pa
+from typing import Any
 
 from reducer.config import PhotoSettings
 from reducer.environment import Environment
 from reducer.places import Source
-
-
-def _field(name: str, kind: pa.DataType, description: str, unit: str | None = None) -> pa.Field:
-    metadata = {"description": description}
-    if unit is not None:
-        metadata["unit"] = unit
-    return pa.field(name, kind, metadata=metadata)
-
-
-#: One row per photo of the manifest, as `reducer.manifest` returns it.
-MANIFEST_SCHEMA = pa.schema(
-    [
-        _field("row", pa.int64(), "position in the manifest, the first photo is 0"),
-        _field("id", pa.string(), "photo id, as written in the manifest"),
-        _field("label", pa.string(), "label, as written in the manifest"),
-        _field("path", pa.string(), "where the photo lies"),
-        _field("bytes", pa.int64(), "file size; null where it is not known", "bytes"),
-    ]
-)
-
-#: The rows to read.
-TASK_SCHEMA = pa.schema(
-    [*MANIFEST_SCHEMA, _field("always_keep", pa.bool_(), "whether the photo is ranked before all others of its label")]
-)
-
-#: The ledger `RUN/images/part-*.parquet`: one row per manifest row (after duplicates).
-LEDGER_SCHEMA = pa.schema(
-    [
-        *MANIFEST_SCHEMA,
-        _field("width", pa.int32(), "width as stored, before any EXIF rotation", "pixels"),
-        _field("height", pa.int32(), "height as stored, before any EXIF rotation", "pixels"),
-        _field("format", pa.string(), "file format that Pillow found, whatever the file's name says"),
-        _field("mtime", pa.timestamp("ns", tz="UTC"), "time of the file's last change"),
-        _field("etag", pa.string(), "entity tag of an object in a store; null for local files"),
-        _field("shard", pa.string(), "tar shard that holds the photo; null for single files"),
-        _field("offset", pa.int64(), "where the photo starts in its shard", "bytes"),
-        _field("hash", pa.string(), "perceptual hash in hex, as str() of imagehash's; null if not hashed"),
-        _field("rank", pa.int32(), "place in the order of its label, the first is 0; null if not ranked"),
-        _field(
-            "insertion_distance",
-            pa.float64(),
-            "distance to the nearest photo of the label with a smaller rank; null for rank 0",
-            "bits",
-        ),
-        _field("nearest_kept", pa.string(), "id of the nearest kept photo of the label; itself if kept"),
-        _field("nearest_kept_distance", pa.float64(), "distance to nearest_kept", "bits"),
-        _field("kept", pa.bool_(), "whether the photo is in the reduced list"),
-        _field("reason", pa.string(), "kept, kept-small-label, beyond-keep, not-sampled, flat, avoided or failed"),
-        _field("error", pa.string(), "why the photo could not be read, one line; null if it could"),
-    ]
-)
-
-#: What a worker finds out; the other columns of the ledger never leave the client.
-FOUND_SCHEMA = pa.schema([field for field in LEDGER_SCHEMA if field.name not in ("row", "id", "label", "path")])
-
-KEPT = "kept"
-KEPT_SMALL_LABEL = "kept-small-label"
-BEYOND_KEEP = "beyond-keep"
-NOT_SAMPLED = "not-sampled"
-FLAT = "flat"
-AVOIDED = "avoided"
-FAILED = "failed"
-
-#: Columns of `reduced.parquet` after the manifest's own two.
-REDUCED_COLUMNS = ("rank", "insertion_distance", "hash", "path", "bytes", "width", "height")
-
-
-def reduced_schema(id_column: str, label_column: str) -> pa.Schema:
-    """Schema of `reduced.parquet`: the manifest's own two columns, then `REDUCED_COLUMNS`.
-
-    One of the latter whose name the manifest uses for its id or label gets the prefix ``photo_``.
-
-    Parameters
-    ----------
-    id_column, label_column : str
-        What the manifest calls them.
-    """
-    own = (id_column, label_column)
-    extra = [LEDGER_SCHEMA.field(name) for name in REDUCED_COLUMNS]
-    return pa.schema(
-        [
-            LEDGER_SCHEMA.field("id").with_name(id_column),
-            LEDGER_SCHEMA.field("label").with_name(label_column),
-            *(field.with_name(f"photo_{field.name}") if field.name in own else field for field in extra),
-        ]
-    )
-
-
-def to_ipc(table: pa.Table) -> bytes:
-    """Pack a table into one compressed Arrow IPC stream.
-
-    The whole stream is compressed rather than each buffer, so that an id that stands again in its path costs less.
-    """
-    sink = pa.BufferOutputStream()
-    with (
-        pa.CompressedOutputStream(sink, "zstd") as compressed,
-        pa.ipc.new_stream(compressed, table.schema) as writer,
-    ):
-        writer.write_table(table)
-    packed: bytes = sink.getvalue().to_pybytes()
-    return packed
-
-
-def from_ipc(packed: bytes) -> pa.Table:
-    """Unpack what `to_ipc` packed."""
-    with (
-        pa.CompressedInputStream(pa.BufferReader(packed), "zstd") as stream,
-        pa.ipc.open_stream(stream) as reader,
-    ):
-        return reader.read_all()
 
 
 @dataclass(frozen=True)
@@ -150,13 +39,15 @@ class PartitionTask:
         Rows in it.
     rows : bytes
         The columns ``id`` and ``label`` of `TASK_SCHEMA`, sorted by (label, id), packed by `to_ipc`; ``path`` where no
-        rule gives it, and ``always_keep`` where it is true of any.
+        rule gives it, ``always_keep`` where it is true of any, and `KNOWN_SCHEMA` where anything is known.
     settings : PhotoSettings
         The same for all partitions of a run.
     source : Source
         How photos are read; may hold secrets.
     path_rule : PathRule or None
         Where the photos lie.
+    trusted : bool
+        Whether what is known of photos holds without a look at their files.
     """
 
     index: int
@@ -165,6 +56,7 @@ class PartitionTask:
     settings: PhotoSettings
     source: Source
     path_rule: PathRule | None = None
+    trusted: bool = False
 
     def __repr__(self) -> str:
         # Dask prints tasks in its logs and on its dashboard: no path list there.
@@ -330,6 +222,63 @@ class Quality:
 
 
 @dataclass(frozen=True)
+class Tally:
+    """What came of the photos of a part; adds up over parts.
+
+    Attributes
+    ----------
+    read, failed : int
+        Photos tried, and those of them that could not be hashed.
+    reused : int
+        Photos whose hashes were known from an earlier run.
+    bytes_read : int
+        Bytes of photos read.
+    quality : Quality
+        What the choice is worth.
+    """
+
+    read: int = 0
+    failed: int = 0
+    reused: int = 0
+    bytes_read: int = 0
+    quality: Quality = field(default_factory=Quality)
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(
+            self.read + other.read,
+            self.failed + other.failed,
+            self.reused + other.reused,
+            self.bytes_read + other.bytes_read,
+            self.quality + other.quality,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """In what JSON can say; `from_dict` reads it."""
+        found = asdict(self)
+        certificate = found["quality"]["certificate"]
+        found["quality"]["certificate"] = certificate | {n: str(certificate[n]) for n in ("share_sum", "worst")}
+        return found
+
+    @classmethod
+    def from_dict(cls, found: dict[str, Any]) -> Tally:
+        """Read what `as_dict` made."""
+        quality = found["quality"]
+        certificate = quality["certificate"]
+        return cls(
+            **found
+            | {
+                "quality": Quality(
+                    Spread(**quality["selection"]),
+                    Spread(**quality["random"]),
+                    Certificate(
+                        certificate["labels"], Fraction(certificate["share_sum"]), Fraction(certificate["worst"])
+                    ),
+                )
+            }
+        )
+
+
+@dataclass(frozen=True)
 class PartitionResult:
     """What a worker sends back for one partition.
 
@@ -339,14 +288,10 @@ class PartitionResult:
         Number of the partition.
     found : bytes
         `FOUND_SCHEMA` rows, one for each of the task's and in their order, packed by `to_ipc`.
-    read, failed : int
-        Photos tried, and those of them that could not be hashed.
-    bytes_read : int
-        Bytes of photos read.
+    tally : Tally
+        What came of the photos.
     first_failure : str or None
         ``path: error`` of the first failed photo.
-    quality : Quality
-        What the choice is worth.
     seconds : float
         Wall time on the worker.
     peak_memory : int
@@ -355,13 +300,10 @@ class PartitionResult:
 
     index: int
     found: bytes
-    read: int
-    failed: int
-    bytes_read: int
+    tally: Tally
     first_failure: str | None
-    quality: Quality
     seconds: float
     peak_memory: int
 
     def __repr__(self) -> str:
-        return f"PartitionResult(index={self.index}, read={self.read}, failed={self.failed})"
+        return f"PartitionResult(index={self.index}, read={self.tally.read}, failed={self.tally.failed})"

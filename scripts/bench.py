@@ -9,6 +9,8 @@ Examples:
     python scripts/bench.py quality PHOTOS         # what each strategy keeps, against random; a folder a label
     python scripts/bench.py s3                     # photos on S3 against a local folder; needs the extra "test"
     python scripts/bench.py flat PHOTOS            # hashes of photos without contrast; a folder a label
+    python scripts/bench.py cut SIZES              # cutting a large ranked run, comparing its labels; SIZES: a TSV file
+                                                   # with the columns images_in_class and n_classes
 """
 
 from __future__ import annotations
@@ -24,36 +26,51 @@ import os
 import platform
 import random
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
 import tracemalloc
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import imagehash
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet
 from PIL import Image
 
 from reducer import ClusterSpec, Job, reduce_images
-from reducer.config import DECODE_NAMES, HASH_NAMES, READER_NAMES, near_copy_bits
+from reducer.config import DECODE_NAMES, HASH_NAMES, READER_NAMES, STORAGE_OPTIONS, near_copy_bits
 from reducer.hashing import FLAT_DEVIATION, JPEG_FORMATS, grey_deviation, hash_photo
 from reducer.job import Result
-from reducer.manifest import read_manifest
+from reducer.manifest import path_rule, read_manifest
+from reducer.partition import assign, partition_count
 from reducer.pipeline import Look, look_at_all, peak_memory
-from reducer.plan import make_plan
+from reducer.plan import Errand, make_plan
 from reducer.quality import certificate, figures, spread
 from reducer.ranking import STRATEGIES, nearest_kept
 from reducer.sample import label_sizes, write_sample
+from reducer.schemas import BEYOND_KEEP, KEPT, LEDGER_SCHEMA, NOT_SAMPLED
+from reducer.sources import paths_by_rule
+from reducer.store import RunFolder
 from reducer.types import Certificate, Quality, Spread
 
 NUM_SAMPLES_TO_COMPARE = 1000
 NUM_SAMPLES_SAVE_PER_LANDMARK = 25
 PROCESSES = 2
+#: Starts a command and tells its seconds and its peak memory in KiB. A process counts as its own what the one that it
+#: was forked from had in memory, so it is started from one that has nothing.
+LAUNCHER = """
+import resource, subprocess, sys, time
+start = time.perf_counter()
+subprocess.run(sys.argv[1:], check=True, stdout=sys.stderr)
+print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
 
 
 def table(header: list[str], rows: list[list[object]]) -> None:
@@ -421,7 +438,8 @@ def plan(photos: int) -> None:
 def plan_one(folder: str, name: str) -> tuple[int, int, float, float]:
     start = time.perf_counter()
     planned = make_plan(Job(f"{folder}/train", f"{folder}/run", manifest=f"{folder}/{name}"))
-    tasks = [planned.task(index, rows) for index, rows in enumerate(planned.partition_rows(PROCESSES))]
+    errand = Errand(planned.job, planned.numbered(PROCESSES).partitions())
+    tasks = [errand.task(index) for index in errand.rows]
     return planned.read.num_rows, len(tasks), time.perf_counter() - start, peak_memory() / 2**20
 
 
@@ -479,6 +497,176 @@ def s3(photos: int) -> None:
     table(["photos lie in", "photos/s", "of the local folder's", "of 0 ms"], rows)
 
 
+def write_run(folder: Path, summary: dict[str, object], parts: Iterator[pa.Table]) -> None:
+    """Write a finished run: all that is known here of how a run folder is written."""
+    run = RunFolder(str(folder))
+    run.start(summary | {"status": "running"})
+    for index, part in enumerate(parts):
+        run.write_part(index, part)
+    run.write_summary(summary | {"status": "done"})
+
+
+def hex_digits(packed: np.ndarray) -> np.ndarray:
+    """Rows of 8 bytes as 16 hex digits."""
+    return np.frombuffer(packed.tobytes().hex().encode(), dtype="S16")
+
+
+def generated_hashes(generator: np.random.Generator, label: np.ndarray, read: np.ndarray) -> np.ndarray:
+    """64-bit hashes, as words: of each label some views with about 20 near copies each, and what goes wrong.
+
+    One photo in 500 has the hash of a photo of another label, or one that is within 2 bits of it, and one in 5,000 is
+    flat: no bit is set.
+    """
+    views = np.maximum(1, np.bincount(label, weights=read).astype(np.int64) // 20)
+    view = (np.cumsum(views) - views)[label] + (generator.random(len(label)) * views[label]).astype(np.int64)
+    # In whole numbers, since 64 floats a photo would take a gigabyte.
+    noise = np.packbits(generator.integers(0, 25, (len(label), 64), dtype=np.uint8) == 0, axis=1)
+    words = generator.integers(0, 2**64, int(views.sum()), dtype=np.uint64)[view] ^ noise.view(np.uint64)[:, 0]
+
+    places = np.flatnonzero(read)
+    wrong = -(-len(places) // 500)
+    original, copy = generator.choice(places, (2, wrong), replace=False)
+    original, copy = (side[label[original] != label[copy]] for side in (original, copy))
+    words[copy] = words[original]
+    for _ in range(2):
+        bit = np.uint64(1) << generator.integers(0, 64, len(copy), dtype=np.uint64)
+        words[copy] ^= bit * generator.integers(0, 2, len(copy), dtype=np.uint64)
+    words[generator.choice(places, -(-len(places) // 5000), replace=False)] = 0
+    return words
+
+
+def generate_run(folder: Path, sizes: np.ndarray) -> None:
+    """Write the folder of a run with ``--rank-all`` over labels of these sizes, without any photo.
+
+    The ledger is as large and as varied as a real one, and no more: ranks are drawn, and insertion distances only fall
+    with them as they would, whatever the hashes say; the nearest kept photo is just one of those kept.
+    """
+    job = Job("/photos/train", str(folder), manifest="/photos/train.csv", keep=25, candidates=1000, rank_all=True)
+    generator = np.random.default_rng(0)
+    labels, photos = len(sizes), int(sizes.sum())
+    names = np.sort(generator.permutation(5 * labels)[:labels].astype(str))
+    sizes = generator.permutation(sizes)
+    drawn = np.minimum(sizes, job.candidates)
+    partition = assign(drawn, partition_count(int(drawn.sum()), PROCESSES))
+    # Labels in the order of the parts, so that each part is a slice.
+    order = np.argsort(partition, kind="stable")
+    names, sizes, drawn, partition = names[order], sizes[order], drawn[order], partition[order]
+
+    label = np.repeat(np.arange(labels), sizes)
+    # An odd number times different ones gives different ones, modulo any power of two.
+    ids = generator.permutation(np.arange(1, photos + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    ids = ids[np.lexsort((ids, label))]
+    by_rank = np.lexsort((generator.random(photos), label))
+    starts = (np.cumsum(sizes) - sizes)[label]
+    rank = np.empty(photos, dtype=np.int64)
+    rank[by_rank] = np.arange(photos) - starts
+    read = rank < job.candidates
+    kept = rank < job.keep
+    height = generator.uniform(30, 36, labels)[label]
+    insertion = np.rint(height * (1 - rank / drawn[label]) ** 2)
+    nearest = by_rank[starts + np.where(kept, rank, generator.integers(0, job.keep, photos) % drawn[label])]
+    words = generated_hashes(generator, label, read)
+
+    # Only of photos that were read.
+    found = {
+        "bytes": generator.lognormal(np.log(142_000) - 0.5**2 / 2, 0.5, photos).astype(np.int64),
+        "width": np.full(photos, 800),
+        "height": np.full(photos, 600),
+        "format": np.full(photos, "JPEG"),
+        "mtime": 1_600_000_000 * 10**9 + generator.integers(0, 10**16, photos),
+        "hash": hex_digits(words),
+        "rank": rank,
+        "nearest_kept": hex_digits(ids.astype(">u8"))[nearest],
+        "nearest_kept_distance": np.where(kept, 0, insertion),
+    }
+    columns = {name: pa.array(values, LEDGER_SCHEMA.field(name).type, mask=~read) for name, values in found.items()}
+    columns["insertion_distance"] = pa.array(insertion, pa.float64(), mask=~read | (rank == 0))
+    columns["row"] = pa.array(generator.permutation(photos))
+    columns["id"] = pa.array(hex_digits(ids.astype(">u8")), pa.string())
+    columns["label"] = pa.array(names.tolist(), pa.string()).take(pa.array(label))
+    columns["path"] = paths_by_rule(path_rule(job), columns["id"], columns["label"])
+    columns["kept"] = pa.array(kept)
+    columns["reason"] = pa.array([KEPT, BEYOND_KEEP, NOT_SAMPLED]).take(pa.array(np.select([kept, read], [0, 1], 2)))
+    ledger = pa.table([columns.get(f.name, pa.nulls(photos, f.type)) for f in LEDGER_SCHEMA], schema=LEDGER_SCHEMA)
+
+    def parts() -> Iterator[pa.Table]:
+        ranked, unread = ledger.filter(pa.array(read)), ledger.filter(pa.array(~read))
+        ends = np.cumsum(np.bincount(partition, weights=drawn)).astype(np.int64).tolist()
+        for start, end in itertools.pairwise([0, *ends]):
+            yield ranked.slice(start, end - start)
+        for start in range(0, unread.num_rows, 100_000):
+            yield unread.slice(start, 100_000)
+
+    reasons = pc.value_counts(ledger["reason"]).to_pylist()
+    summary = {
+        "job": asdict(job) | {name: [] for name in STORAGE_OPTIONS},
+        "manifest": {"rows": photos, "duplicate_rows": 0, "ids_under_several_labels": 0},
+        "labels": labels,
+        "photos": photos,
+        "photos_to_read": int(read.sum()),
+        "photos_read": int(read.sum()),
+        "photos_failed": 0,
+        "photos_kept": int(kept.sum()),
+        "reasons": {pair["values"]: pair["counts"] for pair in reasons},
+    }
+    write_run(folder, summary, parts())
+
+
+def cut(sizes: str, keep_in: str | None) -> None:
+    """Time and peak memory of `reducer cut`, and of comparing all photos across labels, on a run made for it."""
+    counts = pa.csv.read_csv(sizes, parse_options=pa.csv.ParseOptions(delimiter="\t"))
+    of_label = np.repeat(counts["images_in_class"].to_numpy(), counts["n_classes"].to_numpy())
+    if keep_in and Path(keep_in).exists() and any(Path(keep_in).iterdir()):
+        sys.exit(f"--keep-in {keep_in} is not empty: give another folder")
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        run = Path(keep_in) if keep_in else Path(temporary) / "run"
+        print(f"generating a run of {of_label.sum()} photos ...", file=sys.stderr)
+        print(f"generated in {timed(lambda: generate_run(run, of_label)):.1f} s", file=sys.stderr)
+        for name, rules in [
+            ("keep.csv", "--keep 25"),
+            ("distance.csv", "--min-distance 12"),
+            ("bytes.csv", "--max-bytes 20GB"),
+            ("total.csv", "--total 500000 --min-per-label 2"),
+            ("keep.parquet", "--keep 25"),
+        ]:
+            output = Path(temporary) / name
+            command = [sys.executable, "-m", "reducer", "cut", str(run), "--output", str(output), *rules.split()]
+            told = subprocess.check_output([sys.executable, "-c", LAUNCHER, *command], text=True).split()
+            shown = f"`reducer cut RUN --output {name} {rules}`"
+            rows.append([shown, photos_listed(output), float(told[0]), round(kibibytes(told[1]) / 2**10)])
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            compared = pool.apply(compare_across_labels, (str(run),))
+    photos = f"{of_label.sum()} photos of {len(of_label)} labels"
+    print(f"{photos}, without photos behind them and in the page cache, {machine()}\n")
+    table(["command", "photos kept", "seconds", "peak memory, MiB"], rows)
+    table(["in one process", "pairs", "seconds", "peak memory, MiB"], compared)
+
+
+def photos_listed(path: Path) -> int:
+    """Photos of a reduced list."""
+    if path.suffix == ".parquet":
+        return pa.parquet.read_metadata(path).num_rows
+    with open(path, newline="") as file:
+        return sum(1 for _ in csv.reader(file)) - 1
+
+
+def kibibytes(maxrss: str) -> int:
+    """What `getrusage` tells, which is in bytes on macOS."""
+    return int(maxrss) // (2**10 if sys.platform == "darwin" else 1)
+
+
+def compare_across_labels(folder: str) -> list[list[object]]:
+    from reducer.crosslabel import cross_label_table
+
+    start = time.perf_counter()
+    ledger = RunFolder(folder).ledger(["id", "label", "path", "hash"])
+    rows = [["reading the ledger", "", time.perf_counter() - start, round(peak_memory() / 2**20)]]
+    start = time.perf_counter()
+    pairs = cross_label_table(ledger, 64).num_rows
+    return [*rows, ["`cross_label_table`", pairs, time.perf_counter() - start, round(peak_memory() / 2**20)]]
+
+
 def machine() -> str:
     """The machine's processor and the versions that decide."""
     model = platform.machine()
@@ -499,12 +687,14 @@ def main() -> None:
         )
     for command in (fidelity, quality, flat):
         subparsers.add_parser(command.__name__, help=command.__doc__).add_argument("photos")
-    sizes = subparsers.add_parser("ranking", help=ranking.__doc__).add_argument
-    sizes("photos", metavar="candidates", type=int, nargs="*", default=[1_000, 6_272, 20_000])
-    options = parser.parse_args()
-    {f.__name__: f for f in (speed, memory, plan, fidelity, quality, flat, ranking, s3)}[options.command](
-        options.photos
-    )
+    candidates = subparsers.add_parser("ranking", help=ranking.__doc__).add_argument
+    candidates("sizes", metavar="candidates", type=int, nargs="*", default=[1_000, 6_272, 20_000])
+    large_run = subparsers.add_parser("cut", help=cut.__doc__).add_argument
+    large_run("sizes", help="TSV file: images_in_class, and n_classes for how many labels have so many")
+    large_run("--keep-in", metavar="DIR", help="leave the generated run here (default: a temporary directory)")
+    options = vars(parser.parse_args())
+    commands = {f.__name__: f for f in (speed, memory, plan, fidelity, quality, flat, ranking, s3, cut)}
+    commands[options.pop("command")](**options)
 
 
 if __name__ == "__main__":

@@ -24,9 +24,15 @@ def by_label(collection: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
-@pytest.mark.parametrize("command", ["quality", "fidelity", "flat", "ranking", "plan"])
-def test_a_benchmark_prints_its_tables(command: str, by_label: Path) -> None:
-    arguments = {"ranking": ["60", "130"], "plan": ["--photos", "3000"]}.get(command, [str(by_label)])
+@pytest.mark.parametrize("command", ["quality", "fidelity", "flat", "ranking", "plan", "cut"])
+def test_a_benchmark_prints_its_tables(command: str, by_label: Path, tmp_path: Path) -> None:
+    sizes = tmp_path / "sizes.tsv"
+    sizes.write_text("images_in_class\tn_classes\tstatus\n2\t9\texact\n5\t4\texact\n30\t3\texact\n1200\t1\texact\n")
+    arguments = {
+        "ranking": ["60", "130"],
+        "plan": ["--photos", "3000"],
+        "cut": [str(sizes), "--keep-in", str(tmp_path / "run")],
+    }.get(command, [str(by_label)])
     program = [sys.executable, str(ROOT / "scripts" / "bench.py"), command, *arguments]
     out = subprocess.check_output(program, text=True)
     first_cells = [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("|")]
@@ -36,6 +42,14 @@ def test_a_benchmark_prints_its_tables(command: str, by_label: Path) -> None:
         "flat": ["1", "24"],
         "ranking": ["60", "130"],
         "plan": ["train.csv", "train-with-urls.csv", "train_clean.csv", "train.csv.gz", "train.parquet"],
+        "cut": [
+            "`reducer cut RUN --output keep.csv --keep 25`",
+            "`reducer cut RUN --output distance.csv --min-distance 12`",
+            "`reducer cut RUN --output bytes.csv --max-bytes 20GB`",
+            "`reducer cut RUN --output total.csv --total 500000 --min-per-label 2`",
+            "`reducer cut RUN --output keep.parquet --keep 25`",
+            "`cross_label_table`",
+        ],
     }[command]
     assert set(expected) <= set(first_cells)
 

@@ -57,7 +57,7 @@ def test_a_run_says_what_it_did(collection: Path, tmp_path: Path) -> None:
     assert f"(mean over {certificate['labels']} labels; the worst {worst} %)" in out
     assert re.search(r"Left out: \d+\.\d MB", out)
     assert "(reduced.csv and reduced.parquet, images/, summary.json)" in out
-    expected = {"reduced.csv", "reduced.parquet", "images", "summary.json"}
+    expected = {"reduced.csv", "reduced.parquet", "images", "summary.json", "plan.parquet"}
     assert {path.name for path in (tmp_path / "run").iterdir()} == expected
 
 
@@ -332,8 +332,11 @@ def test_a_stopped_run_ends_soon_and_says_what_is_kept(
     text = log.read_text()
     assert "Traceback" not in text
     assert re.search(
-        r"Stopped\. The photos hashed so far \(\d+ of 14\d\d\d\) are kept in .*run/images; no reduced", text
+        r"Stopped\. The photos hashed so far \(\d+ of 14\d\d\d\) are kept in .*run/images; the reduced list is not "
+        r"written yet\. To go on: reducer resume \S+/run\n",
+        text,
     )
+    assert not (tmp_path / "run" / "lock.json").exists()
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["status"] == "stopped"
     assert summary["photos_read"] > 0

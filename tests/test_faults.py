@@ -14,7 +14,7 @@ import pytest
 from conftest import reduced_files, run_on, wait_for
 
 import reducer.worker
-from reducer import ClusterError, ClusterSpec, ReducerError
+from reducer import ClusterError, ClusterSpec, ReducerError, resume
 from reducer.store import RunFolder
 from reducer.types import PartitionTask
 
@@ -91,16 +91,18 @@ def test_a_full_disk_is_reported_and_leaves_only_whole_files(
 
     def full(handle: int) -> None:
         calls.append(handle)
-        if len(calls) > 3:
+        if len(calls) > 9:  # the lock's, then of each file and its folder: the summary, the plan, two parts
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(handle)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(ReducerError, match=r"part-\d+\.parquet cannot be written: No space left on device"):
+    message = r"part-\d+\.parquet cannot be written: No space left on device.* To go on: reducer resume \S+/run$"
+    with pytest.raises(ReducerError, match=message):
         run_on(collection, tmp_path / "run", partition_images=20)
     names = sorted(path.name for path in (tmp_path / "run").rglob("*") if path.is_file())
-    assert names == ["part-00000.parquet", "part-00001.parquet", "summary.json"]
+    assert names == ["part-00000.parquet", "part-00001.parquet", "plan.parquet", "summary.json"]
     assert RunFolder(str(tmp_path / "run")).ledger().num_rows > 0
     monkeypatch.undo()
-    run_on(collection, tmp_path / "run", overwrite=True)
-    assert (tmp_path / "run" / "reduced.csv").exists()
+    resume(tmp_path / "run", ClusterSpec(workers=0), progress=False)
+    run_on(collection, tmp_path / "whole", partition_images=20)
+    assert reduced_files(tmp_path / "run") == reduced_files(tmp_path / "whole")

@@ -11,7 +11,7 @@ import pytest
 
 from reducer import InputError, Job
 from reducer.manifest import read_manifest
-from reducer.types import MANIFEST_SCHEMA
+from reducer.schemas import MANIFEST_SCHEMA
 
 
 def manifest_of(folder: Path, content: str | bytes, name: str = "train.csv", **options: object):

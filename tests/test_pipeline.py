@@ -16,7 +16,8 @@ from reducer.draw import RANDOM_ORDER, draw_order
 from reducer.pipeline import ledger_rows, run_partition
 from reducer.places import Source
 from reducer.quality import spread
-from reducer.types import LEDGER_SCHEMA, TASK_SCHEMA, PartitionTask, to_ipc
+from reducer.schemas import LEDGER_SCHEMA, TASK_SCHEMA, to_ipc
+from reducer.types import PartitionTask
 
 
 def result_of(rows: list[tuple[str, str, str]], always_keep: tuple[str, ...] = (), avoid=None, **options: object):
@@ -49,8 +50,8 @@ def photos_of(collection: Path) -> list[str]:
 def test_a_ledger_row_tells_the_whole_story(collection: Path) -> None:
     paths = photos_of(collection)[:9]
     result, rows = result_of([("x" if i < 5 else "y", f"p{i}", path) for i, path in enumerate(paths)])
-    assert (result.read, result.failed) == (9, 0)
-    assert result.bytes_read == sum(os.path.getsize(path) for path in paths)
+    assert (result.tally.read, result.tally.failed) == (9, 0)
+    assert result.tally.bytes_read == sum(os.path.getsize(path) for path in paths)
     for label, size in (("x", 5), ("y", 4)):
         ranked = sorted((row for row in rows if row["label"] == label), key=lambda row: row["rank"])
         assert [row["rank"] for row in ranked] == list(range(size))
@@ -94,7 +95,7 @@ def test_bad_photos_are_rows_and_the_rest_is_ranked(collection: Path, tmp_path: 
     }
     rows = [("x", name, str(tmp_path / name)) for name in expected] + [("x", f"ok{i}", p) for i, p in enumerate(good)]
     result, found = result_of(rows)
-    assert (result.read, result.failed) == (len(expected) + 2, len(expected))
+    assert (result.tally.read, result.tally.failed) == (len(expected) + 2, len(expected))
     assert result.first_failure == f"{tmp_path / 'absent.jpg'}: missing: no such file"
     by_id = {row["id"]: row for row in found}
     for name, message in expected.items():
@@ -108,7 +109,7 @@ def test_bad_photos_are_rows_and_the_rest_is_ranked(collection: Path, tmp_path: 
 
 def test_a_label_that_only_fails(tmp_path: Path) -> None:
     result, rows = result_of([("x", "a", str(tmp_path / "a")), ("x", "b", str(tmp_path / "b"))])
-    assert result.failed == result.read == 2
+    assert result.tally.failed == result.tally.read == 2
     assert [row["reason"] for row in rows] == ["failed", "failed"]
 
 
@@ -117,7 +118,7 @@ def test_a_file_larger_than_any_photo_is_not_read(tmp_path: Path) -> None:
         file.truncate(2**30 + 1)
     result, rows = result_of([("x", "a", str(tmp_path / "huge.jpg"))], max_pixels=1_000_000)
     assert rows[0]["error"] == "too large: 1073741825 bytes, over what --max-pixels 1000000 can need"
-    assert result.bytes_read == 0
+    assert result.tally.bytes_read == 0
 
 
 def hashes_of(rows: list[dict]) -> dict[str, np.ndarray]:
@@ -137,11 +138,11 @@ def test_quality_is_of_the_kept_and_of_a_random_choice(collection: Path, strateg
     kept = [hashes[row["id"]] for row in rows if row["kept"]]
     ids = sorted(hashes)
     drawn = [hashes[ids[i]] for i in draw_order(RANDOM_ORDER, 0, "x", ids)[:4]]
-    assert result.quality.selection == spread(np.array(kept), 64, nearest_of(kept, everyone))
-    assert result.quality.random == spread(np.array(drawn), 64, nearest_of(drawn, everyone))
-    assert (result.quality.selection == result.quality.random) == (strategy == "random")
-    assert result.quality.selection.pairs == 6
-    assert result.quality.certificate.labels == (strategy == "farthest-first")
+    assert result.tally.quality.selection == spread(np.array(kept), 64, nearest_of(kept, everyone))
+    assert result.tally.quality.random == spread(np.array(drawn), 64, nearest_of(drawn, everyone))
+    assert (result.tally.quality.selection == result.tally.quality.random) == (strategy == "random")
+    assert result.tally.quality.selection.pairs == 6
+    assert result.tally.quality.certificate.labels == (strategy == "farthest-first")
 
 
 @pytest.mark.parametrize("strategy", STRATEGY_NAMES)
@@ -166,7 +167,7 @@ def test_photos_that_are_always_kept_are_ranked_first(collection: Path, strategy
         )
     # The other label (of four photos) is ranked as before, and it alone can be certified.
     assert [row for row in rows if row["label"] == "y"] == [row for row in plain if row["label"] == "y"]
-    assert result.quality.certificate.labels == (strategy == "farthest-first")
+    assert result.tally.quality.certificate.labels == (strategy == "farthest-first")
 
 
 def test_photos_near_those_to_avoid_are_not_kept(collection: Path) -> None:
@@ -187,7 +188,7 @@ def test_photos_near_those_to_avoid_are_not_kept(collection: Path) -> None:
             assert row["hash"] == hashes[i].tobytes().hex()
             others = [hashes[j] for j in hashes if j not in left_out]
             assert row["nearest_kept_distance"] == (nearest_of(others, [hashes[i]])[0] if others else None)
-        assert result.quality.selection.candidates == 12 - len(left_out)
+        assert result.tally.quality.selection.candidates == 12 - len(left_out)
     # An id that is always kept is kept though it is near one to avoid.
     _, rows = result_of(partition, always_keep=("p08",), avoid=avoid, avoid_distance=3, keep=12)
     assert {row["id"] for row in rows if row["reason"] == "avoided"} == near - {"p08"}
@@ -204,7 +205,7 @@ def test_flat_photos_are_not_kept_when_asked(collection: Path, tmp_path: Path) -
     assert [row["reason"] for row in rows] == ["kept"] * 6
     result, rows = result_of(partition, keep=6, drop_flat=True)
     assert [row["reason"] for row in rows] == ["kept"] * 4 + ["flat"] * 2
-    assert result.failed == 0
+    assert result.tally.failed == 0
     assert [row["rank"] for row in rows[4:]] == [None, None]
     assert [row["hash"] for row in rows[4:]] == ["0" * 16] * 2
     # A label of nothing else; and one that is always kept all the same.

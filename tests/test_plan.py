@@ -11,9 +11,10 @@ from reducer import InputError, Job
 from reducer.dispatch import as_bag
 from reducer.draw import CANDIDATES, draw_order
 from reducer.pipeline import photo_paths
-from reducer.plan import make_plan, parse_labels
+from reducer.plan import Errand, make_plan, parse_labels
 from reducer.ranking import FACILITY_LOCATION_CANDIDATES
-from reducer.types import LEDGER_SCHEMA, TASK_SCHEMA, Terms, Work, from_ipc
+from reducer.schemas import LEDGER_SCHEMA, TASK_SCHEMA, from_ipc
+from reducer.types import Terms, Work
 
 
 @pytest.fixture
@@ -96,8 +97,10 @@ def test_a_label_too_large_for_facility_location_is_refused(tmp_path: Path) -> N
 def test_tasks_hold_whole_labels_once_and_no_path_in_their_names(listed: Path) -> None:
     for threads, size in [(1, None), (2, 8), (64, 1)]:
         plan = plan_of(listed, partition_images=size, rank_all=True)
-        tables = plan.partition_rows(threads)
-        tasks = [plan.task(index, table) for index, table in enumerate(tables)]
+        errand = Errand(plan.job, plan.numbered(threads).partitions())
+        assert list(errand.rows) == list(range(len(errand.rows)))
+        tables = list(errand.rows.values())
+        tasks = [errand.task(index) for index in errand.rows]
         assert [task.photos for task in tasks] == [table.num_rows for table in tables]
         for task, table in zip(tasks, tables, strict=True):
             sent = from_ipc(task.rows)
@@ -115,13 +118,13 @@ def test_tasks_hold_whole_labels_once_and_no_path_in_their_names(listed: Path) -
 
 def test_trial_labels(listed: Path) -> None:
     plan = plan_of(listed, labels=("f", "a", "f"))
-    assert plan.label_names == ("a", "f")
-    assert plan.label_sizes.tolist() == [1, 32]
+    assert plan.labels.names == ["a", "f"]
+    assert plan.labels.sizes.tolist() == [1, 32]
     assert plan.read.num_rows + plan.unread.num_rows == 33
-    few, more = (set(plan_of(listed, limit_labels=n).label_names) for n in (2, 4))
+    few, more = (set(plan_of(listed, limit_labels=n).labels.names) for n in (2, 4))
     assert len(few) == 2
     assert few < more
-    assert plan_of(listed, limit_labels=99).label_names == tuple("abcdef")
+    assert plan_of(listed, limit_labels=99).labels.names == list("abcdef")
     with pytest.raises(InputError, match=r"--labels: no photo has the label 'g'"):
         plan_of(listed, labels=("a", "g"))
     assert parse_labels('x,"with, comma", 7') == ("x", "with, comma", " 7")
@@ -136,6 +139,7 @@ def test_tasks_travel_small(tmp_path: Path) -> None:
     for size in (1000, 10_000):
         plan = plan_of(tmp_path, path_template=None, partition_images=size)
         terms = Terms("f" * 32, "f" * 16, "f" * 16, plan.read["path"][0].as_py(), 10.0, 600.0)
-        works = [Work(plan.task(index, rows), terms) for index, rows in enumerate(plan.partition_rows(1))]
+        errand = Errand(plan.job, plan.numbered(1).partitions())
+        works = [Work(errand.task(index), terms) for index in errand.rows]
         assert len(works) == 10_000 // size
         assert len(dumps(as_bag("work_off", works).__dask_graph__())) < 20 * 10_000 + 5_000 * len(works)

@@ -35,9 +35,11 @@ def test_the_examples_run(tmp_path: Path) -> None:
         ran.append(kind)
     assert ran.count("sh") >= 5
     assert ran.count("python") >= 1
-    for run in ("run", "trial", "listed", "templated", "run-python"):
+    for run in ("run", "trial", "listed", "templated", "run-python", "other"):
         assert (tmp_path / run / "reduced.csv").read_text().count("\n") > 2
     assert (tmp_path / "listed" / "reduced.csv").read_text().startswith("photo,class\n")
+    assert (tmp_path / "few.csv").read_text().count("\n") == 301
+    assert (tmp_path / "other" / "cross_label.parquet").exists()
 
 
 OPTIONS = {option for command in main.commands.values() for param in command.params for option in param.opts} | {

@@ -30,9 +30,10 @@ import reducer.sources
 import reducer.worker
 from reducer import ClusterError, ClusterSpec, InputError, Job, reduce_images
 from reducer.job import Result
+from reducer.objects import PhotoFile
 from reducer.places import Place, Source, parse_options
-from reducer.plan import make_plan
-from reducer.sources import PhotoFile, read_all
+from reducer.plan import Errand, make_plan
+from reducer.sources import read_all
 from reducer.store import RunFolder
 
 READERS = ("s3fs", "obstore")
@@ -557,7 +558,7 @@ def test_no_secret_is_in_a_repr_or_a_local_run(s3: S3Server, tmp_path: Path) -> 
     every = {f"{name}storage_options": planted(s3) for name in ("", "manifest_", "output_")}
     job = Job("s3://trial/train", "s3://trial/run", manifest="s3://trial/train.csv", keep=8, **every)
     plan = make_plan(job)
-    task = plan.task(0, plan.read)
+    task = Errand(job, plan.numbered(1).partitions()).task(0)
     shown = [repr(thing) for thing in (job, task, task.source, plan, job.images_place, RunFolder(job.output_place))]
     assert hidden(s3, *shown)
     every = {name: given for name, given in every.items() if name != "output_storage_options"}

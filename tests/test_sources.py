@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError
 
-import reducer.sources
+import reducer.objects
 from reducer.hashing import PhotoError
+from reducer.objects import Transient, fetch
 from reducer.places import Source
-from reducer.sources import Transient, _fetch
 
 
 def answering(error: Exception) -> Any:
-    """What `_shared` gives, with a client that gets this answer only."""
+    """What `_clients` gives, with a client that gets this answer only."""
 
     async def nothing() -> None:
         return None
@@ -49,17 +49,17 @@ def test_what_may_pass_is_asked_again_and_nothing_else(
     status: int, code: str, outcome: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     response = {"Error": {"Code": code, "Message": "said"}, "ResponseMetadata": {"HTTPStatusCode": status}}
-    monkeypatch.setattr(reducer.sources, "_shared", lambda: shared)
+    monkeypatch.setattr(reducer.objects, "_clients", lambda: shared)
     shared = answering(ClientError(response, "GetObject"))
 
     async def room(_: int) -> None:
         return None
 
     with pytest.raises((Transient, PhotoError)) as caught:
-        asyncio.run(_fetch("s3://b/k", Source(), room))
+        asyncio.run(fetch("s3://b/k", Source(), room))
     assert isinstance(caught.value, Transient) == (outcome == "again")
     if outcome != "again":
         assert str(caught.value).startswith(outcome)
     shared = answering(EndpointConnectionError(endpoint_url="http://x"))
     with pytest.raises(Transient):
-        asyncio.run(_fetch("s3://b/k", Source(), room))
+        asyncio.run(fetch("s3://b/k", Source(), room))

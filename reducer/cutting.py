@@ -1,0 +1,202 @@
+"""A new reduced list from the ledger of a run: no photo is read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from reducer.config import Job
+from reducer.errors import InputError
+from reducer.places import Place, absolute
+from reducer.quality import judge_again
+from reducer.rules import CutRules
+from reducer.schemas import REDUCED_COLUMNS
+from reducer.selection import DECIDING, NeedsRanksError, select
+from reducer.store import IMAGES, OWN_FILES, SUMMARY, RunFolder, as_reduced, reduced_file, write_file
+from reducer.tables import with_column
+from reducer.types import Tally
+
+#: Endings of a reduced list, and what they mean.
+KINDS = {".csv": "csv", ".parquet": "parquet"}
+
+
+@dataclass(frozen=True)
+class CutResult:
+    """A reduced list that was cut from a run.
+
+    Attributes
+    ----------
+    rules : CutRules
+        How.
+    photos, labels, bytes : int
+        Kept photos, the labels that they are of, and their bytes as far as those are known.
+    photos_of_unknown_size : int
+        Kept photos that were not read.
+    reasons : dict of str to int
+        What became of the photos of the ledger.
+    smallest_distance : float or None
+        The smallest insertion distance kept, in bits; None where no label keeps two ranked photos.
+    reached : float or None
+        With a budget: the effective distance of the last photo that it had room for beyond those guaranteed, in bits.
+    """
+
+    rules: CutRules
+    photos: int
+    labels: int
+    bytes: int
+    photos_of_unknown_size: int
+    reasons: dict[str, int]
+    smallest_distance: float | None
+    reached: float | None
+    _rows: pa.Table = field(repr=False)
+    _columns: tuple[str, str] = field(repr=False)
+
+    @property
+    def reduced(self) -> pd.DataFrame:
+        """The rows of the list, in the columns of ``reduced.parquet``."""
+        frame: pd.DataFrame = self._table.to_pandas()
+        return frame
+
+    @property
+    def _table(self) -> pa.Table:
+        return as_reduced(self._rows, *self._columns)
+
+
+def cut(
+    run: Path | str,
+    output: Path | str | None = None,
+    *,
+    min_distance: float | None = None,
+    keep: int | None = None,
+    total: int | None = None,
+    max_bytes: int | str | None = None,
+    min_per_label: int | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+) -> CutResult:
+    """Choose anew from the photos that a run has ranked.
+
+    Parameters
+    ----------
+    run : path
+        The run folder, a local path or a URL. The run must be finished.
+    output : path, optional
+        Where the list is written, as ``.csv`` (the manifest's own two columns) or ``.parquet``.
+    min_distance, keep, total, max_bytes, min_per_label
+        As for `CutRules`, but that ``keep`` has no default: no limit. ``max_bytes`` may be text such as ``20GB``.
+    storage_options : mapping, optional
+        What opens ``run`` and ``output`` where they are URLs.
+
+    Raises
+    ------
+    InputError
+        If the rules, the run or ``output`` are wrong, or they need ranks of photos that were not read.
+
+    Examples
+    --------
+    >>> from reducer import cut
+    >>> cut("run", "ten.csv", keep=10).photos  # doctest: +SKIP
+    """
+    rules = CutRules(min_distance, keep, total, max_bytes, min_per_label)
+    folder = RunFolder(Place(str(run), storage_options or {}))
+    summary = folder.finished()
+    target = None if output is None else _target(folder, summary, Place(str(output), storage_options or {}))
+
+    columns = list(dict.fromkeys(["row", "id", *REDUCED_COLUMNS, *DECIDING]))
+    ledger = folder.ledger(columns)
+    try:
+        selection = select(ledger, rules, always_kept(folder, summary["job"], ledger["row"]))
+    except NeedsRanksError as error:
+        raise InputError(
+            f"{error}, which this cut needs. First: reducer resume {folder.path} --rank-all (it reads only those "
+            f"{error.unranked.photos:,} photos)"
+        ) from None
+    rows = ledger.filter(pa.array(selection.kept))
+    job = summary["job"]
+    result = CutResult(
+        rules=rules,
+        photos=rows.num_rows,
+        labels=pc.count_distinct(rows["label"]).as_py(),
+        bytes=pc.sum(rows["bytes"]).as_py() or 0,
+        photos_of_unknown_size=rows["bytes"].null_count,
+        reasons=dict(sorted(Counter(selection.reason.to_pylist()).items())),
+        smallest_distance=pc.min(rows["insertion_distance"]).as_py(),
+        reached=selection.reached,
+        _rows=rows,
+        _columns=(job["id_column"], job["label_column"]),
+    )
+    if target is not None:
+        write_file(target, reduced_file(result._table, KINDS[Path(target.path).suffix]))
+    return result
+
+
+def _target(folder: RunFolder, summary: dict[str, Any], output: Place) -> Place:
+    """Where a list may be written."""
+    if Path(output.path).suffix not in KINDS:
+        raise InputError(f"--output {output.path}: the name must end in .csv or .parquet, which says what is written")
+    manifest = summary["job"]["manifest"]
+    own = [folder.place.below(name).path for name in (SUMMARY, *OWN_FILES)]
+    name = absolute(output.path)
+    inside = name.startswith(absolute(folder.place.below(IMAGES).path))
+    if name in map(absolute, own) or inside or (manifest is not None and name == absolute(manifest)):
+        raise InputError(f"--output {output.path} is a file of the run itself: give another name")
+    if not output.remote:
+        path = Path(output.path)
+        if path.is_dir() or not path.absolute().parent.is_dir():
+            what = "it is a folder" if path.is_dir() else f"there is no folder {path.absolute().parent}"
+            raise InputError(f"--output {output.path} cannot be written: {what}")
+    return output
+
+
+def always_kept(folder: RunFolder, job: Mapping[str, Any], rows: pa.ChunkedArray) -> NDArray[np.bool_]:
+    """Which rows of a ledger are of photos that are always kept."""
+    if job["always_keep"] is None:
+        return np.zeros(len(rows), dtype=bool)
+    saved = folder.read_plan()
+    assert saved is not None
+    plan = saved[0]
+    always: NDArray[np.bool_] = np.isin(rows.to_numpy(), plan.filter(plan["always_keep"])["row"].to_numpy())
+    return always
+
+
+def apply_filters(folder: RunFolder, job: Job) -> dict[str, Tally]:
+    """Keep in the ledger of a run, all of whose partitions are done, what its filters and budget leave.
+
+    May be cut off and done again: it goes by ranks only.
+
+    Parameters
+    ----------
+    folder : RunFolder
+        Whose part files are replaced.
+    job : Job
+        Its rules.
+
+    Returns
+    -------
+    dict of str to Tally
+        Of each part by its name.
+    """
+    names = folder.parts()
+    parts = [folder.read_part(name) for name in names]
+    ledger = pa.concat_tables([rows.select(["row", *DECIDING]) for rows, _ in parts])
+    always = always_kept(folder, {"always_keep": job.always_keep}, ledger["row"])
+    selection = select(ledger, job.cut_rules, always)
+    tallies = {}
+    start = 0
+    for name, (before, tally) in zip(names, parts, strict=True):
+        own = slice(start, start + before.num_rows)
+        start = own.stop
+        chosen = with_column(before, "kept", pa.array(selection.kept[own]))
+        chosen = with_column(chosen, "reason", selection.reason[own])
+        rows, quality = judge_again(chosen, always[own], job.photo_settings)
+        tallies[name] = replace(tally, quality=quality)
+        folder.replace_part(name, rows, tallies[name])
+    return tallies

@@ -1,0 +1,152 @@
+"""All that decides a hash or a rank of a run: kept with its plan, so that no other run goes on from it by mistake."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from reducer.config import STORAGE_OPTIONS, Job
+from reducer.environment import Environment, compare_with
+from reducer.errors import InputError
+from reducer.places import absolute, explained
+from reducer.rules import flag
+
+log = logging.getLogger("reducer")
+
+#: Fields of a job that decide neither which photos are read nor what is found.
+INDIFFERENT = (
+    "output",
+    "manifest",  # told by its content
+    "rank_all",  # told by the plan
+    "partition_images",
+    "max_failures",
+    "format",
+    "reuse",
+    "cross_label",
+    "overwrite",
+    "break_lock",
+    "reader",
+    "read_ahead",
+    *STORAGE_OPTIONS,
+)
+BLOCK = 2**20
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What decides the hashes and ranks of a run.
+
+    Attributes
+    ----------
+    settings : dict
+        Fields of its job.
+    manifest : str or None
+        SHA-256 of the manifest's bytes; None without a manifest.
+    environment : Environment
+        Of its workers.
+    """
+
+    settings: dict[str, Any]
+    manifest: str | None
+    environment: Environment
+
+    @classmethod
+    def of(cls, job: Job, environment: Environment) -> Fingerprint:
+        """That of a run which begins now.
+
+        Raises
+        ------
+        InputError
+            If the manifest cannot be read.
+        """
+        return cls(settings_of(job), manifest_digest(job), environment)
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits that stand for all of it."""
+        content = json.dumps([self.settings, self.manifest, self.environment.digest, _version(self.environment)])
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def as_dict(self) -> dict[str, Any]:
+        """In what JSON can say; `from_dict` reads it."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, found: dict[str, Any]) -> Fingerprint:
+        """Read what `as_dict` made."""
+        return cls(found["settings"], found["manifest"], Environment(**found["environment"]))
+
+    def check_settings(self, job: Job) -> None:
+        """Refuse to go on with a job that is not the one which was begun.
+
+        Raises
+        ------
+        InputError
+            Naming all that differs.
+        """
+        now = settings_of(job)
+        changed = [
+            f"{'IMAGES' if name == 'images' else flag(name)} was {self.settings.get(name)!r} and is {now.get(name)!r}"
+            for name in dict.fromkeys([*self.settings, *now])
+            if self.settings.get(name) != now.get(name)
+        ]
+        try:
+            if manifest_digest(job) != self.manifest:
+                changed.append(f"--manifest {job.manifest} has another content")
+        except InputError as error:
+            log.warning("%s: whether it has changed cannot be told; the plan in %s holds", error, job.output)
+        if changed:
+            raise InputError(f"the run in {job.output} was begun otherwise: {'; '.join(changed)}. {_advice(job)}")
+
+    def check_environment(self, job: Job, now: Environment) -> None:
+        """Refuse to go on where photos would be hashed or ranked otherwise.
+
+        Raises
+        ------
+        InputError
+            Naming all that differs.
+        """
+        where = f"the run in {job.output}"
+        if _version(self.environment) != _version(now):
+            raise InputError(
+                f"{where} was begun with Reducer {_version(self.environment)}, this is {_version(now)}: install that "
+                f"version. {_advice(job)}"
+            )
+        differs = compare_with(self.environment, now, "this computer or cluster now", where)
+        if differs is not None:
+            raise InputError(f"{differs}. {_advice(job)}")
+
+
+def settings_of(job: Job) -> dict[str, Any]:
+    """The fields of a job that decide what is found, as JSON has them."""
+    fields = {name: value for name, value in asdict(job).items() if name not in INDIFFERENT}
+    found: dict[str, Any] = json.loads(json.dumps(fields | {"images": absolute(job.images)}))
+    return found
+
+
+def manifest_digest(job: Job) -> str | None:
+    """SHA-256 of the bytes of a job's manifest, in hex; None without one.
+
+    Raises
+    ------
+    InputError
+        If it cannot be read.
+    """
+    if job.manifest is None:
+        return None
+    digest = hashlib.sha256()
+    with explained(job.manifest_place, f"--manifest {job.manifest}"), job.manifest_place.open_file() as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _version(environment: Environment) -> str:
+    return environment.versions.get("reducer", "of an unknown version")
+
+
+def _advice(job: Job) -> str:
+    return f"To begin again: reducer run with --overwrite, or another --output and --reuse {job.output}"

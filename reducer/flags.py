@@ -1,0 +1,259 @@
+"""What the options of commands have in common, and how a command ends: errors and signals to exit codes."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import io
+import json
+import logging
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import click
+from click.core import ParameterSource
+
+from reducer.clusterspec import ClusterFile, ClusterSpec
+from reducer.config import STORAGE_OPTIONS
+from reducer.errors import InputError, ReducerError
+
+Command = Callable[..., None]
+
+
+class Terminated(BaseException):
+    """SIGTERM came; not caught by anything that handles errors."""
+
+
+def candidates_number(ctx: click.Context, param: click.Parameter, value: str) -> int | None:
+    """A whole number of 1 or more, or None for ``all``."""
+    if value == "all":
+        return None
+    if value.isdecimal() and int(value) >= 1:
+        return int(value)
+    raise click.BadParameter(f"{value!r} is neither a whole number of 1 or more nor 'all'")
+
+
+def read_cluster_file(ctx: click.Context, param: click.Parameter, value: str | None) -> ClusterSpec | None:
+    """Read ``--cluster``; what it says of the job becomes what flags are by default."""
+    if value is None:
+        return None
+    try:
+        file = ClusterFile.read(value)
+    except ReducerError as error:
+        end(f"Error: {error}", error.exit_code)
+    options = {option.name: option for option in ctx.command.params}
+    try:
+        # A run that is gone on with has its job already: only what opens its places is of use.
+        flags = {name: _as_flag(options[name], default) for name, default in file.job.items() if name in options}
+    except ReducerError as error:
+        end(f"Error: {value}: {error}", error.exit_code)
+    ctx.default_map = {**(ctx.default_map or {}), **flags}
+    return file.spec
+
+
+def _as_flag(option: click.Parameter, value: Any) -> Any:
+    """A value from YAML as the command line would give it."""
+    name = option.name
+    if isinstance(value, dict) and name in STORAGE_OPTIONS:
+        pairs = {key: json.dumps(v) if isinstance(v, bool | dict) else str(v) for key, v in value.items()}
+        return [f"{key}={v}" for key, v in pairs.items()]
+    if isinstance(value, list) and name == "labels":
+        text = io.StringIO()
+        csv.writer(text, lineterminator="").writerow(value)
+        return text.getvalue()
+    expected = "keys with values" if name in STORAGE_OPTIONS else "one value"
+    if getattr(option, "is_flag", False):
+        if isinstance(value, bool):
+            return value
+        expected = "true or false"
+    elif not isinstance(value, dict | list | bool) and name not in STORAGE_OPTIONS:
+        return str(value)
+    raise InputError(f"job: {name} is a {type(value).__name__}: expected {expected}")
+
+
+def exit_codes(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn errors and signals into the exit codes that scripts go by.
+
+    Done here and not left to click, which turns Ctrl-C into exit code 1, also under ``dask reducer``.
+    """
+
+    def on_sigterm(signum: int, frame: object) -> NoReturn:
+        raise Terminated
+
+    @functools.wraps(command)
+    def wrapped(**kwargs: Any) -> None:
+        before = signal.signal(signal.SIGTERM, on_sigterm)
+        try:
+            command(**kwargs)
+        except ReducerError as error:
+            end(f"Error: {error}", error.exit_code)
+        except KeyboardInterrupt:
+            end(_stopped(kwargs), 130)
+        except Terminated:
+            end(_stopped(kwargs), 143)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    return wrapped
+
+
+def end(message: str, code: int) -> NoReturn:
+    click.echo(message, err=True)
+    sys.exit(code)
+
+
+def _stopped(kwargs: dict[str, Any]) -> str:
+    """What a person who stopped a command should know."""
+    path = kwargs.get("output") if "images" in kwargs else kwargs.get("run")
+    if path is None:
+        return "Stopped."
+    from reducer.places import Place, parse_options
+    from reducer.store import RunFolder
+
+    folder = RunFolder(Place(path, parse_options("", kwargs.get("output_storage_options", ()))))
+    if not folder.is_run():
+        return "Stopped before the first photo was hashed; nothing was written."
+    found = folder.read_summary()
+    if found.get("status") == "done":
+        return f"Stopped; the run in {folder.path} is an earlier one and whole."
+    return (
+        f"Stopped. The photos hashed so far ({found.get('photos_read', 0)} of {found.get('photos_to_read')}) are kept "
+        f"in {folder.images}; the reduced list is not written yet. To go on: reducer resume {folder.path}"
+    )
+
+
+def where_it_runs(command: Command) -> Command:
+    """The options of commands that need a cluster."""
+    for option in (
+        click.option("--threads", type=int, help="Threads a worker.  [default: 1]"),
+        click.option("--workers", type=int, help="Worker processes; 0 runs in this process.  [default: usable CPUs]"),
+        click.option(
+            "--cluster",
+            metavar="FILE",
+            is_eager=True,
+            callback=read_cluster_file,
+            help="Run on the cluster that this YAML file describes. What it says under 'job' are defaults; flags win.",
+        ),
+        click.option(
+            "--address", metavar="URL", help="Run on the Dask scheduler at this address, e.g. tcp://10.0.0.1:8786."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def spec_of(cluster: ClusterSpec | None, address: str | None, workers: int | None, threads: int | None) -> ClusterSpec:
+    """Where to run, from the options of `where_it_runs`."""
+    if source_of("cluster") is ParameterSource.DEFAULT_MAP and (address, workers, threads) != (None, None, None):
+        cluster = None  # scripts/run_cluster.py names a file for those who say nothing else
+    if address is not None and cluster is not None:
+        raise click.UsageError("--address and --cluster exclude each other: give one")
+    if cluster is not None and (workers is not None or threads is not None):
+        raise click.UsageError("--cluster says where to run: leave --workers and --threads out")
+    return cluster or ClusterSpec(workers=workers, threads=threads, address=address)
+
+
+def what_opens_photos(command: Command) -> Command:
+    """Storage options of IMAGES and --manifest."""
+    for option in (
+        click.option(
+            "--manifest-storage-option",
+            "manifest_storage_options",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="The same for --manifest.",
+        ),
+        click.option(
+            "--storage-option",
+            "storage_options",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="How the URL of IMAGES is opened, such as endpoint_url=http://127.0.0.1:9000; may be given often. "
+            "Without key and secret, the usual AWS credentials are looked for; anon=true for a public bucket.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def what_opens_the_run(command: Command) -> Command:
+    """Storage options of the run folder."""
+    option = click.option(
+        "--output-storage-option",
+        "output_storage_options",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="How the URL of RUN is opened, as --storage-option of `reducer run` says for IMAGES.",
+    )
+    return option(command)
+
+
+def parsed_storage(given: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The storage options among a command's."""
+    from reducer.places import parse_options
+
+    return {
+        name: parse_options("--" + name.removesuffix("s").replace("_", "-"), given[name])
+        for name in STORAGE_OPTIONS
+        if name in given
+    }
+
+
+def how_much_is_told(command: Command) -> Command:
+    """How much a command says."""
+    for option in (
+        click.option(
+            "--log-level",
+            type=click.Choice(["debug", "info", "warning", "error"]),
+            default="warning",
+            show_default=True,
+            help="What Reducer logs to stderr, and Dask for a LocalCluster that the run starts.",
+        ),
+        click.option("--quiet", is_flag=True, help="Print errors only."),
+    ):
+        command = option(command)
+    return command
+
+
+def which_are_kept(command: Command) -> Command:
+    """The filters and budgets."""
+    for option in (
+        click.option(
+            "--min-per-label",
+            type=int,
+            metavar="M",
+            help="Photos that every label gets first of --total or --max-bytes.  [default: 1]",
+        ),
+        click.option(
+            "--max-bytes",
+            metavar="SIZE",
+            help="Photos of at most so many bytes of all labels, such as 20GB (20 x 10^9): the most different first.",
+        ),
+        click.option("--total", type=int, metavar="N", help="At most so many photos of all labels: likewise."),
+        click.option(
+            "--min-distance",
+            type=float,
+            metavar="BITS",
+            help="Of each label only the first photo, and those at least so far from all that come before them.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def source_of(name: str) -> ParameterSource | None:
+    """Where the value of an option comes from."""
+    return click.get_current_context().get_parameter_source(name)
+
+
+def log_to_stderr(level: str, quiet: bool = False) -> None:
+    """Log what is of this level or above; `quiet` leaves warnings out unless they are asked for."""
+    level = "error" if quiet and level == "warning" else level
+    logger = logging.getLogger("reducer")
+    logger.setLevel(level.upper())
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+        logger.addHandler(handler)

@@ -1,0 +1,224 @@
+"""One request for a photo in a store, or for how it is there: what may pass is told from what will not."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from reducer.hashing import OUT_OF_MEMORY, PhotoError
+from reducer.places import Place, Source, is_refused, obstore_at
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+
+@dataclass(frozen=True)
+class PhotoFile:
+    """A photo's bytes and what the place it lies in knows of it.
+
+    Attributes
+    ----------
+    content : bytes
+        The whole file.
+    mtime_ns : int or None
+        Time of its last change, nanoseconds since 1970 UTC.
+    etag : str or None
+        Entity tag of an object in a store.
+    """
+
+    content: bytes
+    mtime_ns: int | None
+    etag: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FileState:
+    """How a file was when it was read: whatever changes it changes one of these.
+
+    Attributes
+    ----------
+    bytes : int or None
+        Its size.
+    mtime_ns, etag
+        As for `PhotoFile`.
+    """
+
+    bytes: int | None
+    mtime_ns: int | None
+    etag: str | None
+
+
+class Transient(Exception):
+    """A request failed for a reason that may pass."""
+
+
+class _Clients:
+    """File systems of one process, made once, since that takes longer than it seems."""
+
+    def __init__(self) -> None:
+        self.connecting = asyncio.Lock()
+        self._systems: dict[str, AbstractFileSystem] = {}
+
+    def open(self, place: Place) -> tuple[AbstractFileSystem, str]:
+        """The file system, and the path in it."""
+        key = json.dumps([place.path.partition("://")[0], place.options], sort_keys=True, default=repr)
+        system = self._systems.get(key)
+        if system is None:
+            # Attempts are counted by who asks, not in the client too.
+            system = self._systems[key] = place.open(attempts=1)[0]
+        return system, system._strip_protocol(place.path)
+
+
+@lru_cache(maxsize=1)
+def _clients() -> _Clients:
+    return _Clients()
+
+
+Room = Callable[[int], Awaitable[None]]
+
+
+async def fetch(path: str, source: Source, room: Room) -> PhotoFile:
+    """One attempt to read a URL."""
+    place = Place(path, source.options)
+    if not place.on_s3:
+        get = _fetch_fsspec
+    elif source.reader == "obstore":
+        get = _fetch_obstore
+    else:
+        get = _fetch_s3fs
+    with _failures_of(place):
+        return await get(place, room)
+
+
+@contextmanager
+def _failures_of(place: Place) -> Iterator[None]:
+    """Turn what goes wrong with a request, and will not pass, into the photo's failure."""
+    try:
+        yield
+    except (PhotoError, Transient):
+        raise
+    except FileNotFoundError:
+        raise PhotoError("missing", "no such object") from None
+    except MemoryError:
+        raise PhotoError(OUT_OF_MEMORY, "reading it takes more than there is") from None
+    except Exception as error:
+        if is_refused(error):
+            raise PhotoError("unreadable", f"access is refused ({place.safe(error)})") from None
+        raise PhotoError("unreadable", place.safe(error)) from None
+
+
+@contextmanager
+def _s3fs_failures(place: Place) -> Iterator[None]:
+    """Tell what may pass from what will not, where s3fs's own client fails."""
+    import aiohttp
+    import botocore.exceptions as botocore
+    from s3fs.errors import translate_boto_error
+
+    try:
+        yield
+    except botocore.ClientError as error:
+        status = error.response["ResponseMetadata"]["HTTPStatusCode"]
+        if status >= 500 or status in (408, 429) or error.response["Error"].get("Code") == "RequestTimeout":
+            raise Transient(place.safe(error)) from None
+        raise translate_boto_error(error) from None
+    except (botocore.HTTPClientError, botocore.ConnectionError, aiohttp.ClientError, OSError) as error:
+        raise Transient(place.safe(error)) from None
+
+
+async def _s3fs_client(place: Place) -> tuple[Any, dict[str, str]]:
+    """s3fs's own client, and how it is told of an object."""
+    system, path = _clients().open(place)
+    bucket, key, _ = system.split_path(path)
+    async with _clients().connecting:  # one at a time: the first makes the client
+        await system.set_session()
+    return await system.get_s3(bucket), {"Bucket": bucket, "Key": key}
+
+
+async def _fetch_s3fs(place: Place, room: Room) -> PhotoFile:
+    """One GET, by s3fs's own client: its ``cat_file`` asks for the size first, and has retries of its own."""
+    with _s3fs_failures(place):
+        client, where = await _s3fs_client(place)
+        answer = await client.get_object(**where)
+        async with answer["Body"] as body:
+            await room(answer["ContentLength"])
+            content = await body.read()
+    if len(content) != answer["ContentLength"]:
+        raise Transient(f"{len(content)} of {answer['ContentLength']} bytes came")
+    return PhotoFile(content, _nanoseconds(answer["LastModified"]), answer["ETag"].strip('"'))
+
+
+async def _head_s3fs(place: Place) -> FileState:
+    with _s3fs_failures(place):
+        client, where = await _s3fs_client(place)
+        answer = await client.head_object(**where)
+    return FileState(answer["ContentLength"], _nanoseconds(answer["LastModified"]), answer["ETag"].strip('"'))
+
+
+@contextmanager
+def _obstore_failures(place: Place) -> Iterator[tuple[Any, str]]:
+    """obstore's store and an object's key in it; what may pass is told from what will not."""
+    from obstore.exceptions import GenericError
+
+    bucket, _, key = place.path.partition("://")[2].partition("/")
+    try:
+        yield obstore_at(bucket, place.options), key
+    except GenericError as error:
+        raise Transient(place.safe(error)) from None
+
+
+async def _fetch_obstore(place: Place, room: Room) -> PhotoFile:
+    import obstore
+
+    with _obstore_failures(place) as (store, key):
+        answer = await obstore.get_async(store, key)
+        await room(answer.meta["size"])
+        content = bytes(await answer.bytes_async())
+    state = _obstore_state(answer.meta)
+    return PhotoFile(content, state.mtime_ns, state.etag)
+
+
+async def _head_obstore(place: Place) -> FileState:
+    import obstore
+
+    with _obstore_failures(place) as (store, key):
+        return _obstore_state(await obstore.head_async(store, key))
+
+
+def _obstore_state(meta: Mapping[str, Any]) -> FileState:
+    etag = meta["e_tag"]
+    return FileState(meta["size"], _nanoseconds(meta["last_modified"]), etag and etag.strip('"'))
+
+
+async def _fetch_fsspec(place: Place, room: Room) -> PhotoFile:
+    """Any other file system that fsspec knows; only the bytes can be told alike of them all."""
+    system, path = _clients().open(place)
+    if system.async_impl:
+        content = await system._cat_file(path)
+    else:
+        content = await asyncio.to_thread(system.cat_file, path)
+    await room(len(content))
+    return PhotoFile(content, None)
+
+
+def _nanoseconds(moment: datetime) -> int:
+    """Since 1970 UTC; stores know whole seconds, or milliseconds."""
+    return 1_000_000 * round(1000 * moment.timestamp())
+
+
+async def is_unchanged(path: str, state: FileState, source: Source) -> bool:
+    """One attempt to ask a store."""
+    place = Place(path, source.options)
+    if not place.on_s3:  # not all others tell
+        return False
+    head = _head_obstore if source.reader == "obstore" else _head_s3fs
+    with _failures_of(place):
+        now = await head(place)
+    if state.etag is not None:
+        return (now.bytes, now.etag) == (state.bytes, state.etag)
+    return (now.bytes, now.mtime_ns) == (state.bytes, state.mtime_ns)

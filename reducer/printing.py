@@ -1,0 +1,232 @@
+"""What commands print."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from reducer.clusterspec import ClusterSpec
+from reducer.config import Job
+from reducer.errors import TooManyFailuresError
+from reducer.places import Place
+
+if TYPE_CHECKING:
+    from reducer.cutting import CutResult
+    from reducer.progress import Status
+    from reducer.story import Story
+
+
+def print_forecast(job: Job, spec: ClusterSpec, sample: int) -> None:
+    """What a dry run finds.
+
+    Raises
+    ------
+    TooManyFailuresError
+        If all photos of the sample have failed.
+    """
+    from reducer.dryrun import forecast
+
+    found = forecast(job, spec, sample=sample)
+    if found.bytes_to_read is None:
+        size = "of unknown size"
+    else:
+        size = f"{'about ' if found.bytes_estimated else ''}{as_size(found.bytes_to_read)}"
+    click.echo(f"labels:         {found.labels:,}, of which {found.labels_to_rank:,} are ranked")
+    click.echo(f"photos:         {found.photos:,}, of which {found.photos_kept_unread:,} are kept unread")
+    click.echo(f"photos to read: {found.photos_to_read:,}, {size}")
+    more = " or more: the cluster's worker threads decide" if found.threads is None else ""
+    click.echo(f"partitions:     {found.partitions:,}{more}")
+    click.echo(f"largest label:  {found.largest_label} with {found.largest_label_photos:,} photos")
+    if found.sample_failed:
+        click.echo(f"sample:         {found.sample_failed} of {found.sampled} photos failed: {found.sample_failure}")
+    if found.sampled and found.sample_failed == found.sampled:
+        raise TooManyFailuresError(
+            f"all {found.sampled} photos of the sample have failed: check IMAGES, --path-template or --path-column"
+        )
+    if found.thread_seconds is not None:
+        if found.threads is None:
+            where = "on one worker thread; divide by those of the cluster"
+        else:
+            where = f"on {found.threads} worker thread{'s' if found.threads > 1 else ''}"
+        click.echo(f"time:           about {as_duration(found.thread_seconds / (found.threads or 1))} {where}")
+    click.echo("Nothing was written.")
+
+
+def print_result(place: Place, quiet: bool) -> None:
+    """What a run has come to, if it is done."""
+    from reducer.store import RunFolder
+
+    output = place.path
+    summary = RunFolder(place).read_summary()
+    if quiet or summary["status"] != "done":
+        return
+    quality, timings = summary["quality"], summary["timings"]
+    lists = {"csv": "reduced.csv", "parquet": "reduced.parquet", "both": "reduced.csv and reduced.parquet"}[
+        summary["job"]["format"]
+    ]
+    click.echo(
+        f"Kept {summary['photos_kept']:,} of {summary['photos']:,} photos, {summary['labels']:,} labels "
+        f"({summary['labels_ranked']:,} ranked, the others are kept whole)"
+    )
+    unknown = summary["photos_left_out_of_unknown_size"]
+    click.echo(
+        f"Left out: {as_size(summary['bytes_left_out'])}"
+        + (f" and {unknown:,} photos that were not read" if unknown else "")
+    )
+    _print_quality(quality)
+    if summary["photos_read"]:
+        now = summary["photos_read_this_time"]
+        earlier = f", {now:,} of them now" if now < summary["photos_read"] else ""
+        click.echo(
+            f"Read {summary['photos_read']:,} photos, {as_size(summary['bytes_read'])}{earlier}, in "
+            f"{as_duration(timings['hash_seconds'])} ({summary['photos_per_second'] or 0:,} photos/s); starting the "
+            f"cluster took {as_duration(timings['cluster_start_seconds'])}"
+        )
+    if summary["photos_reused"]:
+        click.echo(f"Not read again, since they are as they were: {summary['photos_reused']:,} photos")
+    left_out = {
+        "min-distance": "too near to others (--min-distance)",
+        "budget": "beyond the budget",
+        "flat": "without detail",
+        "avoided": "near a photo to avoid",
+    }
+    for reason, what in left_out.items():
+        if summary["reasons"].get(reason):
+            click.echo(f"Not kept, {what}: {summary['reasons'][reason]:,} photos (reason {reason!r})")
+    if summary["failures"]:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in summary["failures"].items())
+        click.echo(
+            f"Failed: {kinds} (the column error of {output}/images says more; reducer resume "
+            f"{output} --retry-failed reads them again)"
+        )
+    manifest = summary["manifest"]
+    if manifest["duplicate_rows"]:
+        click.echo(f"Duplicate rows of the manifest left out: {manifest['duplicate_rows']:,}")
+    if manifest["ids_under_several_labels"]:
+        shown = ", ".join(manifest["ids_under_several_labels_examples"])
+        click.echo(
+            f"Ids under more than one label (kept under each): {manifest['ids_under_several_labels']:,}: {shown}"
+        )
+    for why, count in manifest["skipped_files"].items():
+        click.echo(f"Skipped in IMAGES: {count:,} x {why}")
+    for what, name in (
+        ("To be kept always, but failed", "always_keep_failed"),
+        ("Labels left with no photo", "labels_without_photos"),
+        ("Labels with fewer than --keep photos though some were not drawn (raise --candidates)", "labels_short"),
+    ):
+        if names := summary[name]:
+            click.echo(f"{what}: {len(names):,}: {', '.join(names[:5])}{' ...' if names[5:] else ''}")
+    if "cross_label_pairs" in summary:
+        click.echo(
+            f"Near copies under different labels: {summary['cross_label_pairs']:,} pairs (cross_label.parquet), in "
+            f"{as_duration(timings['cross_label_seconds'])}"
+        )
+    click.echo(f"Results: {output}{os.sep} ({lists}, images{os.sep}, summary.json)")
+
+
+def print_cut(result: CutResult, output: str) -> None:
+    """What a cut has come to."""
+    unknown = result.photos_of_unknown_size
+    click.echo(
+        f"Kept {result.photos:,} photos of {result.labels:,} labels, {as_size(result.bytes)}"
+        + (f" and {unknown:,} photos that were not read" if unknown else "")
+    )
+    if result.smallest_distance is not None:
+        click.echo(f"The smallest insertion distance kept is {result.smallest_distance:g} bits")
+    rules = result.rules
+    if rules.has_budget:
+        budget = f"{rules.total:,} photos" if rules.total is not None else as_size(int(rules.max_bytes or 0))
+        used = result.photos / rules.total if rules.total is not None else result.bytes / int(rules.max_bytes or 1)
+        went = "" if result.reached is None else f"; it went down to an effective distance of {result.reached:g} bits"
+        click.echo(f"Of the budget of {budget}, {int(100 * used)} % is used{went}")
+    left_out = ", ".join(f"{count:,} {why}" for why, count in result.reasons.items() if not why.startswith("kept"))
+    click.echo(f"Left out: {left_out or 'none'}")
+    click.echo(f"List: {output}")
+
+
+def print_story(story: Story) -> None:
+    """One photo of one label."""
+    row = story.row
+    click.echo(f"photo:        {row['id']} ({row['path']})")
+    if row["width"] is not None:
+        what = f"{row['width']} x {row['height']} {row['format']}, {as_size(row['bytes'])}, hash {row['hash']}"
+        click.echo(f"file:         {what}")
+    click.echo(f"label:        {row['label']}, {story.label_photos:,} photos, of which {story.label_kept:,} are kept")
+    if row["rank"] is not None:
+        far = "" if row["rank"] == 0 else f", {row['insertion_distance']:g} bits from the nearest of those before it"
+        click.echo(f"rank:         {row['rank']} of {story.label_ranked:,} (the first is 0){far}")
+    click.echo(f"kept:         {'yes' if row['kept'] else 'no'}, {row['reason']}: {story.why}")
+    if row["error"] is not None:
+        click.echo(f"error:        {row['error']}")
+    if story.nearest is not None:
+        near = story.nearest
+        click.echo(
+            f"nearest kept: {near['id']} ({near['path']}), {row['nearest_kept_distance']:g} bits away"
+            + (" (a near copy)" if row["nearest_kept_distance"] <= story.near_copy_bits else "")
+        )
+    for other in story.other_labels:
+        click.echo(f"like:         {other['id']} of label {other['label']}, {other['distance']:g} bits away")
+
+
+def print_status(status: Status) -> None:
+    """How far a run is."""
+    click.echo(f"state:      {status.state}")
+    click.echo(
+        f"done:       {status.done:,} of {status.to_read:,} photos, {status.partitions_done:,} of "
+        f"{status.partitions:,} partitions"
+    )
+    ahead = "" if status.seconds_left is None else f", about {as_duration(status.seconds_left)} at this rate"
+    click.echo(f"left:       {status.to_read - status.done:,} photos{ahead}")
+    if status.reused:
+        click.echo(f"reused:     {status.reused:,} photos, from an earlier run")
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in status.failures.items())
+    click.echo(f"failed:     {sum(status.failures.values()):,}{f' ({kinds})' if kinds else ''}")
+    click.echo(f"rate:       {'not known' if status.rate is None else f'{status.rate:,} photos/s'}")
+
+
+def _print_quality(quality: dict[str, Any]) -> None:
+    selection, random = quality["selection"], quality["random"]
+    if not selection["pairs"]:
+        return
+    lines = [
+        ("smallest pair distance, mean over labels", "mean_smallest_pair_distance"),
+        ("mean pair distance", "mean_pair_distance"),
+        (f"near-copy pairs (at most {quality['near_copy_bits']} bits)", "near_copy_pairs"),
+        ("mean distance to the nearest kept photo", "mean_nearest_kept_distance"),
+        ("the largest such distance, mean over labels", "mean_coverage_radius"),
+        ("the largest such distance of all", "worst_coverage_radius"),
+    ]
+    title = f"Distances in bits, of {quality['bits']}"
+    click.echo(f"{title:<48}{'kept':>10}{'random':>10}")
+    for what, name in lines:
+        digits = ",.1f" if name.startswith("mean") else ",d"
+        click.echo(f"  {what:<46}{selection[name]:>10{digits}}{random[name]:>10{digits}}")
+    found = quality["certificate"]
+    if found:
+        click.echo(
+            f"Certificate: the smallest pair distance is at least {_percent(found['mean'])} of what any choice of the "
+            f"photos read could reach (mean over {found['labels']:,} labels; the worst {_percent(found['worst'])})"
+        )
+
+
+def _percent(share: float) -> str:
+    """Rounded down: what is "at least" so much must be so."""
+    return f"{round(1000 * share) // 10} %"
+
+
+def as_size(count: int) -> str:
+    """A number of bytes as people write it (20 GB = 20 x 10^9 bytes)."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} bytes"
+
+
+def as_duration(seconds: float) -> str:
+    """A time as people say it."""
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,0 +1,147 @@
+"""What earlier looks at photos gave, put beside the rows of a plan."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from reducer.config import Job
+from reducer.environment import Environment, compare_with
+from reducer.errors import InputError
+from reducer.fingerprint import Fingerprint
+from reducer.rules import flag
+from reducer.schemas import FLAT, KNOWN_SCHEMA
+from reducer.store import RunFolder
+
+log = logging.getLogger("reducer")
+
+#: Settings that must be equal for hashes to be the same.
+HASH_SETTINGS = ("hash", "hash_size", "decode", "exif_orientation")
+#: Where the columns of `KNOWN_SCHEMA` come from in the ledger.
+LEDGER_NAMES = {name: name.removeprefix("known_") for name in KNOWN_SCHEMA.names}
+KEY = ("id", "path")
+
+
+class Reuse:
+    """What is taken from an earlier run.
+
+    Parameters
+    ----------
+    job : Job
+        Whose ``reuse`` names it.
+
+    Attributes
+    ----------
+    known : pyarrow.Table
+        From `as_known`.
+
+    Raises
+    ------
+    InputError
+        If it is no run, or its hashes are not what this job would find.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        where = f"--reuse {job.reuse}"
+        folder = RunFolder(job.reuse_place)
+        summary = folder.summary()
+        saved = folder.read_plan()
+        if saved is None:
+            raise InputError(f"{where} has no plan.parquet, which tells how its photos were hashed: leave --reuse out")
+        plan, terms = saved
+        self.fingerprint = Fingerprint.from_dict(terms["fingerprint"])
+        theirs = self.fingerprint.settings
+        for name in HASH_SETTINGS:
+            if theirs[name] != getattr(job, name):
+                raise InputError(
+                    f"{where} has {flag(name)} {theirs[name]}, this run {getattr(job, name)}: its hashes would not be "
+                    f"this run's. Give {flag(name)} {theirs[name]}, or leave --reuse out"
+                )
+        if job.drop_flat and not theirs["drop_flat"]:
+            raise InputError(f"{where} was run without --drop-flat: which photos are flat is not known. Leave it out")
+        ledger = folder.ledger(ledger_columns())
+        if theirs["max_pixels"] > job.max_pixels:
+            # How many pixels are decoded is not always told by width and height.
+            raise InputError(
+                f"{where} has --max-pixels {theirs['max_pixels']}, this run {job.max_pixels}: photos that it took may "
+                f"be too large now. Give --max-pixels {theirs['max_pixels']}, or leave --reuse out"
+            )
+        if job.drop_flat and theirs["always_keep"] is not None:
+            # Whether these are flat was not asked.
+            always = plan.filter(plan["always_keep"])["row"].to_numpy()
+            ledger = ledger.filter(pa.array(~np.isin(ledger["row"].to_numpy(), always)))
+        self.known = as_known(ledger)
+        if summary["status"] != "done":
+            log.warning("%s is not finished: what it has hashed so far is taken", where)
+
+    def check_environment(self, now: Environment) -> None:
+        """Refuse hashes of workers that hash otherwise.
+
+        Raises
+        ------
+        InputError
+            Naming what differs.
+        """
+        differs = compare_with(
+            self.fingerprint.environment, now, "this computer or cluster now", f"--reuse {self.job.reuse}"
+        )
+        if differs is not None:
+            raise InputError(f"{differs}, or leave --reuse out")
+
+
+def ledger_columns() -> list[str]:
+    """Columns of the ledger that `as_known` needs."""
+    return [*KEY, "row", "reason", *(name for name in LEDGER_NAMES.values() if name != "flat")]
+
+
+def as_known(ledger: pa.Table) -> pa.Table:
+    """What a ledger knows of the photos that it has a hash of.
+
+    Parameters
+    ----------
+    ledger : pyarrow.Table
+        Rows with `ledger_columns`.
+
+    Returns
+    -------
+    pyarrow.Table
+        ``id``, ``path`` and `KNOWN_SCHEMA`.
+    """
+    hashed = ledger.filter(pc.is_valid(ledger["hash"]))
+    columns = {name: hashed[name] for name in KEY}
+    for name, theirs in LEDGER_NAMES.items():
+        columns[name] = pc.equal(hashed["reason"], FLAT) if theirs == "flat" else hashed[theirs]
+    return pa.table(columns)
+
+
+def beside(rows: pa.Table, known: pa.Table) -> pa.Table:
+    """Put what is known of photos, by their id and path, beside rows of a plan.
+
+    Parameters
+    ----------
+    rows : pyarrow.Table
+        With ``id`` and ``path``.
+    known : pyarrow.Table
+        From `as_known`.
+
+    Returns
+    -------
+    pyarrow.Table
+        The rows with the columns of `KNOWN_SCHEMA`.
+    """
+    places = pc.index_in(_keys(rows), value_set=_keys(known))
+    for field in KNOWN_SCHEMA:
+        rows = rows.append_column(field, known[field.name].take(places).cast(field.type))
+    return rows
+
+
+def _keys(table: pa.Table) -> pa.ChunkedArray:
+    """One text a row for its id and path; large, since all of them may be more than one Arrow array of text holds."""
+    large = pa.large_string()
+    return pc.binary_join_element_wise(
+        *(table[name].cast(large) for name in KEY), pa.scalar("\0", large)
+    ).combine_chunks()

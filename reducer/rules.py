@@ -1,0 +1,88 @@
+"""Which of the ranked photos are kept: the rules. `reducer.selection` goes by them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from reducer.errors import InputError
+
+#: Photos of each label that a budget must leave room for.
+DEFAULT_MIN_PER_LABEL = 1
+
+
+@dataclass(frozen=True)
+class CutRules:
+    """Which of the ranked photos are kept, in order of meaning.
+
+    Attributes
+    ----------
+    min_distance : float, optional
+        First: of each label, rank 0 and the photos with at least this insertion distance, in bits.
+    keep : int, optional
+        Then: at most so many of these a label, by rank.
+    total, max_bytes : int, optional
+        Then a budget, at most one: so many photos, or bytes of photos (text such as ``20GB``, 20 x 10^9, or ``20GiB``
+        becomes a number), of all labels. Every label first gets
+        ``min_per_label``, the rest goes over all labels by effective distance: the smallest insertion distance among
+        the photos of the label that are left up to this one. It ends at the first photo that does not fit.
+    min_per_label : int, optional
+        With a budget; default 1.
+
+    Raises
+    ------
+    InputError
+        If a value is out of its range or two contradict each other.
+    """
+
+    min_distance: float | None = None
+    keep: int | None = None
+    total: int | None = None
+    max_bytes: int | str | None = None
+    min_per_label: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.max_bytes, str):
+            object.__setattr__(self, "max_bytes", _bytes_of(self.max_bytes))
+        for name in ("keep", "total", "max_bytes"):
+            check_count(name, getattr(self, name))
+        if self.min_distance is not None and not self.min_distance >= 0:
+            raise InputError(f"--min-distance is {self.min_distance!r}: expected a number of bits, 0 or more")
+        if self.total is not None and self.max_bytes is not None:
+            raise InputError("--total and --max-bytes exclude each other: give one budget")
+        if self.min_per_label is not None:
+            if not self.has_budget:
+                raise InputError("--min-per-label is what a budget leaves room for: give --total or --max-bytes too")
+            if not isinstance(self.min_per_label, int) or self.min_per_label < 0:
+                raise InputError(f"--min-per-label is {self.min_per_label!r}: expected a whole number of 0 or more")
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether photos compete with those of other labels."""
+        return self.total is not None or self.max_bytes is not None
+
+    @property
+    def guaranteed(self) -> int:
+        """Photos of each label that a budget must leave room for."""
+        return DEFAULT_MIN_PER_LABEL if self.min_per_label is None else self.min_per_label
+
+
+def _bytes_of(text: str) -> int:
+    from dask.utils import parse_bytes
+
+    try:
+        return int(parse_bytes(text))
+    except (ValueError, OverflowError):
+        raise InputError(
+            f"--max-bytes is {text!r}: expected a number of bytes such as 20GB (20 x 10^9), 500MB or 20GiB"
+        ) from None
+
+
+def check_count(name: str, value: object) -> None:
+    """Refuse what is no whole number of 1 or more; None will do."""
+    if value is not None and (not isinstance(value, int) or value < 1):
+        raise InputError(f"{flag(name)} is {value!r}: expected a whole number of 1 or more")
+
+
+def flag(name: str) -> str:
+    """A field's name as the command line writes it."""
+    return "--" + name.replace("_", "-")

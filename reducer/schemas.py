@@ -1,0 +1,144 @@
+"""Arrow schemas of the tables that cross a border between stages, and how tables travel."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+
+def _field(name: str, kind: pa.DataType, description: str, unit: str | None = None) -> pa.Field:
+    metadata = {"description": description}
+    if unit is not None:
+        metadata["unit"] = unit
+    return pa.field(name, kind, metadata=metadata)
+
+
+#: One row per photo of the manifest, as `reducer.manifest` returns it.
+MANIFEST_SCHEMA = pa.schema(
+    [
+        _field("row", pa.int64(), "position in the manifest, the first photo is 0"),
+        _field("id", pa.string(), "photo id, as written in the manifest"),
+        _field("label", pa.string(), "label, as written in the manifest"),
+        _field("path", pa.string(), "where the photo lies"),
+        _field("bytes", pa.int64(), "file size; null where it is not known", "bytes"),
+    ]
+)
+
+#: The rows to read.
+TASK_SCHEMA = pa.schema(
+    [*MANIFEST_SCHEMA, _field("always_keep", pa.bool_(), "whether the photo is ranked before all others of its label")]
+)
+
+#: What is known of a photo from an earlier look at it, in columns behind those of `TASK_SCHEMA`; null where nothing is.
+KNOWN_SCHEMA = pa.schema(
+    [
+        _field("known_hash", pa.string(), "perceptual hash in hex"),
+        _field("known_flat", pa.bool_(), "whether it shows next to nothing"),
+        _field("known_width", pa.int32(), "width as stored", "pixels"),
+        _field("known_height", pa.int32(), "height as stored", "pixels"),
+        _field("known_format", pa.string(), "file format"),
+        _field("known_bytes", pa.int64(), "file size", "bytes"),
+        _field("known_mtime", pa.timestamp("ns", tz="UTC"), "time of the file's last change"),
+        _field("known_etag", pa.string(), "entity tag of an object in a store"),
+    ]
+)
+
+#: The plan `RUN/plan.parquet`: one row per manifest row (after duplicates), sorted by (label, id).
+PLAN_SCHEMA = pa.schema(
+    [
+        *TASK_SCHEMA,
+        _field("partition", pa.int32(), "number of the part file that gets the photo; null if it is not read"),
+        _field("reason", pa.string(), "kept-small-label or not-sampled; null if it is read"),
+    ]
+)
+
+#: The ledger `RUN/images/part-*.parquet`: one row per manifest row (after duplicates).
+LEDGER_SCHEMA = pa.schema(
+    [
+        *MANIFEST_SCHEMA,
+        _field("width", pa.int32(), "width as stored, before any EXIF rotation", "pixels"),
+        _field("height", pa.int32(), "height as stored, before any EXIF rotation", "pixels"),
+        _field("format", pa.string(), "file format that Pillow found, whatever the file's name says"),
+        _field("mtime", pa.timestamp("ns", tz="UTC"), "time of the file's last change"),
+        _field("etag", pa.string(), "entity tag of an object in a store; null for local files"),
+        _field("shard", pa.string(), "tar shard that holds the photo; null for single files"),
+        _field("offset", pa.int64(), "where the photo starts in its shard", "bytes"),
+        _field("hash", pa.string(), "perceptual hash in hex, as str() of imagehash's; null if not hashed"),
+        _field("rank", pa.int32(), "place in the order of its label, the first is 0; null if not ranked"),
+        _field(
+            "insertion_distance",
+            pa.float64(),
+            "distance to the nearest photo of the label with a smaller rank; null for rank 0",
+            "bits",
+        ),
+        _field("nearest_kept", pa.string(), "id of the nearest kept photo of the label; itself if kept"),
+        _field("nearest_kept_distance", pa.float64(), "distance to nearest_kept", "bits"),
+        _field("kept", pa.bool_(), "whether the photo is in the reduced list"),
+        _field(
+            "reason",
+            pa.string(),
+            "kept, kept-small-label, beyond-keep, min-distance, budget, not-sampled, flat, avoided or failed",
+        ),
+        _field("error", pa.string(), "why the photo could not be read, one line; null if it could"),
+    ]
+)
+
+#: What a worker finds out; the other columns of the ledger never leave the client.
+FOUND_SCHEMA = pa.schema([field for field in LEDGER_SCHEMA if field.name not in ("row", "id", "label", "path")])
+
+KEPT = "kept"
+KEPT_SMALL_LABEL = "kept-small-label"
+BEYOND_KEEP = "beyond-keep"
+MIN_DISTANCE = "min-distance"
+BUDGET = "budget"
+NOT_SAMPLED = "not-sampled"
+FLAT = "flat"
+AVOIDED = "avoided"
+FAILED = "failed"
+
+#: Columns of `reduced.parquet` after the manifest's own two.
+REDUCED_COLUMNS = ("rank", "insertion_distance", "hash", "path", "bytes", "width", "height")
+
+
+def reduced_schema(id_column: str, label_column: str) -> pa.Schema:
+    """Schema of `reduced.parquet`: the manifest's own two columns, then `REDUCED_COLUMNS`.
+
+    One of the latter whose name the manifest uses for its id or label gets the prefix ``photo_``.
+
+    Parameters
+    ----------
+    id_column, label_column : str
+        What the manifest calls them.
+    """
+    own = (id_column, label_column)
+    extra = [LEDGER_SCHEMA.field(name) for name in REDUCED_COLUMNS]
+    return pa.schema(
+        [
+            LEDGER_SCHEMA.field("id").with_name(id_column),
+            LEDGER_SCHEMA.field("label").with_name(label_column),
+            *(field.with_name(f"photo_{field.name}") if field.name in own else field for field in extra),
+        ]
+    )
+
+
+def to_ipc(table: pa.Table) -> bytes:
+    """Pack a table into one compressed Arrow IPC stream.
+
+    The whole stream is compressed rather than each buffer, so that an id that stands again in its path costs less.
+    """
+    sink = pa.BufferOutputStream()
+    with (
+        pa.CompressedOutputStream(sink, "zstd") as compressed,
+        pa.ipc.new_stream(compressed, table.schema) as writer,
+    ):
+        writer.write_table(table)
+    packed: bytes = sink.getvalue().to_pybytes()
+    return packed
+
+
+def from_ipc(packed: bytes) -> pa.Table:
+    """Unpack what `to_ipc` packed."""
+    with (
+        pa.CompressedInputStream(pa.BufferReader(packed), "zstd") as stream,
+        pa.ipc.open_stream(stream) as reader,
+    ):
+        return reader.read_all()

@@ -1,0 +1,205 @@
+"""Which of the ranked photos are kept: filters and budgets over a ledger. Pure; reads no photo."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from reducer.errors import InputError
+from reducer.rules import CutRules
+from reducer.schemas import BEYOND_KEEP, BUDGET, KEPT, KEPT_SMALL_LABEL, MIN_DISTANCE
+from reducer.tables import text_ranks
+
+#: Columns of the ledger that decide.
+DECIDING = ("label", "rank", "insertion_distance", "bytes", "reason")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What is kept of a ledger.
+
+    Attributes
+    ----------
+    kept : ndarray of bool, shape (rows,)
+    reason : pyarrow.Array of string, shape (rows,)
+        As in the ledger, what the rules have changed included.
+    reached : float or None
+        With a budget: the effective distance of the last photo that it had room for beyond those guaranteed, in bits;
+        None where there is none.
+    """
+
+    kept: NDArray[np.bool_]
+    reason: pa.Array
+    reached: float | None
+
+
+@dataclass(frozen=True)
+class Unranked:
+    """Photos of labels that were not read, whose ranks or sizes some rules need.
+
+    Attributes
+    ----------
+    labels, photos : int
+        How many.
+    """
+
+    labels: int
+    photos: int
+
+
+class NeedsRanksError(InputError):
+    """Rules need what is not known of labels that were not read.
+
+    Attributes
+    ----------
+    unranked : Unranked
+        How many these are.
+    """
+
+    def __init__(self, unranked: Unranked) -> None:
+        self.unranked = unranked
+        super().__init__(
+            f"{unranked.labels:,} labels ({unranked.photos:,} photos) were kept whole and not read: their photos have "
+            "no rank"
+        )
+
+
+def select(ledger: pa.Table, rules: CutRules, always_keep: NDArray[np.bool_]) -> Selection:
+    """Choose from a ledger.
+
+    Parameters
+    ----------
+    ledger : pyarrow.Table
+        Whole labels, in any order, with the columns `DECIDING`. What was kept before does not matter.
+    rules : CutRules
+        The rules.
+    always_keep : ndarray of bool, shape (rows,)
+        Photos that are kept whatever the distance and the budget; only ``keep`` limits them.
+
+    Returns
+    -------
+    Selection
+
+    Raises
+    ------
+    NeedsRanksError
+        If the rules need ranks or sizes of photos that were not read.
+    InputError
+        If a budget is under what is guaranteed.
+    """
+    reason = ledger["reason"].combine_chunks()
+    small = pc.equal(reason, KEPT_SMALL_LABEL).to_numpy(zero_copy_only=False)
+    rank = pc.fill_null(ledger["rank"], -1).to_numpy().astype(np.int64)
+    label = text_ranks(ledger["label"])
+    insertion = pc.fill_null(ledger["insertion_distance"], np.inf).to_numpy()
+    size = pc.fill_null(ledger["bytes"], -1).to_numpy()
+    _refuse_unranked(rules, label, small, size)
+
+    candidates = np.flatnonzero((rank >= 0) | small)
+    candidates = candidates[np.lexsort((rank[candidates], label[candidates]))]
+    code = np.full(len(rank), _KEPT, dtype=np.int8)
+
+    if rules.min_distance is not None:
+        far = (rank[candidates] <= 0) | (insertion[candidates] >= rules.min_distance) | always_keep[candidates]
+        code[candidates[~far]] = _MIN_DISTANCE
+        candidates = candidates[far]
+    if rules.keep is not None:
+        beyond = _place_in_group(label[candidates]) >= rules.keep
+        code[candidates[beyond]] = _BEYOND_KEEP
+        candidates = candidates[~beyond]
+    reached = None
+    if rules.has_budget:
+        own = np.ones(len(candidates), dtype=np.int64) if rules.total is not None else size[candidates]
+        fits, reached = _fit(
+            rules, label[candidates], insertion[candidates], rank[candidates], own, always_keep[candidates]
+        )
+        code[candidates[~fits]] = _BUDGET
+        candidates = candidates[fits]
+
+    kept = np.zeros(len(rank), dtype=bool)
+    kept[candidates] = True
+    changed = pa.array(["", MIN_DISTANCE, BEYOND_KEEP, BUDGET]).take(pa.array(code))
+    chosen = pc.if_else(pa.array(small), KEPT_SMALL_LABEL, KEPT)
+    reason = pc.if_else(pa.array(kept), chosen, pc.if_else(pa.array(code == _KEPT), reason, changed))
+    return Selection(kept, reason, reached)
+
+
+_KEPT, _MIN_DISTANCE, _BEYOND_KEEP, _BUDGET = range(4)
+
+
+def _refuse_unranked(
+    rules: CutRules, label: NDArray[np.int64], small: NDArray[np.bool_], size: NDArray[np.int64]
+) -> None:
+    """Refuse rules that drop some photos of a label that was not read, or count bytes that are not known."""
+    if not small.any():
+        return
+    photos = np.bincount(label[small], minlength=int(label.max()) + 1)
+    whole = np.full(len(photos), np.iinfo(np.int64).max)  # a label of at most so many photos stays whole
+    if rules.min_distance is not None:
+        whole = np.minimum(whole, 1)
+    if rules.keep is not None:
+        whole = np.minimum(whole, rules.keep)
+    if rules.has_budget:
+        whole = np.minimum(whole, rules.guaranteed)
+    needed = photos > whole
+    if rules.max_bytes is not None:
+        needed |= np.bincount(label[small & (size < 0)], minlength=len(photos)) > 0
+    if needed.any():
+        raise NeedsRanksError(Unranked(int(needed.sum()), int(photos[needed].sum())))
+
+
+def _fit(
+    rules: CutRules,
+    label: NDArray[np.int64],
+    insertion: NDArray[np.float64],
+    rank: NDArray[np.int64],
+    size: NDArray[np.int64],
+    always_keep: NDArray[np.bool_],
+) -> tuple[NDArray[np.bool_], float | None]:
+    """Which photos a budget has room for; photos are sorted by (label, rank)."""
+    budget = rules.total if rules.total is not None else rules.max_bytes
+    assert isinstance(budget, int)
+    fits = (_place_in_group(label) < rules.guaranteed) | always_keep
+    least = int(size[fits].sum())
+    if least > budget:
+        flag = "--total" if rules.total is not None else "--max-bytes"
+        labels = len(np.unique(label))
+        always = f" and {int(always_keep.sum()):,} photos that are always kept" if always_keep.any() else ""
+        raise InputError(
+            f"{flag} {budget} is under what is guaranteed, {rules.guaranteed} of each of {labels:,} labels "
+            f"(--min-per-label){always}: give at least {flag} {least}"
+        )
+    effective = _running_minimum(label, np.where(rank <= 0, np.inf, insertion))
+    rest = np.flatnonzero(~fits)
+    rest = rest[np.lexsort((label[rest], rank[rest], -effective[rest]))]
+    over = np.cumsum(size[rest]) > budget - least
+    room = int(np.argmax(over)) if over.any() else len(rest)
+    fits[rest[:room]] = True
+    return fits, float(effective[rest[room - 1]]) if room else None
+
+
+def _place_in_group(group: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Place of each row in its group, the first is 0; equal groups stand together."""
+    own = np.arange(len(group))
+    starts = np.flatnonzero(np.concatenate([[True], group[1:] != group[:-1]])) if len(group) else own
+    return own - np.repeat(starts, np.diff(np.concatenate([starts, [len(group)]])))
+
+
+def _running_minimum(group: NDArray[np.int64], values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The smallest value so far in each group; equal groups stand together.
+
+    By doubling steps, as a parallel prefix sum goes: after step k each row knows the smallest of the 2 ** k rows up to
+    it.
+    """
+    found = values.copy()
+    place = _place_in_group(group)
+    step = 1
+    while step <= (place.max() if len(place) else 0):
+        earlier = np.flatnonzero(place >= step)
+        found[earlier] = np.minimum(found[earlier], found[earlier - step])
+        step *= 2
+    return found

@@ -1,0 +1,135 @@
+"""The story of one photo, from the ledger of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+
+from reducer.config import near_copy_bits
+from reducer.errors import InputError
+from reducer.places import Place
+from reducer.schemas import (
+    AVOIDED,
+    BEYOND_KEEP,
+    BUDGET,
+    FAILED,
+    FLAT,
+    KEPT,
+    KEPT_SMALL_LABEL,
+    MIN_DISTANCE,
+    NOT_SAMPLED,
+)
+from reducer.store import RunFolder
+
+
+@dataclass(frozen=True)
+class Story:
+    """What a run made of one photo under one label.
+
+    Attributes
+    ----------
+    row : dict
+        Its row of the ledger.
+    why : str
+        What its reason means here.
+    label_photos, label_ranked, label_kept : int
+        Photos of its label, those with a rank, and the kept ones.
+    nearest : dict or None
+        ``id`` and ``path`` of the kept photo nearest to it; None if it is kept, or none is known.
+    near_copy_bits : int
+        At most so far apart, in bits, two photos are near copies.
+    other_labels : list of dict
+        ``id``, ``label`` and ``distance`` of photos of other labels that are near copies, as far as
+        ``cross_label.parquet`` tells.
+    """
+
+    row: dict[str, Any]
+    why: str
+    label_photos: int
+    label_ranked: int
+    label_kept: int
+    nearest: dict[str, Any] | None
+    near_copy_bits: int
+    other_labels: list[dict[str, Any]] = field(default_factory=list)
+
+
+def explain(run: Path | str, photo: str, *, storage_options: Mapping[str, Any] | None = None) -> list[Story]:
+    """Tell what a run made of a photo.
+
+    Parameters
+    ----------
+    run : path
+        The run folder, a local path or a URL; what an unfinished run has written so far counts.
+    photo : str
+        The photo's id.
+    storage_options : mapping, optional
+        What opens ``run`` where it is a URL.
+
+    Returns
+    -------
+    list of Story
+        One for each label that the id stands under, at least one.
+
+    Raises
+    ------
+    InputError
+        If it is no run folder, or the photo is not in its ledger.
+    """
+    folder = RunFolder(Place(str(run), storage_options or {}))
+    summary = folder.summary()
+    own = folder.ledger(where=pc.field("id") == photo)
+    if not own.num_rows:
+        raise InputError(_missing(folder, summary, photo))
+    labels = folder.ledger(where=pc.field("label").isin(pc.unique(own["label"])))
+    pairs = folder.cross_label_of(photo)
+    stories = []
+    for row in own.to_pylist():
+        label = labels.filter(pc.equal(labels["label"], row["label"]))
+        nearest = None
+        if not row["kept"] and row["nearest_kept"] is not None:
+            found = label.filter(pc.equal(label["id"], row["nearest_kept"])).select(["id", "path"])
+            nearest = found.to_pylist()[0]
+        ranked = len(label) - label["rank"].null_count
+        kept = pc.sum(label["kept"]).as_py()
+        stories.append(
+            Story(
+                row=row,
+                why=_why(row, summary["job"], len(label), ranked, str(run)),
+                label_photos=len(label),
+                label_ranked=ranked,
+                label_kept=kept,
+                nearest=nearest,
+                near_copy_bits=near_copy_bits(summary["job"]["hash_size"] ** 2),
+                other_labels=[pair for label_of_it, pair in pairs if label_of_it == row["label"]],
+            )
+        )
+    return stories
+
+
+def _missing(folder: RunFolder, summary: dict[str, Any], photo: str) -> str:
+    """Why a photo is not in the ledger."""
+    saved = folder.read_plan() if summary["status"] != "done" else None
+    if saved is not None and pc.any(pc.equal(saved[0]["id"], photo)).as_py():
+        return f"photo {photo!r} is not hashed yet: the run is not finished (reducer status {folder.path})"
+    return f"no photo of the run in {folder.path} has the id {photo!r}: expected one as its manifest writes it"
+
+
+def _why(row: dict[str, Any], job: dict[str, Any], photos: int, ranked: int, run: str) -> str:
+    """What a photo's reason means."""
+    keep = job["keep"]
+    budget = f"--total {job['total']}" if job["total"] is not None else f"--max-bytes {job['max_bytes']}"
+    return {
+        KEPT: "it is among the first of its label" if keep is None else f"it is among the first {keep} of its label",
+        KEPT_SMALL_LABEL: f"a label of {photos} photos, at most --keep {keep}, is kept whole and not read",
+        BEYOND_KEEP: f"{keep} photos of its label come before it (--keep)",
+        MIN_DISTANCE: f"it is nearer than --min-distance {job['min_distance']} to a photo before it",
+        BUDGET: f"photos that differ more from others of their labels came first ({budget})",
+        NOT_SAMPLED: f"it is not among the {ranked} of {photos} photos of its label that were drawn (--candidates)",
+        FLAT: "it shows next to nothing (--drop-flat)",
+        AVOIDED: "it is near a photo to avoid (--avoid)",
+        FAILED: f"it could not be read; reducer resume {run} --retry-failed tries again",
+    }[row["reason"]]

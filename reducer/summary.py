@@ -1,0 +1,126 @@
+"""What ``summary.json`` tells of a run."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from reducer.clusterspec import ClusterSpec
+from reducer.config import STORAGE_OPTIONS, Job
+from reducer.fingerprint import Fingerprint
+from reducer.places import absolute
+from reducer.plan import Plan
+from reducer.schemas import FAILED, KEPT, KEPT_SMALL_LABEL, NOT_SAMPLED
+from reducer.store import RunFolder
+
+
+def opening(plan: Plan, spec: ClusterSpec, fingerprint: Fingerprint, started: float) -> dict[str, Any]:
+    """What is known of a run before it begins.
+
+    Parameters
+    ----------
+    plan : Plan
+        Its plan.
+    spec : ClusterSpec
+        Where it runs.
+    fingerprint : Fingerprint
+        What decides its results.
+    started : float
+        Seconds since 1970.
+    """
+    return {
+        "status": "running",
+        "run": uuid.uuid4().hex,
+        "resumed": 0,
+        "job": job_figures(plan.job),
+        "cluster": cluster_figures(spec),
+        "started": pd.Timestamp(started, unit="s", tz="UTC").isoformat(timespec="seconds"),
+        "versions": fingerprint.environment.versions,
+        "environment": fingerprint.environment.digest,
+        "digest": fingerprint.digest,
+        "manifest": dict(plan.manifest),
+        "labels": len(plan.labels.names),
+        "photos": plan.rows.num_rows,
+        "photos_to_read": int(plan.is_read.sum()),
+    }
+
+
+def job_figures(job: Job) -> dict[str, Any]:
+    """A job that means the same from every working directory, without what may be secret."""
+    found = asdict(job)
+    for name in ("images", "manifest", "always_keep", "avoid", "reuse"):
+        if found[name] is not None:
+            found[name] = absolute(found[name])
+    # Names only: values may be secrets.
+    return found | {name: sorted(getattr(job, name)) for name in STORAGE_OPTIONS}
+
+
+def cluster_figures(spec: ClusterSpec) -> dict[str, Any]:
+    """Where a run takes place."""
+    return {
+        "workers": spec.workers,
+        "threads": spec.threads,
+        "address": spec.address,
+        "class": spec.class_path,
+        # Values may be secrets: only the names of the arguments are kept.
+        "kwargs": sorted(spec.kwargs),
+    }
+
+
+def outcome(plan: Plan, folder: RunFolder) -> dict[str, Any]:
+    """What the finished ledger says."""
+    ledger = folder.ledger(["row", "id", "label", "kept", "bytes", "reason", "error"])
+    with_photo = set(pc.unique(ledger.filter(ledger["kept"])["label"]).to_pylist())
+    left_out = ledger.filter(pc.invert(ledger["kept"]))["bytes"]
+    reasons = _counts(ledger["reason"])
+    return {
+        "photos_kept": reasons.get(KEPT, 0) + reasons.get(KEPT_SMALL_LABEL, 0),
+        "labels_ranked": len(np.unique(plan.read_label)),
+        "labels_without_photos": [name for name in plan.labels.names if name not in with_photo],
+        "labels_short": _labels_short(plan.job, ledger),
+        "always_keep_failed": _always_keep_failed(plan, ledger),
+        "reasons": reasons,
+        "failures": failure_kinds(ledger["error"]),
+        # Of photos that were not read only a folder's listing knows the size.
+        "bytes_left_out": pc.sum(left_out).as_py() or 0,
+        "photos_left_out_of_unknown_size": left_out.null_count,
+    }
+
+
+def _labels_short(job: Job, ledger: pa.Table) -> list[str]:
+    """Labels that keep fewer photos than they should although some of theirs were not drawn."""
+    if job.keep is None or job.has_filters:  # fewer are meant
+        return []
+    rows = pa.table(
+        {
+            "label": ledger["label"],
+            "kept": ledger["kept"].cast(pa.int64()),
+            "not_drawn": pc.equal(ledger["reason"], NOT_SAMPLED).cast(pa.int64()),
+        }
+    )
+    labels = rows.group_by("label").aggregate([("kept", "sum"), ("not_drawn", "sum")])
+    short = pc.and_(pc.less(labels["kept_sum"], job.keep), pc.greater(labels["not_drawn_sum"], 0))
+    return sorted(labels.filter(short)["label"].to_pylist())
+
+
+def _always_keep_failed(plan: Plan, ledger: pa.Table) -> list[str]:
+    """Ids of photos that were to be kept whatever else, and could not be read."""
+    wanted = plan.read.filter(plan.read["always_keep"])["row"]
+    failed = ledger.filter(pc.equal(ledger["reason"], FAILED))
+    return sorted(failed.filter(pc.is_in(failed["row"], value_set=wanted.combine_chunks()))["id"].to_pylist())
+
+
+def failure_kinds(error: pa.ChunkedArray) -> dict[str, int]:
+    """How many photos failed, by kind; from the ledger's column."""
+    return _counts(pc.list_element(pc.split_pattern(error.drop_null(), ":", max_splits=1), 0))
+
+
+def _counts(column: pa.ChunkedArray) -> dict[str, int]:
+    """How often each text stands in a column, sorted by text."""
+    return dict(sorted((pair["values"], pair["counts"]) for pair in pc.value_counts(column).to_pylist()))
