@@ -110,6 +110,9 @@ def test_every_option_reaches_the_job(collection: Path, tmp_path: Path) -> None:
         "--seed": (5, "seed", 5),
         "--reader": ("obstore", "reader", "obstore"),
         "--read-ahead": (3, "read_ahead", 3),
+        "--min-distance": (4.5, "min_distance", 4.5),
+        "--max-bytes": ("15MB", "max_bytes", 15_000_000),
+        "--min-per-label": (2, "min_per_label", 2),
         "--limit-labels": (3, "limit_labels", 3),
         "--partition-images": (50, "partition_images", 50),
         "--max-pixels": (1_000_000, "max_pixels", 1_000_000),
@@ -124,14 +127,15 @@ def test_every_option_reaches_the_job(collection: Path, tmp_path: Path) -> None:
     (tmp_path / "ids").write_text(content.splitlines()[1].split(",")[0])
     (tmp_path / "hashes").write_text("12ab")
     options["--manifest"] = (tmp_path / "other.csv", "manifest", str(tmp_path / "other.csv"))
-    switches = ["--rank-all", "--exif-orientation", "--drop-flat"]
+    switches = ["--rank-all", "--exif-orientation", "--drop-flat", "--cross-label", "--break-lock"]
     flags = [part for flag, (value, _, _) in options.items() for part in (flag, value)]
     code, _, err = reduce(collection, tmp_path / "run", *flags, *switches, "--quiet", "--log-level", "error")
     assert code == 0, err
     job = json.loads((tmp_path / "run" / "summary.json").read_text())["job"]
     for _, name, expected in options.values():
         assert job[name] == expected
-    assert job["rank_all"] is job["exif_orientation"] is job["drop_flat"] is True
+    assert job["rank_all"] is job["exif_orientation"] is job["drop_flat"] is job["cross_label"] is True
+    assert (tmp_path / "run" / "cross_label.parquet").exists()
     assert job["keep"] == 8
     assert not (tmp_path / "run" / "reduced.parquet").exists()
 
@@ -163,6 +167,11 @@ def test_every_option_reaches_the_job(collection: Path, tmp_path: Path) -> None:
         (["--avoid", "nowhere", "--dry-run", "--no-sample"], "--avoid nowhere: No such file"),
         (["--always-keep", ""], "--always-keep is empty: give a path"),
         (["--keep", "0"], "--keep is 0"),
+        (["--total", "9", "--max-bytes", "1GB"], "--total and --max-bytes exclude each other"),
+        (["--min-per-label", "2"], "give --total or --max-bytes too"),
+        (["--max-bytes", "20 gigs"], "--max-bytes is '20 gigs': expected a number of bytes such as 20GB"),
+        (["--min-distance", "-3"], "--min-distance is -3.0: expected a number of bits, 0 or more"),
+        (["--reuse", "nowhere"], "nowhere is no run folder"),
         (["--labels", "no such label"], "--labels: no photo has the label 'no such label'"),
         (["--no-sample"], "--no-sample goes with --dry-run"),
         (["--no-such-option"], "No such option"),
@@ -275,6 +284,28 @@ def test_version_and_help_tell_what_there_is() -> None:
                 assert str(option.metavar or option.name.upper()) in command.help
 
 
+def test_a_budget_of_the_command_line_wins_over_the_other_one_of_the_cluster_file(
+    collection: Path, tmp_path: Path
+) -> None:
+    content = {"version": 1, "cluster": {"class": "distributed.LocalCluster"}, "job": {"total": 40, "keep": 8}}
+    (tmp_path / "cluster.yaml").write_text(json.dumps(content))
+    arguments = ["run", collection / "train", "--manifest", collection / "train.csv", "--cluster"]
+    arguments += [tmp_path / "cluster.yaml", "--output", tmp_path / "run", "--dry-run", "--no-sample"]
+    assert invoke(*arguments)[0] == invoke(*arguments, "--max-bytes", "9MB")[0] == 0
+    # What a run begins with is no matter of those who go on with it: only how its places are opened is taken.
+    run_on(collection, tmp_path / "done")
+    code, out, _ = invoke("resume", tmp_path / "done", "--cluster", tmp_path / "cluster.yaml")
+    assert (code, out.startswith("Nothing was left to do.\n")) == (0, True)
+
+
+def test_functions_are_not_hidden_by_modules() -> None:
+    import reducer.session  # imports about everything
+
+    assert reducer.session.carry_out
+    for name in reducer.__all__:
+        assert callable(getattr(reducer, name)) or name == "__version__", name
+
+
 def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys, reducer.cli; print([m for m in ('dask', 'pyarrow', 'pandas', 'numpy', 'PIL') if m in sys.modules])"
@@ -298,6 +329,9 @@ def test_python_m_and_dask_reducer_and_run_cluster(collection: Path, tmp_path: P
     assert summary["cluster"]["class"] == "distributed.LocalCluster"
     text = subprocess.check_output([*commands["script"], "--help"], text=True)
     assert "run_cluster.py" in text
+    for name in ("module", "dask"):
+        resumed = [*commands[name][:-1], "resume", tmp_path / name, "--quiet"]
+        subprocess.run(resumed, check=True)
     # The default file gives way to what is said.
     serial = [*commands["script"], *arguments, tmp_path / "serial", "--workers", "0"]
     subprocess.run(serial, check=True)
