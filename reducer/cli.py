@@ -272,13 +272,13 @@ def resume(
     from reducer.store import RunFolder
 
     place = Place(run, options["output_storage_options"])
-    before = RunFolder(place).summary().get("resumed")
+    before = RunFolder(place).summary()
     try:
         result = go_on(run, spec, **options, progress=not quiet)
     except TooManyFailuresError:
         print_result(place, quiet)
         raise
-    if result.summary["resumed"] == before and not quiet:
+    if all(result.summary[name] == before[name] for name in ("run", "resumed")) and not quiet:
         click.echo("Nothing was left to do.")
     print_result(place, quiet)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from reducer.config import Job
 from reducer.errors import InputError
-from reducer.places import Place, absolute
+from reducer.places import Place, absolute, is_url
 from reducer.quality import judge_again
 from reducer.rules import CutRules
 from reducer.schemas import REDUCED_COLUMNS
@@ -112,12 +113,20 @@ def cut(
 
     columns = list(dict.fromkeys(["row", "id", *REDUCED_COLUMNS, *DECIDING]))
     ledger = folder.ledger(columns)
+    now = folder.finished()
+    if (now["run"], now["resumed"]) != (summary["run"], summary["resumed"]):
+        raise InputError(f"the run in {folder.path} has changed meanwhile: try again")
+    if ledger.num_rows != summary["photos"]:
+        raise InputError(
+            f"the ledger of the run in {folder.path} has {ledger.num_rows:,} of {summary['photos']:,} photos: part "
+            f"files are missing. First: reducer resume {folder.path}"
+        )
     try:
         selection = select(ledger, rules, always_kept(folder, summary["job"], ledger["row"]))
     except NeedsRanksError as error:
         raise InputError(
-            f"{error}, which this cut needs. First: reducer resume {folder.path} --rank-all (it reads only those "
-            f"{error.unranked.photos:,} photos)"
+            f"{error}, which this cut needs. First: reducer resume {folder.path} --rank-all (it reads the "
+            f"{error.unranked.unread:,} photos of labels that were kept whole, and no other)"
         ) from None
     rows = ledger.filter(pa.array(selection.kept))
     job = summary["job"]
@@ -144,9 +153,9 @@ def _target(folder: RunFolder, summary: dict[str, Any], output: Place) -> Place:
         raise InputError(f"--output {output.path}: the name must end in .csv or .parquet, which says what is written")
     manifest = summary["job"]["manifest"]
     own = [folder.place.below(name).path for name in (SUMMARY, *OWN_FILES)]
-    name = absolute(output.path)
-    inside = name.startswith(absolute(folder.place.below(IMAGES).path))
-    if name in map(absolute, own) or inside or (manifest is not None and name == absolute(manifest)):
+    name = _resolved(output.path)
+    inside = name.startswith(_resolved(folder.place.below(IMAGES).path) + "/")
+    if name in map(_resolved, own) or inside or (manifest is not None and name == _resolved(manifest)):
         raise InputError(f"--output {output.path} is a file of the run itself: give another name")
     if not output.remote:
         path = Path(output.path)
@@ -156,18 +165,25 @@ def _target(folder: RunFolder, summary: dict[str, Any], output: Place) -> Place:
     return output
 
 
+def _resolved(path: str) -> str:
+    """A path that is the same for all spellings of it."""
+    local = path.removeprefix("file://")
+    return absolute(path) if is_url(local) else os.path.realpath(local)
+
+
 def always_kept(folder: RunFolder, job: Mapping[str, Any], rows: pa.ChunkedArray) -> NDArray[np.bool_]:
     """Which rows of a ledger are of photos that are always kept."""
     if job["always_keep"] is None:
         return np.zeros(len(rows), dtype=bool)
     saved = folder.read_plan()
-    assert saved is not None
+    if saved is None:
+        raise InputError(f"the plan of the run in {folder.path} (plan.parquet) is gone: it tells what is always kept")
     plan = saved[0]
     always: NDArray[np.bool_] = np.isin(rows.to_numpy(), plan.filter(plan["always_keep"])["row"].to_numpy())
     return always
 
 
-def apply_filters(folder: RunFolder, job: Job) -> dict[str, Tally]:
+def apply_filters(folder: RunFolder, job: Job) -> tuple[dict[str, Tally], float | None]:
     """Keep in the ledger of a run, all of whose partitions are done, what its filters and budget leave.
 
     May be cut off and done again: it goes by ranks only.
@@ -183,6 +199,8 @@ def apply_filters(folder: RunFolder, job: Job) -> dict[str, Tally]:
     -------
     dict of str to Tally
         Of each part by its name.
+    float or None
+        `Selection.reached`.
     """
     names = folder.parts()
     parts = [folder.read_part(name) for name in names]
@@ -199,4 +217,4 @@ def apply_filters(folder: RunFolder, job: Job) -> dict[str, Tally]:
         rows, quality = judge_again(chosen, always[own], job.photo_settings)
         tallies[name] = replace(tally, quality=quality)
         folder.replace_part(name, rows, tallies[name])
-    return tallies
+    return tallies, selection.reached

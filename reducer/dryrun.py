@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from reducer.cluster import planned_threads
 from reducer.clusterspec import ClusterSpec
@@ -15,6 +16,7 @@ from reducer.draw import TIME_SAMPLE, draw_order
 from reducer.lists import read_avoided
 from reducer.pipeline import look_at_all
 from reducer.plan import make_plan
+from reducer.reuse import Reuse, beside
 from reducer.schemas import KEPT_SMALL_LABEL
 from reducer.store import RunFolder
 
@@ -35,6 +37,8 @@ class Forecast:
         Of all photos to read; None where neither a listing nor the sample tells.
     bytes_estimated : bool
         Whether that is an estimate from the sample.
+    photos_known : int
+        Those of the photos to read whose hashes ``reuse`` knows; they are not read if they are unchanged.
     partitions : int
     largest_label : str
     largest_label_photos : int
@@ -55,6 +59,7 @@ class Forecast:
     photos_kept_unread: int
     bytes_to_read: int | None
     bytes_estimated: bool
+    photos_known: int
     partitions: int
     largest_label: str
     largest_label_photos: int
@@ -82,9 +87,12 @@ def forecast(job: Job, cluster: ClusterSpec | None = None, *, sample: int = SAMP
     InputError
         As for `reducer.reduce_images`.
     """
-    RunFolder(job.output_place).check_free(overwrite=job.overwrite)
+    RunFolder(job.output_place).check_free(overwrite=job.overwrite, break_lock=job.break_lock)
     plan = make_plan(job)
     read_avoided(job)  # what is wrong with it is found here too
+    known = 0
+    if job.reuse is not None:
+        known = int(pc.sum(pc.is_valid(beside(plan.read, Reuse(job).known)["known_hash"])).as_py() or 0)
     threads = planned_threads(cluster or ClusterSpec())
     rows = plan.read.num_rows
     ids = plan.read["id"].to_pylist() if sample else []
@@ -112,6 +120,7 @@ def forecast(job: Job, cluster: ClusterSpec | None = None, *, sample: int = SAMP
         photos_kept_unread=plan.rows["reason"].to_pylist().count(KEPT_SMALL_LABEL),
         bytes_to_read=bytes_to_read,
         bytes_estimated=not known,
+        photos_known=known,
         partitions=len(np.unique(plan.assigned(threads or 1))),
         largest_label=labels.names[largest],
         largest_label_photos=int(labels.sizes[largest]),

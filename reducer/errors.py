@@ -21,10 +21,18 @@ class InputError(ReducerError):
     exit_code = 2
 
 
+class BudgetError(InputError):
+    """A budget is under what is guaranteed."""
+
+
 class TooManyFailuresError(ReducerError):
     """More photos could not be read than the job allows."""
 
     exit_code = 3
+
+
+class LostLockError(ReducerError):
+    """Another run has taken the run folder: nothing may be written any more."""
 
 
 class ClusterError(ReducerError):

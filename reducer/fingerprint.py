@@ -12,6 +12,7 @@ from reducer.config import STORAGE_OPTIONS, Job
 from reducer.environment import Environment, compare_with
 from reducer.errors import InputError
 from reducer.places import absolute, explained
+from reducer.ranking import Hashes
 from reducer.rules import flag
 
 log = logging.getLogger("reducer")
@@ -20,7 +21,9 @@ log = logging.getLogger("reducer")
 INDIFFERENT = (
     "output",
     "manifest",  # told by its content
-    "rank_all",  # told by the plan
+    "always_keep",  # told by the plan, as the next ones are
+    "avoid",
+    "rank_all",
     "partition_images",
     "max_failures",
     "format",
@@ -45,16 +48,19 @@ class Fingerprint:
         Fields of its job.
     manifest : str or None
         SHA-256 of the manifest's bytes; None without a manifest.
+    avoid : str or None
+        SHA-256 of the hashes to avoid; None without any.
     environment : Environment
         Of its workers.
     """
 
     settings: dict[str, Any]
     manifest: str | None
+    avoid: str | None
     environment: Environment
 
     @classmethod
-    def of(cls, job: Job, environment: Environment) -> Fingerprint:
+    def of(cls, job: Job, avoid: Hashes | None, environment: Environment) -> Fingerprint:
         """That of a run which begins now.
 
         Raises
@@ -62,12 +68,14 @@ class Fingerprint:
         InputError
             If the manifest cannot be read.
         """
-        return cls(settings_of(job), manifest_digest(job), environment)
+        return cls(settings_of(job), manifest_digest(job), avoid_digest(avoid), environment)
 
     @property
     def digest(self) -> str:
         """16 hexadecimal digits that stand for all of it."""
-        content = json.dumps([self.settings, self.manifest, self.environment.digest, _version(self.environment)])
+        content = json.dumps(
+            [self.settings, self.manifest, self.avoid, self.environment.digest, _version(self.environment)]
+        )
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def as_dict(self) -> dict[str, Any]:
@@ -77,9 +85,9 @@ class Fingerprint:
     @classmethod
     def from_dict(cls, found: dict[str, Any]) -> Fingerprint:
         """Read what `as_dict` made."""
-        return cls(found["settings"], found["manifest"], Environment(**found["environment"]))
+        return cls(**found | {"environment": Environment(**found["environment"])})
 
-    def check_settings(self, job: Job) -> None:
+    def check_settings(self, job: Job, avoid: Hashes | None) -> None:
         """Refuse to go on with a job that is not the one which was begun.
 
         Raises
@@ -98,6 +106,8 @@ class Fingerprint:
                 changed.append(f"--manifest {job.manifest} has another content")
         except InputError as error:
             log.warning("%s: whether it has changed cannot be told; the plan in %s holds", error, job.output)
+        if avoid_digest(avoid) != self.avoid:
+            changed.append("the hashes to avoid (avoid.parquet) are not what they were")
         if changed:
             raise InputError(f"the run in {job.output} was begun otherwise: {'; '.join(changed)}. {_advice(job)}")
 
@@ -142,6 +152,11 @@ def manifest_digest(job: Job) -> str | None:
         while block := file.read(BLOCK):
             digest.update(block)
     return digest.hexdigest()
+
+
+def avoid_digest(avoid: Hashes | None) -> str | None:
+    """SHA-256 of packed hashes to avoid, in hex; None without any."""
+    return None if avoid is None else hashlib.sha256(avoid.tobytes()).hexdigest()
 
 
 def _version(environment: Environment) -> str:

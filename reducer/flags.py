@@ -46,7 +46,8 @@ def read_cluster_file(ctx: click.Context, param: click.Parameter, value: str | N
     options = {option.name: option for option in ctx.command.params}
     try:
         # A run that is gone on with has its job already: only what opens its places is of use.
-        flags = {name: _as_flag(options[name], default) for name, default in file.job.items() if name in options}
+        known = options if "images" in options else STORAGE_OPTIONS
+        flags = {name: _as_flag(options[name], default) for name, default in file.job.items() if name in known}
     except ReducerError as error:
         end(f"Error: {value}: {error}", error.exit_code)
     ctx.default_map = {**(ctx.default_map or {}), **flags}

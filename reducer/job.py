@@ -21,13 +21,14 @@ from reducer.dispatch import Dispatch, InProcess
 from reducer.errors import InputError, TooManyFailuresError
 from reducer.fingerprint import Fingerprint
 from reducer.lists import read_avoided
-from reducer.lock import check_unlocked, locked
+from reducer.lock import locked
+from reducer.manifest import check_images
 from reducer.places import Place
 from reducer.plan import Errand, Plan, make_plan
 from reducer.ranking import Hashes
 from reducer.reuse import Reuse, as_known, beside
 from reducer.schemas import FAILED, TASK_SCHEMA
-from reducer.session import Session, carry_out
+from reducer.session import Session, carry_out, noting_a_stop
 from reducer.store import RunFolder
 from reducer.summary import cluster_figures, job_figures, opening
 
@@ -104,8 +105,7 @@ def reduce_images(job: Job, cluster: ClusterSpec | None = None, *, progress: boo
     spec = cluster or ClusterSpec()
     session = Session(job.hash_size**2, progress)
     folder = RunFolder(job.output_place)
-    check_unlocked(folder.place, break_lock=job.break_lock)
-    folder.check_free(overwrite=job.overwrite)
+    folder.check_free(overwrite=job.overwrite, break_lock=job.break_lock)
     with session.timing("plan"):
         plan = make_plan(job)
         avoid = read_avoided(job)
@@ -117,14 +117,15 @@ def reduce_images(job: Job, cluster: ClusterSpec | None = None, *, progress: boo
         work = _executor(client, errand, spec, avoid)
         if reuse is not None:
             reuse.check_environment(work.environment)
-        fingerprint = Fingerprint.of(job, work.environment)
+        fingerprint = Fingerprint.of(job, avoid, work.environment)
         summary = opening(plan, spec, fingerprint, session.started)
         folder.make()
-        with locked(folder.place, break_lock=job.break_lock):
-            folder.check_free(overwrite=job.overwrite)  # another run may have come meanwhile
+        with locked(folder.place, break_lock=job.break_lock) as folder.check_ours:
+            folder.check_free(overwrite=job.overwrite, break_lock=True)  # another run may have come and gone meanwhile
             folder.start(summary)
-            folder.write_plan(plan.rows, _terms(summary, plan, fingerprint), avoid)
-            carry_out(plan, errand, work, folder, session, summary, open_cluster)
+            with noting_a_stop(folder, summary, session):
+                folder.write_plan(plan.rows, _terms(summary, plan, fingerprint), avoid)
+                carry_out(plan, errand, work, folder, session, summary, open_cluster)
     return _result(folder, job, session)
 
 
@@ -155,7 +156,9 @@ def resume(
         Also read and rank the labels that were kept whole.
     retry_failed : bool
         Also read the photos that have failed again, and rank their labels anew.
-    break_lock, reader, read_ahead, max_failures
+    break_lock
+        As for `Job`.
+    reader, read_ahead, max_failures
         As for `Job`; None leaves what the run began with.
     storage_options, manifest_storage_options, output_storage_options
         As for `Job`: a run folder does not keep them.
@@ -182,27 +185,32 @@ def resume(
     folder = RunFolder(Place(str(run), output_storage_options or {}))
     changes: dict[str, Any] = {
         "output": str(run),
-        "overwrite": True,
         "break_lock": break_lock,
         "storage_options": storage_options or {},
         "manifest_storage_options": manifest_storage_options or {},
         "output_storage_options": output_storage_options or {},
-        **{n: v for n, v in (("reader", reader), ("read_ahead", read_ahead), ("max_failures", max_failures)) if v},
+        **{
+            n: v
+            for n, v in (("reader", reader), ("read_ahead", read_ahead), ("max_failures", max_failures))
+            if v is not None
+        },
     }
     summary = folder.summary()
     if not _is_planned(folder, summary):
-        check_unlocked(folder.place, break_lock=break_lock)
         # It was stopped before it had a plan, so before the first photo.
         job = _job_of(summary, changes)
-        return reduce_images(replace(job, rank_all=job.rank_all or rank_all), cluster, progress=progress)
-    with locked(folder.place, break_lock=break_lock), ExitStack() as open_cluster:
+        job = replace(job, rank_all=job.rank_all or rank_all, overwrite=True)
+        return reduce_images(job, cluster, progress=progress)
+    with locked(folder.place, break_lock=break_lock) as folder.check_ours, ExitStack() as open_cluster:
         summary = folder.summary()
         saved = folder.read_plan()
-        assert saved is not None
+        if saved is None or saved[1]["run"] != summary["run"]:
+            raise InputError(f"the run in {run} was begun anew meanwhile: look with reducer status {run}")
         rows, terms = saved
+        avoid = folder.read_avoid()
         job = replace(_job_of(summary, changes), rank_all=terms["rank_all"])
         fingerprint = Fingerprint.from_dict(terms["fingerprint"])
-        fingerprint.check_settings(job)
+        fingerprint.check_settings(job, avoid)
         session = Session(job.hash_size**2, progress)
         with session.timing("plan"):
             plan = Plan(job, rows, summary["manifest"])
@@ -211,24 +219,23 @@ def resume(
             grows = rank_all and plan.small.any()
             failed = [index for index, tally in session.done.items() if retry_failed and tally.failed]
             missing = set(pc.unique(rows["partition"].drop_null()).to_pylist()) - set(names)
-        if not (missing or grows or failed) and summary["status"] == "done":
-            return _result(folder, job, session)
         needed = bool(missing or grows or failed)
+        if not needed and summary["status"] == "done" and folder.rows() == plan.rows.num_rows:
+            return _result(folder, job, session)
         if needed:
             _check_options(summary, job)
+            check_images(job)
         client = _connect(spec, session, open_cluster, needed=needed)
         if grows:
             plan = plan.with_all_ranked(_threads(client, spec))
             job = plan.job
         reuse = None if job.reuse is None or not needed else _reuse_again(job)
         errand = _what_is_left(plan, folder, names, failed, reuse)
-        work = _executor(client, errand, spec, folder.read_avoid())
+        work = _executor(client, errand, spec, avoid)
         if needed:
             fingerprint.check_environment(job, work.environment)
-        if grows:
-            folder.write_plan(plan.rows, _terms(summary, plan, fingerprint))
-        folder.remove_leftovers()
-        folder.remove_unread()
+        if reuse is not None:
+            reuse.check_environment(work.environment)
         summary |= {
             "status": "running",
             "job": job_figures(job),
@@ -236,20 +243,34 @@ def resume(
             "resumed": summary["resumed"] + 1,
             "photos_to_read": int(plan.is_read.sum()),
         }
-        folder.write_summary(summary | session.figures())
-        carry_out(plan, errand, work, folder, session, summary, open_cluster)
+        with noting_a_stop(folder, summary, session):
+            # Before anything that a finished run has is taken out or put in.
+            folder.write_summary(summary | session.figures())
+            if grows:
+                folder.write_plan(plan.rows, _terms(summary, plan, fingerprint))
+            folder.remove_leftovers()
+            folder.remove_unread()
+            carry_out(plan, errand, work, folder, session, summary, open_cluster)
     return _result(folder, job, session)
 
 
 def _is_planned(folder: RunFolder, summary: dict[str, Any]) -> bool:
-    """Whether the plan in a run folder is that of the run which the summary tells of."""
-    if "run" not in summary:
-        raise InputError(
-            f"the run in {folder.path} was made by an earlier version of Reducer, which kept no plan: it cannot be "
-            "resumed. Begin again: reducer run with --overwrite"
-        )
+    """Whether the plan in a run folder is that of the run which the summary tells of.
+
+    Raises
+    ------
+    InputError
+        If there is none, though photos have been hashed.
+    """
     terms = folder.plan_terms()
-    return terms is not None and terms["run"] == summary["run"]
+    if terms is not None and terms["run"] == summary["run"]:
+        return True
+    if summary["status"] == "done" or ("partitions" in summary and folder.parts()):
+        raise InputError(
+            f"the plan of the run in {folder.path} (plan.parquet) is gone: it cannot be resumed. Begin again: reducer "
+            "run with --overwrite"
+        )
+    return False
 
 
 def _job_of(summary: dict[str, Any], changes: dict[str, Any]) -> Job:

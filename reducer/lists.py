@@ -22,7 +22,7 @@ from reducer.tables import EXAMPLES, column_names, is_parquet, read_columns, rea
 log = logging.getLogger("reducer")
 
 #: Settings of a run that must be equal for its hashes to be compared with another's.
-HASH_SETTINGS = ("hash", "hash_size", "exif_orientation")
+COMPARED_SETTINGS = ("hash", "hash_size", "exif_orientation")
 
 
 def find_always_keep(job: Job, ids: pa.ChunkedArray) -> NDArray[np.bool_]:
@@ -130,7 +130,7 @@ def _check_settings(where: str, run: RunFolder, job: Job) -> None:
     if summary["status"] != "done":
         raise InputError(f"{where} is of a run that is not finished: photos are missing from its ledger")
     theirs = summary["job"]
-    for name in HASH_SETTINGS:
+    for name in COMPARED_SETTINGS:
         its, ours = theirs.get(name), getattr(job, name)
         if its != ours:
             raise InputError(

@@ -15,14 +15,15 @@ import socket
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from reducer.errors import InputError
+from reducer.errors import InputError, LostLockError
 from reducer.places import Place, explained
 
 log = logging.getLogger("reducer")
@@ -149,7 +150,7 @@ def check_unlocked(place: Place, *, break_lock: bool = False) -> None:
 
 
 @contextmanager
-def locked(place: Place, *, break_lock: bool = False) -> Iterator[None]:
+def locked(place: Place, *, break_lock: bool = False) -> Iterator[Callable[[], None]]:
     """Keep other runs out of a run folder.
 
     Parameters
@@ -158,6 +159,11 @@ def locked(place: Place, *, break_lock: bool = False) -> Iterator[None]:
         The run folder, which must be there (on S3 there are no folders).
     break_lock : bool
         Whether to take the lock whoever has it now.
+
+    Yields
+    ------
+    callable
+        Raises LostLockError if another run has taken the lock meanwhile: to be called before each write.
 
     Raises
     ------
@@ -172,7 +178,7 @@ def locked(place: Place, *, break_lock: bool = False) -> Iterator[None]:
         with _explained(place):
             _take(lock, own, break_lock=break_lock)
         taken = True
-        yield
+        yield partial(_check_ours, lock, own)
     finally:
         # Also if it was not taken: the answer may have been lost, or Ctrl-C came in between. Not in a forked process.
         if lock.written and own.pid == os.getpid():
@@ -228,18 +234,18 @@ def _parse(content: bytes) -> Holder | None:
 
 
 def _explained(place: Place) -> AbstractContextManager[None]:
-    return explained(place, f"--output {place.path} cannot be used")
+    return explained(place, f"the run folder {place.path} cannot be used")
 
 
 def _refusal(place: Place, held: Holder | None) -> InputError:
     if held is None:
         return InputError(
-            f"--output {place.path} holds a {LOCK} that cannot be read: another run may be at work there. Wait until "
+            f"{place.path} holds a {LOCK} that cannot be read: another run may be at work there. Wait until "
             "it ends or, if surely none is, give --break-lock"
         )
     gone = " (no such process runs here now)" if held.alive is False else ""
     return InputError(
-        f"--output {place.path} is locked by another run: {held}{gone}. Wait until it ends or, if it is surely gone, "
+        f"{place.path} is locked by another run: {held}{gone}. Wait until it ends or, if it is surely gone, "
         "give --break-lock"
     )
 
@@ -273,7 +279,20 @@ def _take(lock: _Lock, own: Holder, *, break_lock: bool) -> None:
             lock.replace(content)
             if not guarded:
                 time.sleep(SETTLE_SECONDS)
-    raise InputError(f"--output {lock.place.path} cannot be locked: others take its lock and give it back all the time")
+    raise InputError(f"{lock.place.path} cannot be locked: others take its lock and give it back all the time")
+
+
+def _check_ours(lock: _Lock, own: Holder) -> None:
+    try:
+        found = lock.read()
+    except OSError:  # where it cannot be read for a moment, writing will tell
+        return
+    held = None if found is None else _parse(found)
+    if held is None or held.token != own.token:
+        whose = f" ({held})" if held is not None else ""
+        raise LostLockError(
+            f"the lock of {lock.place.path} was taken by another run{whose}: this one ends, and writes nothing more"
+        )
 
 
 def _warning(held: Holder | None, gone: bool) -> str:

@@ -58,9 +58,23 @@ def read_manifest(job: Job) -> Manifest:
     InputError
         If there is nothing to read, a column is missing, an id or label is null, or a path cannot be made.
     """
+    check_images(job)
+    if job.manifest is not None:
+        return check(_read_table(job), {})
+    return check(*(_list_remote(job.images_place) if job.images_place.remote else _list_folder(job.images)))
+
+
+def check_images(job: Job) -> None:
+    """Look whether the photos' folder is there.
+
+    Raises
+    ------
+    InputError
+        If it is not, or may not be listed.
+    """
     if job.images_place.remote:
         _check_remote(job.images_place)
-        return check(*_list_remote(job.images_place)) if job.manifest is None else check(_read_table(job), {})
+        return
     try:
         is_folder = stat.S_ISDIR(os.stat(job.images).st_mode)
     except FileNotFoundError:
@@ -71,9 +85,6 @@ def read_manifest(job: Job) -> Manifest:
         raise InputError(f"IMAGES {job.images} is no folder: give the folder that holds the photos")
     if not _is_text(os.path.abspath(job.images)):
         raise InputError(f"IMAGES {os.fsencode(job.images)!r} is not UTF-8 text: rename the folder")
-    if job.manifest is None:
-        return check(*_list_folder(job.images))
-    return check(_read_table(job), {})
 
 
 def path_rule(job: Job) -> PathRule | None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from reducer.config import Job, nearest
 from reducer.draw import CANDIDATES, TRIAL_LABELS, draw_order
-from reducer.errors import InputError
+from reducer.errors import BudgetError, InputError
 from reducer.lists import find_always_keep
 from reducer.manifest import path_rule, read_manifest
 from reducer.partition import assign, partition_count
@@ -283,6 +283,7 @@ def make_plan(job: Job) -> Plan:
             always = always_keep[start + drawn]
             left_out = np.concatenate([drawn[always], drawn[~always]])[job.candidates :]
             read[start + left_out] = False
+    _check_total(job, label_of_row[read], always_keep[read])
     _check_memory(job, names, np.bincount(label_of_row[read], minlength=len(sizes)))
 
     reasons = np.where(ranked[label_of_row], NOT_SAMPLED, KEPT_SMALL_LABEL)
@@ -303,6 +304,23 @@ def make_plan(job: Job) -> Plan:
             "skipped_files": manifest.skipped_files,
         },
     )
+
+
+def _check_total(job: Job, label: NDArray[np.int64], always_keep: NDArray[np.bool_]) -> None:
+    """Refuse a budget of fewer photos than are guaranteed, before any is read."""
+    rules = job.cut_rules
+    if rules.total is None:
+        return
+    photos, always = np.bincount(label), np.bincount(label, weights=always_keep)
+    if rules.keep is not None:
+        photos = np.minimum(photos, rules.keep)
+    least = int(np.maximum(np.minimum(photos, rules.guaranteed), always).sum())
+    if least > rules.total:
+        labels, kept = np.count_nonzero(photos), " and --always-keep" if always.any() else ""
+        raise BudgetError(
+            f"--total {rules.total} is under what is guaranteed, {rules.guaranteed} of each of {labels:,} labels "
+            f"(--min-per-label){kept}: give at least --total {least}"
+        )
 
 
 def _check_memory(job: Job, names: list[str], candidates: NDArray[np.int64]) -> None:

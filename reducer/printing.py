@@ -11,6 +11,7 @@ from reducer.clusterspec import ClusterSpec
 from reducer.config import Job
 from reducer.errors import TooManyFailuresError
 from reducer.places import Place
+from reducer.rules import CutRules
 
 if TYPE_CHECKING:
     from reducer.cutting import CutResult
@@ -36,6 +37,8 @@ def print_forecast(job: Job, spec: ClusterSpec, sample: int) -> None:
     click.echo(f"labels:         {found.labels:,}, of which {found.labels_to_rank:,} are ranked")
     click.echo(f"photos:         {found.photos:,}, of which {found.photos_kept_unread:,} are kept unread")
     click.echo(f"photos to read: {found.photos_to_read:,}, {size}")
+    if found.photos_known:
+        click.echo(f"known already:  {found.photos_known:,} of them, not read where they are unchanged (--reuse)")
     more = " or more: the cluster's worker threads decide" if found.threads is None else ""
     click.echo(f"partitions:     {found.partitions:,}{more}")
     click.echo(f"largest label:  {found.largest_label} with {found.largest_label_photos:,} photos")
@@ -75,6 +78,9 @@ def print_result(place: Place, quiet: bool) -> None:
         f"Left out: {as_size(summary['bytes_left_out'])}"
         + (f" and {unknown:,} photos that were not read" if unknown else "")
     )
+    job = summary["job"]
+    rules = CutRules(total=job["total"], max_bytes=job["max_bytes"])
+    _print_budget(rules, summary["photos_kept"], summary["bytes_kept"], summary.get("effective_distance_reached"))
     _print_quality(quality)
     if summary["photos_read"]:
         now = summary["photos_read_this_time"]
@@ -126,21 +132,26 @@ def print_result(place: Place, quiet: bool) -> None:
     click.echo(f"Results: {output}{os.sep} ({lists}, images{os.sep}, summary.json)")
 
 
+def _print_budget(rules: CutRules, photos: int, size: int, reached: float | None) -> None:
+    if not rules.has_budget:
+        return
+    most = rules.total if rules.total is not None else int(rules.max_bytes or 0)
+    used = photos if rules.total is not None else size
+    budget = f"{most:,} photos" if rules.total is not None else as_size(most)
+    went = "" if reached is None else f"; it went down to an effective distance of {reached:g} bits"
+    click.echo(f"Of the budget of {budget}, {100 * used // most} % is used{went}")
+
+
 def print_cut(result: CutResult, output: str) -> None:
     """What a cut has come to."""
     unknown = result.photos_of_unknown_size
     click.echo(
         f"Kept {result.photos:,} photos of {result.labels:,} labels, {as_size(result.bytes)}"
-        + (f" and {unknown:,} photos that were not read" if unknown else "")
+        + (f" without {unknown:,} of them that were not read" if unknown else "")
     )
     if result.smallest_distance is not None:
         click.echo(f"The smallest insertion distance kept is {result.smallest_distance:g} bits")
-    rules = result.rules
-    if rules.has_budget:
-        budget = f"{rules.total:,} photos" if rules.total is not None else as_size(int(rules.max_bytes or 0))
-        used = result.photos / rules.total if rules.total is not None else result.bytes / int(rules.max_bytes or 1)
-        went = "" if result.reached is None else f"; it went down to an effective distance of {result.reached:g} bits"
-        click.echo(f"Of the budget of {budget}, {int(100 * used)} % is used{went}")
+    _print_budget(result.rules, result.photos, result.bytes, result.reached)
     left_out = ", ".join(f"{count:,} {why}" for why, count in result.reasons.items() if not why.startswith("kept"))
     click.echo(f"Left out: {left_out or 'none'}")
     click.echo(f"List: {output}")

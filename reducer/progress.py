@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 
+from reducer.errors import InputError
 from reducer.lock import holder
 from reducer.places import Place
 from reducer.store import RunFolder
@@ -90,7 +91,10 @@ def _state(folder: RunFolder, summary: dict[str, Any]) -> tuple[str, bool]:
     """What a run is at, in words; and whether it is at work."""
     if summary["status"] == "done":
         return "done", False
-    held = holder(folder.place)
+    try:
+        held = holder(folder.place)
+    except InputError as error:  # an unreadable lock
+        return f"perhaps at work ({error})", False
     if held is not None and held.alive is not False:
         unsure = "" if held.alive else "; whether it still runs cannot be seen from here"
         return f"at work ({held}{unsure})", True

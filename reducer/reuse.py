@@ -48,7 +48,10 @@ class Reuse:
         self.job = job
         where = f"--reuse {job.reuse}"
         folder = RunFolder(job.reuse_place)
-        summary = folder.summary()
+        try:
+            summary = folder.summary()
+        except InputError as error:
+            raise InputError(f"--reuse: {error}") from None
         saved = folder.read_plan()
         if saved is None:
             raise InputError(f"{where} has no plan.parquet, which tells how its photos were hashed: leave --reuse out")
@@ -70,7 +73,7 @@ class Reuse:
                 f"{where} has --max-pixels {theirs['max_pixels']}, this run {job.max_pixels}: photos that it took may "
                 f"be too large now. Give --max-pixels {theirs['max_pixels']}, or leave --reuse out"
             )
-        if job.drop_flat and theirs["always_keep"] is not None:
+        if job.drop_flat:
             # Whether these are flat was not asked.
             always = plan.filter(plan["always_keep"])["row"].to_numpy()
             ledger = ledger.filter(pa.array(~np.isin(ledger["row"].to_numpy(), always)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from reducer.errors import InputError
@@ -70,6 +71,8 @@ def _bytes_of(text: str) -> int:
     from dask.utils import parse_bytes
 
     try:
+        if not re.match(r"\s*\d", text):  # it takes a unit alone for one of it
+            raise ValueError
         return int(parse_bytes(text))
     except (ValueError, OverflowError):
         raise InputError(

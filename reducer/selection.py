@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from reducer.errors import InputError
+from reducer.errors import BudgetError, InputError
 from reducer.rules import CutRules
 from reducer.schemas import BEYOND_KEEP, BUDGET, KEPT, KEPT_SMALL_LABEL, MIN_DISTANCE
 from reducer.tables import text_ranks
@@ -45,10 +45,13 @@ class Unranked:
     ----------
     labels, photos : int
         How many.
+    unread : int
+        Photos of all labels that were not read, also of those whose ranks are not needed.
     """
 
     labels: int
     photos: int
+    unread: int
 
 
 class NeedsRanksError(InputError):
@@ -88,7 +91,7 @@ def select(ledger: pa.Table, rules: CutRules, always_keep: NDArray[np.bool_]) ->
     ------
     NeedsRanksError
         If the rules need ranks or sizes of photos that were not read.
-    InputError
+    BudgetError
         If a budget is under what is guaranteed.
     """
     reason = ledger["reason"].combine_chunks()
@@ -149,7 +152,7 @@ def _refuse_unranked(
     if rules.max_bytes is not None:
         needed |= np.bincount(label[small & (size < 0)], minlength=len(photos)) > 0
     if needed.any():
-        raise NeedsRanksError(Unranked(int(needed.sum()), int(photos[needed].sum())))
+        raise NeedsRanksError(Unranked(int(needed.sum()), int(photos[needed].sum()), int(small.sum())))
 
 
 def _fit(
@@ -169,7 +172,7 @@ def _fit(
         flag = "--total" if rules.total is not None else "--max-bytes"
         labels = len(np.unique(label))
         always = f" and {int(always_keep.sum()):,} photos that are always kept" if always_keep.any() else ""
-        raise InputError(
+        raise BudgetError(
             f"{flag} {budget} is under what is guaranteed, {rules.guaranteed} of each of {labels:,} labels "
             f"(--min-per-label){always}: give at least {flag} {least}"
         )

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from reducer.crosslabel import cross_label_table
 from reducer.cutting import apply_filters
 from reducer.dispatch import Dispatch, InProcess
-from reducer.errors import ReducerError, TooManyFailuresError
+from reducer.errors import BudgetError, LostLockError, ReducerError, TooManyFailuresError
 from reducer.pipeline import ledger_rows
 from reducer.plan import Errand, Plan
 from reducer.quality import figures, judge_again
@@ -82,8 +82,10 @@ class Session:
     @contextmanager
     def timing(self, what: str) -> Iterator[None]:
         clock = time.perf_counter()
-        yield
-        self.timings[f"{what}_seconds"] = time.perf_counter() - clock
+        try:
+            yield
+        finally:
+            self.timings[f"{what}_seconds"] = time.perf_counter() - clock
 
     def figures(self) -> dict[str, Any]:
         """What ``summary.json`` tells of it: counts of the whole run, times of this session."""
@@ -132,35 +134,37 @@ def carry_out(
         Closed when all photos are hashed.
     """
     job = plan.job
-    with _noting_a_stop(folder, summary, session):
-        with session.timing("hash"):
-            _work_off(plan, errand, work, folder, session, summary)
-        open_cluster.close()  # the rest needs no workers
-        with session.timing("write"):
-            if job.has_filters:
-                tallies = apply_filters(folder, job)
-                session.done = {index: tallies[name] for index, name in folder.done_partitions().items()}
-            folder.write_unread(plan.unread)
-            folder.write_reduced(job.id_column, job.label_column, job.format)
-            found = outcome(plan, folder)
-        if job.cross_label:
-            with session.timing("cross_label"):
-                pairs = cross_label_table(folder.ledger(["id", "label", "path", "hash"]), job.hash_size**2)
-                folder.write_cross_label(pairs)
-            found["cross_label_pairs"] = pairs.num_rows
-        session.timings["total_seconds"] = time.time() - session.started
-        folder.write_summary(summary | found | session.figures() | {"status": "done"})
+    with session.timing("hash"):
+        _work_off(plan, errand, work, folder, session, summary)
+    open_cluster.close()  # the rest needs no workers
+    with session.timing("write"):
+        if job.has_filters:
+            tallies, summary["effective_distance_reached"] = apply_filters(folder, job)
+            session.done = {index: tallies[name] for index, name in folder.done_partitions().items()}
+        folder.write_unread(plan.unread)
+        folder.write_reduced(job.id_column, job.label_column, job.format)
+        found = outcome(plan, folder)
+    if job.cross_label:
+        with session.timing("cross_label"):
+            pairs = cross_label_table(folder.ledger(["id", "label", "path", "hash"]), job.hash_size**2)
+            folder.write_cross_label(pairs)
+        found["cross_label_pairs"] = pairs.num_rows
+    session.timings["total_seconds"] = time.time() - session.started
+    folder.write_summary(summary | found | session.figures() | {"status": "done"})
 
 
 @contextmanager
-def _noting_a_stop(folder: RunFolder, summary: dict[str, Any], session: Session) -> Iterator[None]:
+def noting_a_stop(folder: RunFolder, summary: dict[str, Any], session: Session) -> Iterator[None]:
     """Whatever stops the run meanwhile, ``summary.json`` tells how far it came, and the message how to go on."""
     try:
         yield
     except BaseException as stop:
         with suppress(ReducerError):  # a full disk has no room for it either, and is what is reported
             folder.write_summary(summary | session.figures() | {"status": "stopped"})
-        if isinstance(stop, ReducerError) and not isinstance(stop, TooManyFailuresError):
+        if isinstance(stop, BudgetError):
+            advice = f"run again with more, another --output and --reuse {folder.path}"
+            stop.args = (f"{stop}. All photos are hashed: to read none of them again, {advice}",)
+        elif isinstance(stop, ReducerError) and not isinstance(stop, TooManyFailuresError | LostLockError):
             stop.args = (f"{stop}. What was hashed so far is kept. To go on: reducer resume {folder.path}",)
         raise
 
@@ -191,7 +195,7 @@ def _work_off(
             bar.set_postfix_str(f"{rate:.1f} MB/s, {session.own.failed} failed", refresh=False)
             bar.update(errand.rows[result.index].num_rows)
             own = session.own
-            if own.read >= ALL_FAILED and own.failed == own.read and not errand.trusted:
+            if own.read >= ALL_FAILED and own.failed == own.read and not own.reused and not errand.trusted:
                 raise TooManyFailuresError(
                     f"the first {own.read} photos have all failed, so the run was given up. The first path tried: "
                     f"{session.first_failure}. Check IMAGES, --path-template or --path-column, and that the workers "

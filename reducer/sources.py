@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from concurrent.futures import Future
 from functools import lru_cache
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -20,9 +20,6 @@ from reducer.hashing import OUT_OF_MEMORY, PhotoError
 from reducer.objects import FileState, PhotoFile, Transient, fetch, is_unchanged
 from reducer.places import RETRY_SECONDS, Source, is_url, pauses
 from reducer.types import PathRule
-
-if TYPE_CHECKING:
-    pass
 
 T = TypeVar("T")
 

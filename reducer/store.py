@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,21 +15,22 @@ import pyarrow.compute as pc
 import pyarrow.dataset
 import pyarrow.parquet as pq
 
-from reducer.errors import InputError, ReducerError, one_line
-from reducer.lock import is_of_lock
+from reducer.errors import InputError, ReducerError
+from reducer.lock import check_unlocked, is_of_lock
 from reducer.places import Place, explained, persistently
 from reducer.ranking import Hashes
 from reducer.schemas import LEDGER_SCHEMA, PLAN_SCHEMA, REDUCED_COLUMNS, reduced_schema
 from reducer.types import Tally
 
 FORMAT = "reducer-run"
-FORMAT_VERSION = 1
+#: 2 keeps a plan, and tallies in its parts.
+FORMAT_VERSION = 2
 #: Rows of a Parquet row group; fixed, so that the bytes of a file depend on its rows only.
 ROW_GROUP = 100_000
 SUMMARY, CSV, PARQUET, IMAGES = "summary.json", "reduced.csv", "reduced.parquet", "images"
-PLAN, AVOIDED, CROSS_LABEL = "plan.parquet", "avoid.parquet", "cross_label.parquet"
+PLAN, AVOID, CROSS_LABEL = "plan.parquet", "avoid.parquet", "cross_label.parquet"
 #: Files that a run writes beside its summary and its ledger.
-OWN_FILES = (PLAN, AVOIDED, CSV, PARQUET, CROSS_LABEL)
+OWN_FILES = (PLAN, AVOID, CSV, PARQUET, CROSS_LABEL)
 #: Part files of photos that are not read begin so; they are made anew from the plan.
 UNREAD = "part-unread-"
 #: Under which key files carry what is no table.
@@ -50,9 +51,18 @@ class RunFolder:
         #: Paths or URLs, to show.
         self.path = self.place.path
         self.images = self.place.below(IMAGES).path
+        #: Called before each write; raises if another run has taken the folder meanwhile.
+        self.check_ours: Callable[[], None] = lambda: None
 
-    def check_free(self, *, overwrite: bool) -> None:
+    def check_free(self, *, overwrite: bool, break_lock: bool = False) -> None:
         """Refuse a folder that holds something, unless it is a run folder that may be replaced.
+
+        Parameters
+        ----------
+        overwrite : bool
+            Whether a run may be replaced.
+        break_lock : bool
+            Whether also one that seems to be at work; or the lock is our own.
 
         Raises
         ------
@@ -69,6 +79,7 @@ class RunFolder:
                     f"--output {self.path} is not empty and is no run folder (it has no summary.json of ours): nothing "
                     "in it was touched; give another folder"
                 )
+            check_unlocked(self.place, break_lock=break_lock)
             if not overwrite:
                 raise InputError(f"--output {self.path} holds a run already: give another folder, or --overwrite")
 
@@ -152,7 +163,7 @@ class RunFolder:
         """
         if avoid is not None:  # first: the plan is what tells that it is there
             packed = pa.array(list(map(bytes, avoid)), pa.binary())
-            self._write(AVOIDED, _parquet(pa.table({"packed_hash": packed})))
+            self._write(AVOID, _parquet(pa.table({"packed_hash": packed})))
         self._write(PLAN, _parquet(_with_metadata(rows, terms)))
 
     def read_plan(self) -> tuple[pa.Table, dict[str, Any]] | None:
@@ -166,21 +177,26 @@ class RunFolder:
         if PLAN not in self._names():
             return None
         rows = self._read_parquet(PLAN)
-        terms: dict[str, Any] = json.loads(rows.schema.metadata[METADATA])
-        return rows.cast(PLAN_SCHEMA).replace_schema_metadata(None), terms
+        terms = self._terms_of(rows.schema)
+        return rows.replace_schema_metadata(None).cast(PLAN_SCHEMA), terms
 
     def plan_terms(self) -> dict[str, Any] | None:
         """What goes with the plan, without reading it; None where there is none."""
         if PLAN not in self._names():
             return None
-        found: dict[str, Any] = json.loads(self._schema(PLAN).metadata[METADATA])
+        return self._terms_of(self._schema(PLAN))
+
+    def _terms_of(self, schema: pa.Schema) -> dict[str, Any]:
+        if METADATA not in (schema.metadata or {}) or not set(PLAN_SCHEMA.names) <= set(schema.names):
+            raise InputError(f"{self.place.below(PLAN).path} is no plan of ours: begin again with --overwrite")
+        found: dict[str, Any] = json.loads(schema.metadata[METADATA])
         return found
 
     def read_avoid(self) -> Hashes | None:
         """The hashes to avoid that the plan goes with, packed; None where there are none."""
-        if AVOIDED not in self._names():
+        if AVOID not in self._names():
             return None
-        packed: list[bytes] = self._read_parquet(AVOIDED)["packed_hash"].to_pylist()
+        packed: list[bytes] = self._read_parquet(AVOID)["packed_hash"].to_pylist()
         return np.frombuffer(b"".join(packed), dtype=np.uint8).reshape(len(packed), -1)
 
     def write_part(self, index: int, ledger: pa.Table, tally: Tally | None = None) -> None:
@@ -240,8 +256,18 @@ class RunFolder:
             return LEDGER_SCHEMA.empty_table().select(wanted)
         opened = {"filesystem": system} if self.place.remote else {}
         dataset = pa.dataset.dataset(parts, schema=LEDGER_SCHEMA, format="parquet", **opened)
-        table = dataset.to_table(columns=list(dict.fromkeys([*wanted, "row"])), filter=where)
+        with self._damage_explained(IMAGES):
+            table = dataset.to_table(columns=list(dict.fromkeys([*wanted, "row"])), filter=where)
         return table.sort_by("row").select(wanted)
+
+    def rows(self) -> int:
+        """Rows that the ledger has now."""
+        return sum(map(self._rows_of, self.parts()))
+
+    def _rows_of(self, part: str) -> int:
+        system, root = self.place.open()
+        with self._damage_explained(f"{IMAGES}/{part}"), system.open(f"{root}/{IMAGES}/{part}", "rb") as file:
+            return int(pq.read_metadata(file).num_rows)
 
     def reduced(self, id_column: str, label_column: str) -> pa.Table:
         """The kept rows of the ledger, in manifest order, in the columns of `reducer.schemas.reduced_schema`."""
@@ -300,7 +326,13 @@ class RunFolder:
         with explained(self.place, f"{self.path} cannot be read"):
             if not self.is_run():
                 raise InputError(f"{self.path} is no run folder: it has no summary.json of ours")
-            return self.read_summary()
+            found = self.read_summary()
+            if found.get("format_version") != FORMAT_VERSION:
+                raise InputError(
+                    f"{self.path} was written by another version of Reducer (format {found.get('format_version')}, "
+                    f"this one writes {FORMAT_VERSION}): use that version, or begin again"
+                )
+            return found
 
     def finished(self) -> dict[str, Any]:
         """The same of a run that is to be finished.
@@ -312,7 +344,10 @@ class RunFolder:
         """
         found = self.summary()
         if found["status"] != "done":
-            raise InputError(f"the run in {self.path} is not finished. First: reducer resume {self.path}")
+            raise InputError(
+                f"the run in {self.path} is not finished (see reducer status {self.path}). First: reducer resume "
+                f"{self.path}"
+            )
         return found
 
     def has(self, name: str) -> bool:
@@ -351,17 +386,25 @@ class RunFolder:
     def _damage_explained(self, name: str) -> Iterator[None]:
         try:
             yield
-        except pa.ArrowInvalid as error:
-            advice = f"take it out, then reducer resume {self.path}" if name.startswith(IMAGES) else "start again"
-            raise InputError(f"{self.place.below(name).path} is damaged ({one_line(error)}): {advice}") from None
+        except FileNotFoundError:
+            raise InputError(
+                f"{self.place.below(name).path} has changed meanwhile: a run is at work in {self.path}; try again when "
+                f"it is done (reducer status {self.path})"
+            ) from None
+        except (pa.ArrowInvalid, OSError) as error:
+            advice = f"take it out, then reducer resume {self.path}" if name.startswith(IMAGES) else "begin again"
+            path = self.place.below(name).path
+            raise InputError(f"{path} cannot be read ({self.place.safe(error)}). If it is damaged: {advice}") from None
 
     def _remove(self, names: list[str]) -> None:
+        self.check_ours()
         system, root = self.place.open()
         for name in names:
             system.rm_file(f"{root}/{name}")
 
     def _write(self, name: str, content: bytes) -> None:
         """Write a file so that it is whole or absent, whenever this is cut off."""
+        self.check_ours()
         write_file(self.place.below(name), content)
 
 

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from reducer.config import near_copy_bits
 from reducer.errors import InputError
 from reducer.places import Place
+from reducer.rules import CutRules
 from reducer.schemas import (
     AVOIDED,
     BEYOND_KEEP,
@@ -85,6 +86,8 @@ def explain(run: Path | str, photo: str, *, storage_options: Mapping[str, Any] |
     if not own.num_rows:
         raise InputError(_missing(folder, summary, photo))
     labels = folder.ledger(where=pc.field("label").isin(pc.unique(own["label"])))
+    rules = CutRules(**{name: summary["job"][name] for name in ("min_distance", "total", "max_bytes")})
+    unfiltered = summary["status"] != "done" and (rules.has_budget or rules.min_distance is not None)
     pairs = folder.cross_label_of(photo)
     stories = []
     for row in own.to_pylist():
@@ -98,7 +101,7 @@ def explain(run: Path | str, photo: str, *, storage_options: Mapping[str, Any] |
         stories.append(
             Story(
                 row=row,
-                why=_why(row, summary["job"], len(label), ranked, str(run)),
+                why=_why(row, summary["job"], len(label), str(run), unfiltered),
                 label_photos=len(label),
                 label_ranked=ranked,
                 label_kept=kept,
@@ -114,21 +117,24 @@ def _missing(folder: RunFolder, summary: dict[str, Any], photo: str) -> str:
     """Why a photo is not in the ledger."""
     saved = folder.read_plan() if summary["status"] != "done" else None
     if saved is not None and pc.any(pc.equal(saved[0]["id"], photo)).as_py():
-        return f"photo {photo!r} is not hashed yet: the run is not finished (reducer status {folder.path})"
+        return f"photo {photo!r} is not in the ledger yet: the run is not finished (reducer status {folder.path})"
     return f"no photo of the run in {folder.path} has the id {photo!r}: expected one as its manifest writes it"
 
 
-def _why(row: dict[str, Any], job: dict[str, Any], photos: int, ranked: int, run: str) -> str:
+def _why(row: dict[str, Any], job: dict[str, Any], photos: int, run: str, unfiltered: bool) -> str:
     """What a photo's reason means."""
     keep = job["keep"]
     budget = f"--total {job['total']}" if job["total"] is not None else f"--max-bytes {job['max_bytes']}"
+    if unfiltered and row["rank"] is not None:
+        return "not told yet: --min-distance, --total and --max-bytes count when all photos are hashed"
     return {
         KEPT: "it is among the first of its label" if keep is None else f"it is among the first {keep} of its label",
         KEPT_SMALL_LABEL: f"a label of {photos} photos, at most --keep {keep}, is kept whole and not read",
         BEYOND_KEEP: f"{keep} photos of its label come before it (--keep)",
         MIN_DISTANCE: f"it is nearer than --min-distance {job['min_distance']} to a photo before it",
         BUDGET: f"photos that differ more from others of their labels came first ({budget})",
-        NOT_SAMPLED: f"it is not among the {ranked} of {photos} photos of its label that were drawn (--candidates)",
+        NOT_SAMPLED: f"it is not among the {job['candidates']} of {photos} photos of its label that were drawn "
+        "(--candidates)",
         FLAT: "it shows next to nothing (--drop-flat)",
         AVOIDED: "it is near a photo to avoid (--avoid)",
         FAILED: f"it could not be read; reducer resume {run} --retry-failed tries again",

@@ -88,6 +88,7 @@ def outcome(plan: Plan, folder: RunFolder) -> dict[str, Any]:
         "reasons": reasons,
         "failures": failure_kinds(ledger["error"]),
         # Of photos that were not read only a folder's listing knows the size.
+        "bytes_kept": pc.sum(ledger.filter(ledger["kept"])["bytes"]).as_py() or 0,
         "bytes_left_out": pc.sum(left_out).as_py() or 0,
         "photos_left_out_of_unknown_size": left_out.null_count,
     }

@@ -599,6 +599,8 @@ def generate_run(folder: Path, sizes: np.ndarray) -> None:
 
     reasons = pc.value_counts(ledger["reason"]).to_pylist()
     summary = {
+        "run": "generated",
+        "resumed": 0,
         "job": asdict(job) | {name: [] for name in STORAGE_OPTIONS},
         "manifest": {"rows": photos, "duplicate_rows": 0, "ids_under_several_labels": 0},
         "labels": labels,

@@ -110,8 +110,11 @@ def test_photos_that_are_always_kept_stay_in_every_budget(collection: Path, tmp_
         run_on(collection, tmp_path / str(total), total=total, **options)
         assert cut_files(tmp_path / "all", tmp_path, total=total) == reduced_files(tmp_path / str(total))
         assert set(ids) <= set(pd.read_csv(tmp_path / str(total) / "reduced.csv", dtype=str)["id"])
-    with pytest.raises(InputError, match="and 4 photos that are always kept: give at least --total 15"):
+    with pytest.raises(InputError, match=r"--min-per-label.* and --always-keep: give at least --total 15$"):
         run_on(collection, tmp_path / "none", total=14, **options)
+    assert not (tmp_path / "none").exists()  # told before any photo is read
+    with pytest.raises(InputError, match=r"and 4 photos that are always kept: give at least --total 15$"):
+        cut(tmp_path / "all", total=14)
     assert set(cut(tmp_path / "all", min_distance=64).reduced["id"]) > set(ids)
     # --keep is the one thing that limits them.
     assert len(set(cut(tmp_path / "all", keep=2).reduced["id"]) & set(ids)) == 2
@@ -129,7 +132,7 @@ def test_labels_that_were_not_read(unread: Path, tmp_path: Path) -> None:
     needed = small[small > largest - 1]
     assert (code, out) == (2, "")
     assert f"{len(needed)} labels ({needed.sum()} photos) were kept whole and not read" in err
-    assert f"First: reducer resume {unread} --rank-all (it reads only those {needed.sum()} photos)" in err
+    assert f"First: reducer resume {unread} --rank-all (it reads the {small.sum()} photos of labels" in err
     assert not (tmp_path / "x.csv").exists()
     for rules in (["--min-distance", 3], ["--total", 100], ["--max-bytes", "20GB"]):
         assert invoke("cut", unread, "--output", tmp_path / "x.csv", *rules)[0] == 2

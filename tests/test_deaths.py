@@ -147,7 +147,7 @@ def test_no_worker_left_ends_the_run(slow_collection: Path, tmp_path: Path, dask
     with pytest.raises(ClusterError, match=r"no worker has been there for 3 s \(workers: wait\)") as caught:
         run_on(slow_collection, tmp_path / "run", spec, keep=1, partition_images=100)
     thread.join()
-    assert "--overwrite" in str(caught.value)
+    assert f"To go on: reducer resume {tmp_path / 'run'}" in str(caught.value)
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "stopped"
 
 

@@ -193,7 +193,7 @@ def test_the_second_is_refused_while_the_first_lives(tmp_path: Path, runner: Cal
             refuse()
         assert refused.value.exit_code == 2
         assert str(refused.value) == (
-            f"--output {tmp_path} is locked by another run: host {held.host}, process {held.pid}, since {held.since}. "
+            f"{tmp_path} is locked by another run: host {held.host}, process {held.pid}, since {held.since}. "
             "Wait until it ends or, if it is surely gone, give --break-lock"
         )
     assert (tmp_path / LOCK).read_bytes() == content
@@ -394,7 +394,7 @@ def test_a_folder_that_cannot_be_locked(tmp_path: Path) -> None:
     for name, reason in (("none", "No such file or directory"), ("file", "Not a directory")):
         with pytest.raises(InputError) as refused, locked(Place(str(tmp_path / name))):
             pass
-        assert str(refused.value) == f"--output {tmp_path / name} cannot be used: {reason}"
+        assert str(refused.value) == f"the run folder {tmp_path / name} cannot be used: {reason}"
 
 
 # Another host, and --break-lock
@@ -492,7 +492,7 @@ def test_a_lock_that_cannot_be_read_is_refused_until_it_is_broken(
         with pytest.raises(InputError) as refused:
             refuse()
         assert str(refused.value) == (
-            f"--output {tmp_path} holds a lock.json that cannot be read: another run may be at work there. Wait until "
+            f"{tmp_path} holds a lock.json that cannot be read: another run may be at work there. Wait until "
             "it ends or, if surely none is, give --break-lock"
         )
     assert (tmp_path / LOCK).read_bytes() == content
@@ -547,7 +547,7 @@ def test_s3_refuses_the_second_even_if_the_first_was_killed(
     held = holder(bucket)
     assert held is not None
     assert (held.pid, held.alive) == (first.process.pid, True)
-    whose = f"--output {bucket.path} is locked by another run: {held}"
+    whose = f"{bucket.path} is locked by another run: {held}"
     advice = ". Wait until it ends or, if it is surely gone, give --break-lock"
     for gone in ("", " (no such process runs here now)"):
         for refuse in (lambda: check_unlocked(bucket), lambda: locked(bucket).__enter__()):
@@ -638,7 +638,7 @@ def test_s3_that_cannot_be_used(s3: S3Server, bucket: Place, messages: Callable[
         ),
     ):
         with (
-            pytest.raises(InputError, match=f"--output {place.path} cannot be used: {match}") as refused,
+            pytest.raises(InputError, match=f"the run folder {place.path} cannot be used: {match}") as refused,
             locked(place),
         ):
             pass

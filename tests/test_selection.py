@@ -199,7 +199,9 @@ def test_unread_labels_are_needed_only_where_some_of_theirs_would_go(
         kept = chosen(rows, given_rules)
     except NeedsRanksError as error:
         assert needed
-        assert (error.unranked.labels, error.unranked.photos) == (len(needed), sum(needed.values()))
+        found = error.unranked
+        assert (found.labels, found.photos) == (len(needed), sum(needed.values()))
+        assert found.unread == sum(sizes.values())
     except InputError:
         assert not needed
     else:

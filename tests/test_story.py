@@ -38,7 +38,7 @@ def told(run: Path, photo: str) -> str:
 WHY = {
     "kept": "yes, kept: it is among the first {keep} of its label",
     "beyond-keep": "no, beyond-keep: {keep} photos of its label come before it (--keep)",
-    "not-sampled": "no, not-sampled: it is not among the {ranked} of {photos} photos of its label that were drawn",
+    "not-sampled": "no, not-sampled: it is not among the 30 of {photos} photos of its label that were drawn",
     "kept-small-label": "yes, kept-small-label: a label of {photos} photos, at most --keep {keep}, is kept whole",
     "failed": "no, failed: it could not be read; reducer resume {run} --retry-failed tries again",
     "flat": "no, flat: it shows next to nothing (--drop-flat)",
@@ -104,7 +104,7 @@ def test_photos_that_are_not_there(odd: Path, tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     (tmp_path / "run" / "summary.json").write_text(json.dumps(summary | {"status": "stopped"}))
     code, _, err = invoke("explain", tmp_path / "run", sorted(lost)[0])
-    assert (code, "is not hashed yet: the run is not finished" in err) == (2, True)
+    assert (code, "is not in the ledger yet: the run is not finished" in err) == (2, True)
     there = next(photo for photo in images["id"] if photo not in lost)
     assert "photo:" in told(tmp_path / "run", there)
     assert invoke("explain", tmp_path, there)[0] == 2
