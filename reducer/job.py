@@ -214,13 +214,14 @@ def resume(
         session = Session(job.hash_size**2, progress)
         with session.timing("plan"):
             plan = Plan(job, rows, summary["manifest"])
-            names = folder.done_partitions()
-            session.done = {index: folder.tally(name) for index, name in names.items()}
+            names, footers = folder.done_partitions(), folder.footers()
+            session.done = {index: footers[name][1] for index, name in names.items()}
             grows = rank_all and plan.small.any()
             failed = [index for index, tally in session.done.items() if retry_failed and tally.failed]
             missing = set(pc.unique(rows["partition"].drop_null()).to_pylist()) - set(names)
         needed = bool(missing or grows or failed)
-        if not needed and summary["status"] == "done" and folder.rows() == plan.rows.num_rows:
+        whole = sum(count for count, _ in footers.values()) == plan.rows.num_rows
+        if not needed and whole and summary["status"] == "done":
             return _result(folder, job, session)
         if needed:
             _check_options(summary, job)

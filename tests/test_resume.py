@@ -182,7 +182,7 @@ def test_client_and_workers_that_are_killed_together(
 
 def rows_of(run: Path) -> Iterator[int]:
     folder = RunFolder(str(run))
-    return (folder.tally(name).read for name in folder.done_partitions().values())
+    return (tally.read for _, tally in folder.footers().values())
 
 
 def test_a_run_that_was_stopped_goes_on_and_is_then_done(slow_collection: Path, whole: Path, tmp_path: Path) -> None:
