@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from reducer.config import near_copy_bits
 from reducer.ranking import Hashes, Positions
+from reducer.tables import text_ranks
 
 Words = NDArray[np.uint64]
 
@@ -168,7 +169,7 @@ def cross_label_table(ledger: pa.Table, bits: int) -> pa.Table:
     names = ["id", "label", "path", "hash"]
     photos = ledger.select(names)
     photos = photos.filter(pc.is_valid(photos["hash"])).combine_chunks()
-    labels = _label_numbers(photos["label"])
+    labels = text_ranks(photos["label"])
     # Path and hash decide only if a photo stands twice under a label.
     order = pc.sort_indices(
         photos.append_column("number", pa.array(labels)),
@@ -183,18 +184,6 @@ def cross_label_table(ledger: pa.Table, bits: int) -> pa.Table:
         columns = [side[name] for side in sides for name in names]
         parts.append(pa.table([*columns, pa.array(distance[share].astype(np.float64))], schema=CROSS_LABEL_SCHEMA))
     return pa.concat_tables(parts) if parts else CROSS_LABEL_SCHEMA.empty_table()
-
-
-def _label_numbers(labels: pa.ChunkedArray) -> NDArray[np.int64]:
-    """Number of each label in their order as text."""
-    encoded = pc.dictionary_encode(labels).combine_chunks()
-    if isinstance(encoded, pa.ChunkedArray):  # without rows
-        return np.empty(0, dtype=np.int64)
-    by_text = pc.sort_indices(encoded.dictionary).to_numpy()
-    number = np.empty(len(by_text), dtype=np.int64)
-    number[by_text] = np.arange(len(by_text))
-    numbers: NDArray[np.int64] = number[encoded.indices.to_numpy()]
-    return numbers
 
 
 def _from_hex(texts: pa.ChunkedArray, bits: int) -> Hashes:

@@ -189,12 +189,9 @@ def resume(
         "storage_options": storage_options or {},
         "manifest_storage_options": manifest_storage_options or {},
         "output_storage_options": output_storage_options or {},
-        **{
-            n: v
-            for n, v in (("reader", reader), ("read_ahead", read_ahead), ("max_failures", max_failures))
-            if v is not None
-        },
     }
+    asked = {"reader": reader, "read_ahead": read_ahead, "max_failures": max_failures}
+    changes |= {name: value for name, value in asked.items() if value is not None}
     summary = folder.summary()
     if not _is_planned(folder, summary):
         # It was stopped before it had a plan, so before the first photo.
