@@ -90,9 +90,9 @@ def forecast(job: Job, cluster: ClusterSpec | None = None, *, sample: int = SAMP
     RunFolder(job.output_place).check_free(overwrite=job.overwrite, break_lock=job.break_lock)
     plan = make_plan(job)
     read_avoided(job)  # what is wrong with it is found here too
-    known = 0
+    photos_known = 0
     if job.reuse is not None:
-        known = int(pc.sum(pc.is_valid(beside(plan.read, Reuse(job).known)["known_hash"])).as_py() or 0)
+        photos_known = int(pc.sum(pc.is_valid(beside(plan.read, Reuse(job).known)["known_hash"])).as_py() or 0)
     threads = planned_threads(cluster or ClusterSpec())
     rows = plan.read.num_rows
     ids = plan.read["id"].to_pylist() if sample else []
@@ -120,7 +120,7 @@ def forecast(job: Job, cluster: ClusterSpec | None = None, *, sample: int = SAMP
         photos_kept_unread=plan.rows["reason"].to_pylist().count(KEPT_SMALL_LABEL),
         bytes_to_read=bytes_to_read,
         bytes_estimated=not known,
-        photos_known=known,
+        photos_known=photos_known,
         partitions=len(np.unique(plan.assigned(threads or 1))),
         largest_label=labels.names[largest],
         largest_label_photos=int(labels.sizes[largest]),

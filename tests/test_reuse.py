@@ -13,6 +13,7 @@ import pytest
 from conftest import reduced_files, run_on
 from faultproxy import FaultProxy
 from s3server import S3Server
+from test_cli import invoke
 from test_job import ledger_of
 from test_resume import shorten
 
@@ -156,6 +157,18 @@ def test_hashes_of_another_pillow_are_refused(
     with pytest.raises(InputError, match=r"--reuse \S+old has Pillow \d.*has Pillow 1\.2\.3.*or leave --reuse out"):
         run_on(collection, tmp_path / "new", reuse=str(tmp_path / "old"))
     assert not (tmp_path / "new").exists()
+
+
+def test_a_dry_run_tells_what_is_known(collection: Path, tmp_path: Path) -> None:
+    run_on(collection, tmp_path / "old", limit_labels=5, rank_all=True)
+    arguments = ["run", collection / "train", "--manifest", collection / "train.csv", "--output", tmp_path / "new"]
+    arguments += ["--rank-all", "--dry-run", "--no-sample", "--reuse"]
+    known = len(ledger_of(tmp_path / "old"))
+    code, out, _ = invoke(*arguments, tmp_path / "old")
+    assert code == 0
+    assert "photos to read: 240," in out
+    assert f"known already:  {known} of them, not read where they are unchanged (--reuse)\n" in out
+    assert invoke(*arguments, tmp_path / "nowhere")[0] == 2
 
 
 def test_a_run_cannot_be_reused_for_itself(collection: Path, tmp_path: Path) -> None:
