@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from reducer.config import near_copy_bits
 from reducer.ranking import Hashes, Positions
+from reducer.schemas import CROSS_LABEL_SCHEMA
 from reducer.tables import text_ranks
 
 Words = NDArray[np.uint64]
@@ -46,30 +47,6 @@ GATHERED_ROWS = 2**20
 PARSED_ROWS = 2**16
 #: What stands for a character that is no hexadecimal digit.
 NO_DIGIT = 255
-
-
-def _text(name: str, description: str) -> pa.Field:
-    return pa.field(name, pa.string(), metadata={"description": description})
-
-
-#: `cross_label.parquet`: one row per pair of photos of different labels.
-CROSS_LABEL_SCHEMA = pa.schema(
-    [
-        _text("id", "photo id, as written in the manifest"),
-        _text("label", "its label, the first of the two as text"),
-        _text("path", "where it lies"),
-        _text("hash", "its perceptual hash in hex, as str() of imagehash's"),
-        _text("other_id", "id of the photo of another label that is like it"),
-        _text("other_label", "label of that photo"),
-        _text("other_path", "where that photo lies"),
-        _text("other_hash", "perceptual hash of that photo"),
-        pa.field(
-            "distance",
-            pa.float64(),
-            metadata={"description": "distance between the two hashes", "unit": "bits"},
-        ),
-    ]
-)
 
 
 def cross_label_pairs(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,14 +14,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from reducer.config import Job
 from reducer.errors import InputError
 from reducer.places import Place, absolute, is_url
+from reducer.plan import Plan
 from reducer.quality import judge_again
 from reducer.rules import CutRules
 from reducer.schemas import REDUCED_COLUMNS
 from reducer.selection import DECIDING, NeedsRanksError, select
 from reducer.store import IMAGES, OWN_FILES, SUMMARY, RunFolder, as_reduced, reduced_file, write_file
+from reducer.summary import counts
 from reducer.tables import with_column
 from reducer.types import Tally
 
@@ -122,7 +122,7 @@ def cut(
             f"files are missing. First: reducer resume {folder.path}"
         )
     try:
-        selection = select(ledger, rules, always_kept(folder, summary["job"], ledger["row"]))
+        selection = select(ledger, rules, _always_kept(folder, summary["job"], ledger["row"]))
     except NeedsRanksError as error:
         raise InputError(
             f"{error}, which this cut needs. First: reducer resume {folder.path} --rank-all (it reads the "
@@ -136,7 +136,7 @@ def cut(
         labels=pc.count_distinct(rows["label"]).as_py(),
         bytes=pc.sum(rows["bytes"]).as_py() or 0,
         photos_of_unknown_size=rows["bytes"].null_count,
-        reasons=dict(sorted(Counter(selection.reason.to_pylist()).items())),
+        reasons=counts(selection.reason),
         smallest_distance=pc.min(rows["insertion_distance"]).as_py(),
         reached=selection.reached,
         _rows=rows,
@@ -171,7 +171,7 @@ def _resolved(path: str) -> str:
     return absolute(path) if is_url(local) else os.path.realpath(local)
 
 
-def always_kept(folder: RunFolder, job: Mapping[str, Any], rows: pa.ChunkedArray) -> NDArray[np.bool_]:
+def _always_kept(folder: RunFolder, job: Mapping[str, Any], rows: pa.ChunkedArray) -> NDArray[np.bool_]:
     """Which rows of a ledger are of photos that are always kept."""
     if job["always_keep"] is None:
         return np.zeros(len(rows), dtype=bool)
@@ -183,7 +183,7 @@ def always_kept(folder: RunFolder, job: Mapping[str, Any], rows: pa.ChunkedArray
     return always
 
 
-def apply_filters(folder: RunFolder, job: Job) -> tuple[dict[str, Tally], float | None]:
+def apply_filters(folder: RunFolder, plan: Plan) -> tuple[dict[str, Tally], float | None]:
     """Keep in the ledger of a run, all of whose partitions are done, what its filters and budget leave.
 
     May be cut off and done again: it goes by ranks only.
@@ -192,8 +192,8 @@ def apply_filters(folder: RunFolder, job: Job) -> tuple[dict[str, Tally], float 
     ----------
     folder : RunFolder
         Whose part files are replaced.
-    job : Job
-        Its rules.
+    plan : Plan
+        Its plan.
 
     Returns
     -------
@@ -205,8 +205,8 @@ def apply_filters(folder: RunFolder, job: Job) -> tuple[dict[str, Tally], float 
     names = folder.parts()
     parts = [folder.read_part(name) for name in names]
     ledger = pa.concat_tables([rows.select(["row", *DECIDING]) for rows, _ in parts])
-    always = always_kept(folder, {"always_keep": job.always_keep}, ledger["row"])
-    selection = select(ledger, job.cut_rules, always)
+    always = np.isin(ledger["row"].to_numpy(), plan.always_kept_rows)
+    selection = select(ledger, plan.job.cut_rules, always)
     tallies = {}
     start = 0
     for name, (before, tally) in zip(names, parts, strict=True):
@@ -214,7 +214,7 @@ def apply_filters(folder: RunFolder, job: Job) -> tuple[dict[str, Tally], float 
         start = own.stop
         chosen = with_column(before, "kept", pa.array(selection.kept[own]))
         chosen = with_column(chosen, "reason", selection.reason[own])
-        rows, quality = judge_again(chosen, always[own], job.photo_settings)
+        rows, quality = judge_again(chosen, always[own], plan.job.photo_settings)
         tallies[name] = replace(tally, quality=quality)
         folder.replace_part(name, rows, tallies[name])
     return tallies, selection.reached

@@ -92,7 +92,7 @@ class Plan:
         columns = [known.get(f.name, pa.nulls(rows.num_rows, f.type)) for f in LEDGER_SCHEMA]
         return pa.table(columns, schema=LEDGER_SCHEMA)
 
-    @property
+    @cached_property
     def always_kept_rows(self) -> NDArray[np.int64]:
         """``row`` of the photos that are always kept."""
         found: NDArray[np.int64] = self.rows.filter(self.rows["always_keep"])["row"].to_numpy()

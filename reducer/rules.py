@@ -23,9 +23,9 @@ class CutRules:
         Then: at most so many of these a label, by rank.
     total, max_bytes : int, optional
         Then a budget, at most one: so many photos, or bytes of photos (text such as ``20GB``, 20 x 10^9, or ``20GiB``
-        becomes a number), of all labels. Every label first gets
-        ``min_per_label``, the rest goes over all labels by effective distance: the smallest insertion distance among
-        the photos of the label that are left up to this one. It ends at the first photo that does not fit.
+        becomes a number), of all labels. Every label first gets ``min_per_label``, the rest goes over all labels by
+        effective distance: the smallest insertion distance among the photos of the label that are left up to this one.
+        It ends at the first photo that does not fit.
     min_per_label : int, optional
         With a budget; default 1.
 

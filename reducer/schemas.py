@@ -82,6 +82,21 @@ LEDGER_SCHEMA = pa.schema(
     ]
 )
 
+#: `RUN/cross_label.parquet`: one row per pair of photos of different labels.
+CROSS_LABEL_SCHEMA = pa.schema(
+    [
+        _field("id", pa.string(), "photo id, as written in the manifest"),
+        _field("label", pa.string(), "its label, the first of the two as text"),
+        _field("path", pa.string(), "where it lies"),
+        _field("hash", pa.string(), "its perceptual hash in hex, as str() of imagehash's"),
+        _field("other_id", pa.string(), "id of the photo of another label that is like it"),
+        _field("other_label", pa.string(), "label of that photo"),
+        _field("other_path", pa.string(), "where that photo lies"),
+        _field("other_hash", pa.string(), "perceptual hash of that photo"),
+        _field("distance", pa.float64(), "distance between the two hashes", "bits"),
+    ]
+)
+
 #: What a worker finds out; the other columns of the ledger never leave the client.
 FOUND_SCHEMA = pa.schema([field for field in LEDGER_SCHEMA if field.name not in ("row", "id", "label", "path")])
 

@@ -139,7 +139,7 @@ def carry_out(
     open_cluster.close()  # the rest needs no workers
     with session.timing("write"):
         if job.has_filters:
-            tallies, summary["effective_distance_reached"] = apply_filters(folder, job)
+            tallies, summary["effective_distance_reached"] = apply_filters(folder, plan)
             session.done = {index: tallies[name] for index, name in folder.done_partitions().items()}
         folder.write_unread(plan.unread)
         folder.write_reduced(job.id_column, job.label_column, job.format)

@@ -78,7 +78,7 @@ def outcome(plan: Plan, folder: RunFolder) -> dict[str, Any]:
     ledger = folder.ledger(["row", "id", "label", "kept", "bytes", "reason", "error"])
     with_photo = set(pc.unique(ledger.filter(ledger["kept"])["label"]).to_pylist())
     left_out = ledger.filter(pc.invert(ledger["kept"]))["bytes"]
-    reasons = _counts(ledger["reason"])
+    reasons = counts(ledger["reason"])
     return {
         "photos_kept": reasons.get(KEPT, 0) + reasons.get(KEPT_SMALL_LABEL, 0),
         "labels_ranked": len(np.unique(plan.read_label)),
@@ -119,9 +119,9 @@ def _always_keep_failed(plan: Plan, ledger: pa.Table) -> list[str]:
 
 def failure_kinds(error: pa.ChunkedArray) -> dict[str, int]:
     """How many photos failed, by kind; from the ledger's column."""
-    return _counts(pc.list_element(pc.split_pattern(error.drop_null(), ":", max_splits=1), 0))
+    return counts(pc.list_element(pc.split_pattern(error.drop_null(), ":", max_splits=1), 0))
 
 
-def _counts(column: pa.ChunkedArray) -> dict[str, int]:
+def counts(column: pa.ChunkedArray | pa.Array) -> dict[str, int]:
     """How often each text stands in a column, sorted by text."""
     return dict(sorted((pair["values"], pair["counts"]) for pair in pc.value_counts(column).to_pylist()))
