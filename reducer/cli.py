@@ -66,7 +66,7 @@ def main() -> None:
     "--manifest",
     metavar="FILE",
     help="CSV or Parquet file with one row a photo, or GLDv2's train_clean.csv. Without one, every photo below IMAGES "
-    "is taken: its folder is its label, its relative path its id.",
+    "is taken: its folder is its label, its relative path its id. In tar shards, every sample of WebDataset's.",
 )
 @where_it_runs
 @click.option("--id-column", default="id", show_default=True, help="The manifest's column of photo ids.")
@@ -76,7 +76,7 @@ def main() -> None:
     "--path-template",
     metavar="TEXT",
     help="Where a photo lies below IMAGES, when there is no --path-column; {id}, {label} and single characters "
-    f"such as {{id[0]}}.  [default: {GLDV2_TEMPLATE}]",
+    f"such as {{id[0]}}.  [default: {GLDV2_TEMPLATE}; in tar shards, wherever a file is called ID]",
 )
 @click.option(
     "--keep",
@@ -152,6 +152,18 @@ def main() -> None:
     is_flag=True,
     help="Also write cross_label.parquet: near copies under different labels, most of them label errors.",
 )
+@click.option(
+    "--md5",
+    metavar="FILE|DIR",
+    help="Check tar shards against these MD5 sums (as md5sum writes them): photos of one with another sum fail. A URL "
+    "is opened with --storage-option.",
+)
+@click.option("--md5-warn", is_flag=True, help="With --md5: take photos of such shards, with a warning.")
+@click.option(
+    "--label-field",
+    metavar="NAME",
+    help="WebDataset shards without a manifest: which field of KEY.json is the label.  [default: what KEY.cls holds]",
+)
 @click.option("--partition-images", type=int, metavar="N", help="Photos a partition.  [default: 500 to 2000]")
 @click.option("--max-pixels", default=200_000_000, show_default=True, help="Photos that declare more pixels fail.")
 @click.option(
@@ -199,7 +211,8 @@ def run(
 ) -> None:
     """Rank the photos of every label and keep the first K.
 
-    IMAGES is the folder of the photos, or a URL such as s3://bucket/photos. RUN gets reduced.csv (drops in for the
+    IMAGES is the folder of the photos, or a URL such as s3://bucket/photos; or tar shards: a folder of nothing else, or
+    a glob such as 's3://google-landmark/train/images_*.tar'. RUN gets reduced.csv (drops in for the
     manifest), reduced.parquet, the ledger images/ and summary.json.
 
     Exit codes: 0 done; 2 something is wrong with the input; 3 too many photos failed; 130 Ctrl-C; 143 SIGTERM; 1

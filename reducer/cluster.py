@@ -23,6 +23,7 @@ from reducer.clusterspec import TLS, ClusterSpec
 from reducer.config import Job, PhotoSettings
 from reducer.environment import Environment, differences, environment
 from reducer.errors import ClusterError, InputError, ReducerError, one_line
+from reducer.places import PhotoRef
 from reducer.shipping import same_code
 from reducer.worker import sees
 
@@ -161,7 +162,7 @@ def check_alike(client: Client, settings: PhotoSettings) -> Environment:
     return found[min(found)]
 
 
-def check_sight(client: Client, job: Job, photos: Sequence[str], wait: float) -> str | None:
+def check_sight(client: Client, job: Job, photos: Sequence[PhotoRef], wait: float) -> PhotoRef | None:
     """Let one worker of each host read a photo.
 
     Parameters
@@ -170,14 +171,15 @@ def check_sight(client: Client, job: Job, photos: Sequence[str], wait: float) ->
         Of the cluster.
     job : Job
         Whose photos they are.
-    photos : sequence of str
-        Paths of a few of them. The first is read; the next one where nobody can read it, for that tells nothing.
+    photos : sequence of str or ByteRange
+        A few of them, or pieces of their shards. The first is read; the next one where nobody can read it, for that
+        tells nothing.
     wait : float
         Seconds after which a host has to have answered.
 
     Returns
     -------
-    str or None
+    str, ByteRange or None
         A photo that all can read; None if none of them can be read anywhere.
 
     Raises
@@ -207,7 +209,7 @@ def check_sight(client: Client, job: Job, photos: Sequence[str], wait: float) ->
     return None
 
 
-def _blind(job: Job, photo: str, blind: Mapping[str, str]) -> str:
+def _blind(job: Job, photo: PhotoRef, blind: Mapping[str, str]) -> str:
     what = f"worker host{'s' if len(blind) > 1 else ''} {', '.join(blind)}"
     reason = f"the photo {photo} is {next(iter(blind.values()))} there"
     if job.images_place.remote:

@@ -80,20 +80,22 @@ class Job:
     Attributes
     ----------
     images : str
-        Folder of the photos: a local path, or a URL that fsspec opens, such as ``s3://bucket/prefix``.
+        Folder of the photos: a local path, or a URL that fsspec opens, such as ``s3://bucket/prefix``. Or tar shards: a
+        folder of nothing else, or a glob such as ``train/images_*.tar``.
     output : str
         The run folder to write, a local path or a URL.
     manifest : str, optional
         A local path or a URL.
         CSV or Parquet file with one row a photo. Without one every photo file below ``images`` is taken, its
-        folder is its label and its relative path its id.
+        folder is its label and its relative path its id; in tar shards every sample of WebDataset's.
     id_column, label_column : str
         The manifest's columns; also those of the reduced list.
     path_column : str, optional
         The manifest's column with paths (relative to ``images`` or absolute).
     path_template : str, optional
         Where a photo lies below ``images`` when there is no path column: a format string over ``id`` and
-        ``label``, ``{id[0]}`` being the first character. Default: GLDv2's layout.
+        ``label``, ``{id[0]}`` being the first character. Default: GLDv2's layout; in tar shards a photo is found by its
+        file's name without the extension, wherever it lies.
     keep : int, optional
         Photos kept a label; default 25, or no limit with ``total`` or ``max_bytes``.
     min_distance, total, max_bytes, min_per_label
@@ -135,6 +137,14 @@ class Job:
         Also write the near copies under different labels.
     partition_images : int, optional
         Photos a partition; default 500 to 2,000 by the size of the job.
+    md5 : str, optional
+        A file or folder (a local path, or a URL that is opened as ``images`` is) of MD5 sums that were published of the
+        tar shards in ``images``: photos of a shard with another sum fail.
+    md5_warn : bool
+        Such photos are taken, with a warning.
+    label_field : str, optional
+        Of WebDataset's shards without a manifest: which field of a sample's JSON is its label; default what its
+        ``.cls`` holds.
     max_pixels : int
         Photos that declare more pixels fail.
     max_failures : float
@@ -188,6 +198,9 @@ class Job:
     reuse: str | None = None
     cross_label: bool = False
     partition_images: int | None = None
+    md5: str | None = None
+    md5_warn: bool = False
+    label_field: str | None = None
     max_pixels: int = 200_000_000
     max_failures: float = 0.1
     format: str = "both"
@@ -200,7 +213,7 @@ class Job:
     read_ahead: int = 32
 
     def __post_init__(self) -> None:
-        for name in ("images", "output", "manifest", "always_keep", "avoid", "reuse"):
+        for name in ("images", "output", "manifest", "always_keep", "avoid", "reuse", "md5"):
             value = getattr(self, name)
             if value is None:
                 continue
@@ -210,7 +223,7 @@ class Job:
             if is_url(str(value)) and name in ("always_keep", "avoid"):
                 raise InputError(f"{where} {value} is a URL; it is read from local paths only")
             object.__setattr__(self, name, str(value))
-        for name in ("path_column", "path_template", "id_column", "label_column"):
+        for name in ("path_column", "path_template", "id_column", "label_column", "label_field"):
             if getattr(self, name) == "":
                 raise InputError(f"{flag(name)} is empty: give it a value or leave it out")
         if isinstance(self.labels, str):
@@ -271,6 +284,10 @@ class Job:
             raise InputError(
                 f"--reuse and --output are both {self.reuse}: give another --output, or go on with reducer resume"
             )
+        if self.md5_warn and self.md5 is None:
+            raise InputError("--md5-warn says what becomes of photos whose shard has another sum: give --md5 too")
+        if self.label_field is not None and self.manifest is not None:
+            raise InputError("--label-field is for tar shards without a manifest: leave it out, or --manifest")
         template_fields(self.template)
 
     @property

@@ -15,13 +15,14 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from reducer.errors import InputError
+from reducer.files import write_file
 from reducer.places import Place, absolute, is_url
 from reducer.plan import Plan
 from reducer.quality import judge_again
 from reducer.rules import CutRules
 from reducer.schemas import REDUCED_COLUMNS
 from reducer.selection import DECIDING, NeedsRanksError, select
-from reducer.store import IMAGES, OWN_FILES, SUMMARY, RunFolder, as_reduced, reduced_file, write_file
+from reducer.store import HASHES, IMAGES, OWN_FILES, SUMMARY, RunFolder, as_reduced, reduced_file
 from reducer.summary import counts
 from reducer.tables import with_column
 from reducer.types import Tally
@@ -154,7 +155,7 @@ def _target(folder: RunFolder, summary: dict[str, Any], output: Place) -> Place:
     manifest = summary["job"]["manifest"]
     own = [folder.place.below(name).path for name in (SUMMARY, *OWN_FILES)]
     name = _resolved(output.path)
-    inside = name.startswith(_resolved(folder.place.below(IMAGES).path) + "/")
+    inside = any(name.startswith(_resolved(folder.place.below(sub).path) + "/") for sub in (IMAGES, HASHES))
     if name in map(_resolved, own) or inside or (manifest is not None and name == _resolved(manifest)):
         raise InputError(f"--output {output.path} is a file of the run itself: give another name")
     if not output.remote:

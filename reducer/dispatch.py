@@ -13,17 +13,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-
 from reducer.cluster import check_alike, check_sight
 from reducer.clusterspec import ClusterSpec
 from reducer.environment import compare_with, environment
+from reducer.errand import Errand, ShardErrand
 from reducer.errors import ClusterError
+from reducer.pieces import run_piece, run_shards
 from reducer.pipeline import run_partition
-from reducer.plan import Errand
-from reducer.ranking import Hashes
 from reducer.shipping import code_digest
-from reducer.types import PartitionResult, Terms, Unfit, Work
+from reducer.types import PartitionResult, PiecesResult, Terms, Unfit, Work
 from reducer.worker import as_partition, topic, unpacked
 
 if TYPE_CHECKING:
@@ -41,8 +39,6 @@ MOST_ATTEMPTS = 5
 #: Seconds between two looks at the cluster, how long the scheduler may take to answer then, and how long a worker to
 #: hand over a result.
 TICK, ANSWER, HAND_OVER = 1.0, 10.0, 30.0
-#: So many photos are tried to see whether workers can read them.
-FEW = 20
 
 
 @dataclass
@@ -66,14 +62,19 @@ class InProcess:
         What decides hashes here.
     """
 
-    def __init__(self, errand: Errand, avoid: Hashes | None) -> None:
-        self.errand, self.avoid = errand, avoid
+    def __init__(self, errand: Errand | ShardErrand) -> None:
+        self.errand = errand
         self.environment = environment(errand.job.photo_settings)
 
-    def results(self) -> Generator[PartitionResult]:
-        """Run all partitions, in turn."""
-        for index in self.errand.rows:
-            yield run_partition(self.errand.task(index), self.avoid)
+    def results(self) -> Generator[PartitionResult | PiecesResult]:
+        """Run all partitions, pieces or shards, in turn."""
+        for index in self.errand.numbers:
+            if isinstance(self.errand, ShardErrand):
+                yield run_shards(self.errand.task(index), self.errand.wanted)
+            elif self.errand.is_pieces:
+                yield run_piece(self.errand.task(index))
+            else:
+                yield run_partition(self.errand.task(index), self.errand.avoid)
 
 
 class Dispatch:
@@ -83,12 +84,10 @@ class Dispatch:
     ----------
     client : distributed.Client
         Of the cluster.
-    errand : Errand
-        The partitions; there are some.
+    errand : Errand or ShardErrand
+        The partitions, pieces or shards; there are some.
     spec : ClusterSpec
         Of the cluster. Workers that hang are restarted where it is ours.
-    avoid : ndarray of uint8, shape (m, hash bytes), or None
-        As for `reducer.pipeline.run_partition`.
 
     Attributes
     ----------
@@ -101,7 +100,7 @@ class Dispatch:
         If workers differ in what decides hashes, or some of them cannot read the photos.
     """
 
-    def __init__(self, client: Client, errand: Errand, spec: ClusterSpec, avoid: Hashes | None) -> None:
+    def __init__(self, client: Client, errand: Errand | ShardErrand, spec: ClusterSpec) -> None:
         self.client, self.errand, self.rules = client, errand, spec.rules
         self.may_restart = spec.address is None
         self.environment = check_alike(client, errand.job.photo_settings)
@@ -109,11 +108,11 @@ class Dispatch:
             run_token=uuid.uuid4().hex,
             code=code_digest(),
             environment=self.environment.digest,
-            seen=check_sight(client, errand.job, _a_few(errand.paths), self.rules.wait),
+            seen=check_sight(client, errand.job, errand.probes(), self.rules.wait),
             beat=min(MOST_BEAT, self.rules.stall / 4),
             patience=self.rules.stall,
         )
-        self.waiting: deque[tuple[int, int, bool]] = deque((index, 0, False) for index in errand.rows)
+        self.waiting: deque[tuple[int, int, bool]] = deque((index, 0, False) for index in errand.numbers)
         self.sent: dict[Any, _Sent] = {}
         self.losses: Counter[int] = Counter()
         #: When which worker last told of each partition and attempt. Signs may come before `sent` knows of them.
@@ -128,19 +127,19 @@ class Dispatch:
         self.last_sign = time.monotonic()
         # Sent once and held by the workers, not sent with each partition; a task, so that it comes again where one
         # dies.
-        self.avoid = None
-        if avoid is not None:
+        self.shared = None
+        if (shared := errand.shared) is not None:
             from dask.delayed import delayed
 
-            self.avoid = self._persist(delayed(unpacked, pure=False)(avoid.tobytes(), avoid.shape))
+            self.shared = self._persist(delayed(unpacked, pure=False)(shared.tobytes(), shared.shape))
 
-    def results(self) -> Generator[PartitionResult]:
-        """Run all partitions.
+    def results(self) -> Generator[PartitionResult | PiecesResult]:
+        """Run all partitions, pieces or shards.
 
         Yields
         ------
-        PartitionResult
-            One a partition, as they arrive.
+        PartitionResult or PiecesResult
+            One a task, as they arrive.
 
         Raises
         ------
@@ -184,7 +183,7 @@ class Dispatch:
         from distributed.client import futures_of
 
         self.windows += 1
-        bag = as_bag(f"work_off-{self.terms.run_token}-{self.windows}", window, self.avoid)
+        bag = as_bag(f"work_off-{self.terms.run_token}-{self.windows}", window, self.shared)
         now = time.monotonic()
         allowed = None if workers is None else frozenset(workers)
         futures = {future.key: future for future in futures_of(self._persist(bag, workers))}
@@ -213,7 +212,7 @@ class Dispatch:
         self.last_sign = time.monotonic()
         self.signs[sign["index"], sign["attempt"]] = (self.last_sign, sign["worker"])
 
-    def _take(self, key: Any) -> PartitionResult | None:
+    def _take(self, key: Any) -> PartitionResult | PiecesResult | None:
         """What has come of a partition; if nothing, it is sent again."""
         sent = self.sent[key]
         status = sent.future.status
@@ -222,7 +221,7 @@ class Dispatch:
             self._again_or_give_up(key, error or RuntimeError(f"the scheduler has {status} it"))
             return None
         try:
-            found: PartitionResult | Unfit = sent.future.result(timeout=HAND_OVER)[0]
+            found: PartitionResult | PiecesResult | Unfit = sent.future.result(timeout=HAND_OVER)[0]
         except TimeoutError:  # the worker that holds it is out of reach
             self._lost(key)
             return None
@@ -355,13 +354,7 @@ class Dispatch:
         return True
 
 
-def _a_few(paths: pa.ChunkedArray) -> list[str]:
-    """The first photo, and some more from all over the plan."""
-    found: list[str] = paths.take(pa.array(range(0, len(paths), -(-len(paths) // FEW)))).to_pylist()
-    return found
-
-
-def as_bag(name: str, window: Sequence[Work], avoid: Any = None) -> Bag:
+def as_bag(name: str, window: Sequence[Work], shared: Any = None) -> Bag:
     """Partitions as a Dask bag, one element each, and one task each.
 
     ``from_sequence(window).map(work_off)`` would make two tasks of each: the second, for which nothing is left to do,
@@ -373,12 +366,12 @@ def as_bag(name: str, window: Sequence[Work], avoid: Any = None) -> Bag:
         Begins the names of the tasks; no other bag may have it.
     window : sequence of Work
         The partitions.
-    avoid : dask.delayed.Delayed, optional
-        Hashes to avoid.
+    shared : dask.delayed.Delayed, optional
+        What all of them need.
     """
     from dask.bag import Bag
     from dask.highlevelgraph import HighLevelGraph
 
-    hashes, above = (None, []) if avoid is None else (avoid.key, [avoid])
-    graph: dict[Any, Any] = {(name, number): (as_partition, work, hashes) for number, work in enumerate(window)}
+    held, above = (None, []) if shared is None else (shared.key, [shared])
+    graph: dict[Any, Any] = {(name, number): (as_partition, work, held) for number, work in enumerate(window)}
     return Bag(HighLevelGraph.from_collections(name, graph, dependencies=above), name, len(window))

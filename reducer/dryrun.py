@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,14 +14,20 @@ import pyarrow.compute as pc
 
 from reducer.cluster import planned_threads
 from reducer.clusterspec import ClusterSpec
-from reducer.config import SAMPLE_PHOTOS, Job
+from reducer.config import SAMPLE_PHOTOS, Job, PhotoSettings
 from reducer.draw import TIME_SAMPLE, draw_order
+from reducer.errand import ShardErrand
 from reducer.lists import read_avoided
-from reducer.pipeline import look_at_all
-from reducer.plan import make_plan
+from reducer.pieces import PlainLooker, run_shards
+from reducer.pipeline import Look, look_at_all
+from reducer.places import ByteRange
+from reducer.plan import Plan, make_plan
 from reducer.reuse import Reuse, beside
-from reducer.schemas import KEPT_SMALL_LABEL
 from reducer.store import RunFolder
+from reducer.todo import Todo
+
+#: Files at the beginning of a shard that are looked at at most for a sample.
+SAMPLE_MEMBERS = 5000
 
 
 @dataclass(frozen=True)
@@ -28,13 +37,15 @@ class Forecast:
     Attributes
     ----------
     labels, photos : int
-        In the manifest, or chosen of it.
+        In the manifest, or chosen of it; 0 where only the shards can tell.
+    shards : int
+        Tar shards that hold them; 0 for single files.
     labels_to_rank, photos_to_read : int
         Those that are not kept whole, unread.
     photos_kept_unread : int
         Photos of the labels that are kept whole.
     bytes_to_read : int or None
-        Of all photos to read; None where neither a listing nor the sample tells.
+        Of all photos to read, or all shards; None where neither a listing nor the sample tells.
     bytes_estimated : bool
         Whether that is an estimate from the sample.
     photos_known : int
@@ -54,6 +65,7 @@ class Forecast:
 
     labels: int
     photos: int
+    shards: int
     labels_to_rank: int
     photos_to_read: int
     photos_kept_unread: int
@@ -90,10 +102,13 @@ def forecast(job: Job, cluster: ClusterSpec | None = None, *, sample: int = SAMP
     RunFolder(job.output_place).check_free(overwrite=job.overwrite, break_lock=job.break_lock)
     plan = make_plan(job)
     read_avoided(job)  # what is wrong with it is found here too
-    photos_known = 0
-    if job.reuse is not None:
-        photos_known = int(pc.sum(pc.is_valid(beside(plan.read, Reuse(job).known)["known_hash"])).as_py() or 0)
     threads = planned_threads(cluster or ClusterSpec())
+    reuse = None if job.reuse is None else Reuse(job)
+    if plan.shards is not None:
+        return _of_shards(plan, reuse, threads, sample)
+    photos_known = 0
+    if reuse is not None:
+        photos_known = int(pc.sum(pc.is_valid(beside(plan.read, reuse.known)["known_hash"])).as_py() or 0)
     rows = plan.read.num_rows
     ids = plan.read["id"].to_pylist() if sample else []
     drawn = plan.read.take(pa.array(draw_order(TIME_SAMPLE, job.seed, "", ids)[:sample], pa.int64()))
@@ -110,23 +125,86 @@ def forecast(job: Job, cluster: ClusterSpec | None = None, *, sample: int = SAMP
         bytes_to_read: int | None = int(np.sum(size.to_numpy()))
     else:
         bytes_to_read = round(rows * sum(sizes) / len(sizes)) if sizes else None
-    labels = plan.labels
-    largest = int(np.argmax(labels.sizes))
-    return Forecast(
-        labels=len(labels.names),
-        photos=plan.rows.num_rows,
-        labels_to_rank=len(np.unique(plan.read_label)),
-        photos_to_read=rows,
-        photos_kept_unread=plan.rows["reason"].to_pylist().count(KEPT_SMALL_LABEL),
+    return _forecast(
+        plan,
+        threads,
         bytes_to_read=bytes_to_read,
         bytes_estimated=not known,
         photos_known=photos_known,
-        partitions=len(np.unique(plan.assigned(threads or 1))),
-        largest_label=labels.names[largest],
-        largest_label_photos=int(labels.sizes[largest]),
-        threads=threads,
         sampled=len(looks),
         sample_failed=len(failures),
         sample_failure=failures[0] if failures else None,
         thread_seconds=rows * seconds / len(looks) if looks else None,
+    )
+
+
+def _forecast(plan: Plan, threads: int | None, **others: Any) -> Forecast:
+    labels = plan.labels
+    largest = int(np.argmax(labels.sizes)) if len(labels.sizes) else None
+    return Forecast(
+        labels=len(labels.sizes),
+        photos=plan.rows.num_rows,
+        shards=len(plan.shards or ()),
+        labels_to_rank=len(np.unique(plan.read_label)),
+        photos_to_read=plan.read.num_rows,
+        photos_kept_unread=int(plan.small.sum()),
+        partitions=len(np.unique(plan.assigned(threads or 1))),
+        largest_label="" if largest is None else labels.names[largest],
+        largest_label_photos=0 if largest is None else int(labels.sizes[largest]),
+        threads=threads,
+        **others,
+    )
+
+
+class _Enough(Exception):
+    """The sample is taken."""
+
+
+class _Sampler(PlainLooker):
+    """Looks at the first photos that are wanted."""
+
+    def __init__(self, photos: int) -> None:
+        self.photos, self.members = photos, 0
+        self.refs: list[ByteRange] = []
+        self.looks: list[Look] = []
+
+    def at_content(self, ref: ByteRange, content: Callable[[], bytes], settings: PhotoSettings) -> Look | None:
+        look = super().at_content(ref, content, settings)
+        self.refs.append(ref)
+        self.looks.append(look or Look())
+        return look
+
+    def alive(self) -> None:
+        self.members += 1
+        if len(self.looks) >= self.photos or self.members > SAMPLE_MEMBERS:
+            raise _Enough
+
+
+def _of_shards(plan: Plan, reuse: Reuse | None, threads: int | None, sample: int) -> Forecast:
+    """A forecast from the beginning of the first shard that has to be read."""
+    errand = Todo(plan, RunFolder(plan.job.output_place), threads or 1, reuse=reuse, is_begun=False).pieces()
+    size = errand.bytes if isinstance(errand, ShardErrand) else 0
+    sampler = _Sampler(sample)
+    seconds = None
+    if isinstance(errand, ShardErrand) and sample:
+        task = errand.task(errand.numbers[0])
+        clock = time.perf_counter()
+        with suppress(_Enough):
+            run_shards(replace(task, shards=task.shards[:1]), errand.wanted, sampler)
+        took = time.perf_counter() - clock
+        if sampler.refs:
+            seconds = took * size / (sampler.refs[-1].offset + sampler.refs[-1].bytes)
+    failures = [
+        f"{ref}: {look.error}" for ref, look in zip(sampler.refs, sampler.looks, strict=True) if look.error is not None
+    ]
+    return _forecast(
+        plan,
+        threads,
+        bytes_to_read=size,
+        bytes_estimated=False,
+        photos_known=0,
+        sampled=len(sampler.looks),
+        sample_failed=len(failures),
+        sample_failure=failures[0] if failures else None,
+        thread_seconds=seconds,
     )

@@ -25,6 +25,7 @@ INDIFFERENT = (
     "avoid",
     "rank_all",
     "partition_images",
+    "md5",  # told by the shards
     "max_failures",
     "format",
     "reuse",

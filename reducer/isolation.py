@@ -18,7 +18,7 @@ from typing import Any
 from reducer.config import PhotoSettings
 from reducer.hashing import OUT_OF_MEMORY, PhotoError
 from reducer.pipeline import Look, look_at_all
-from reducer.places import Source
+from reducer.places import PhotoRef, Source
 
 #: What the process says when it comes to its photos.
 READY = "ready"
@@ -47,7 +47,7 @@ class TookTooLong(Exception):
 class _Process:
     """Looks at photos in turn in a process of its own."""
 
-    def __init__(self, paths: Sequence[str], settings: PhotoSettings, source: Source, memory: int | None) -> None:
+    def __init__(self, refs: Sequence[PhotoRef], settings: PhotoSettings, source: Source, memory: int | None) -> None:
         # Not multiprocessing, which refuses to start processes in those of Dask's nannies. A session of its own: Ctrl-C
         # in a terminal must not look like a photo's doing.
         self.process = subprocess.Popen(
@@ -60,7 +60,7 @@ class _Process:
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):  # told by `next`
             pickle.dump(sys.path, self.process.stdin)
-            pickle.dump((list(paths), settings, source, memory), self.process.stdin)
+            pickle.dump((list(refs), settings, source, memory), self.process.stdin)
             self.process.stdin.flush()
 
     def _read(self) -> None:
@@ -132,7 +132,7 @@ def _how_it_ended(code: int) -> str:
 
 
 def look_apart(
-    paths: Sequence[str],
+    refs: Sequence[PhotoRef],
     settings: PhotoSettings,
     source: Source,
     *,
@@ -147,8 +147,8 @@ def look_apart(
 
     Parameters
     ----------
-    paths : sequence of str
-        The photos.
+    refs : sequence of str or ByteRange
+        Where the photos lie.
     settings : PhotoSettings
         How they are hashed.
     source : Source
@@ -166,13 +166,13 @@ def look_apart(
         One a photo.
     """
     done = 0
-    while done < len(paths):
-        with _process(paths[done:], settings, source, memory) as process:
-            while done < len(paths):
+    while done < len(refs):
+        with _process(refs[done:], settings, source, memory) as process:
+            while done < len(refs):
                 try:
                     look = process.next(patience, beat)
                 except (Died, TookTooLong):
-                    yield look_alone(paths[done], settings, source, memory=memory, patience=patience, beat=beat)
+                    yield look_alone(refs[done], settings, source, memory=memory, patience=patience, beat=beat)
                     done += 1
                     break
                 yield look
@@ -180,7 +180,7 @@ def look_apart(
 
 
 def look_alone(
-    path: str,
+    ref: PhotoRef,
     settings: PhotoSettings,
     source: Source,
     *,
@@ -189,7 +189,7 @@ def look_alone(
     beat: Callable[[], None],
 ) -> Look:
     """Look at one photo, alone in a process of its own; parameters as for `look_apart`."""
-    with _process([path], settings, source, memory) as process:
+    with _process([ref], settings, source, memory) as process:
         try:
             return process.next(patience, beat)
         except TookTooLong:
@@ -213,12 +213,12 @@ def serve() -> None:
     """Look at the photos that standard input names, and write each look to standard output."""
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever libraries print
-    paths, settings, source, memory = pickle.load(sys.stdin.buffer)
+    refs, settings, source, memory = pickle.load(sys.stdin.buffer)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with memory_bound(memory):
         pickle.dump(READY, out)
         out.flush()
-        for look in look_at_all(paths, settings, source):
+        for look in look_at_all(refs, settings, source):
             pickle.dump(look, out)
             out.flush()
     out.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,20 +17,22 @@ from tqdm.auto import tqdm
 from reducer.cluster import connect, dashboard, expected_threads, refuse_import_of_main
 from reducer.clusterspec import ClusterSpec
 from reducer.config import Job
-from reducer.dispatch import Dispatch, InProcess
 from reducer.errors import InputError, TooManyFailuresError
 from reducer.fingerprint import Fingerprint
 from reducer.lists import read_avoided
 from reducer.lock import locked
 from reducer.manifest import check_images
 from reducer.places import Place
-from reducer.plan import Errand, Plan, make_plan
-from reducer.ranking import Hashes
-from reducer.reuse import Reuse, as_known, beside
-from reducer.schemas import FAILED, TASK_SCHEMA
-from reducer.session import Session, carry_out, noting_a_stop
+from reducer.plan import Plan, make_plan
+from reducer.reuse import Reuse
+from reducer.schemas import FAILED
+from reducer.session import Run, Session, Workers, noting_a_stop
+from reducer.shards import find_shards
 from reducer.store import RunFolder
-from reducer.summary import cluster_figures, job_figures, opening
+from reducer.summary import cluster_figures, job_figures, opening, plan_figures
+from reducer.tables import EXAMPLES
+from reducer.todo import Todo
+from reducer.types import PieceReport, Shard
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -111,21 +113,27 @@ def reduce_images(job: Job, cluster: ClusterSpec | None = None, *, progress: boo
         avoid = read_avoided(job)
         reuse = None if job.reuse is None else Reuse(job)
     with ExitStack() as open_cluster:
-        client = _connect(spec, session, open_cluster, needed=bool(plan.is_read.any()))
-        plan = plan.numbered(_threads(client, spec))
-        errand = Errand(job, plan.partitions(reuse and reuse.known))
-        work = _executor(client, errand, spec, avoid)
+        client = _connect(spec, session, open_cluster, needed=bool(plan.is_read.any()) or plan.shards is not None)
+        threads = _threads(client, spec)
+        plan = plan.numbered(threads)
+        todo = Todo(plan, folder, threads, avoid, reuse, is_begun=False)
+        workers = Workers(client, spec)
+        work = workers.take(todo.first())
         if reuse is not None:
             reuse.check_environment(work.environment)
         fingerprint = Fingerprint.of(job, avoid, work.environment)
         summary = opening(plan, spec, fingerprint, session.started)
+        terms = _terms(summary, plan, fingerprint)
         folder.make()
         with locked(folder.place, break_lock=job.break_lock) as folder.check_ours:
             folder.check_free(overwrite=job.overwrite, break_lock=True)  # another run may have come and gone meanwhile
             folder.start(summary)
             with noting_a_stop(folder, summary, session):
-                folder.write_plan(plan.rows, _terms(summary, plan, fingerprint), avoid)
-                carry_out(plan, errand, work, folder, session, summary, open_cluster)
+                if plan.shards is not None:
+                    folder.write_shards(plan.shards)
+                folder.write_plan(plan.rows, terms, avoid)
+                run = Run(replace(todo, is_begun=True), session, summary, workers, terms)
+                run.carry_out(work, open_cluster)
     return _result(folder, job, session)
 
 
@@ -210,26 +218,38 @@ def resume(
         fingerprint.check_settings(job, avoid)
         session = Session(job.hash_size**2, progress)
         with session.timing("plan"):
-            plan = Plan(job, rows, summary["manifest"])
-            names, footers = folder.done_partitions(), folder.footers()
+            plan = Plan(job, rows, summary["manifest"], folder.read_shards(), terms["is_listed"])
+            if rank_all and not plan.is_listed:  # nothing is known yet that could be read later
+                job = replace(job, rank_all=True)
+                plan = replace(plan, job=job)
+            names, footers, reports = folder.done_partitions(), folder.footers(), folder.piece_reports()
             session.done = {index: footers[name][1] for index, name in names.items()}
+            session.hashed = {number: report.tally for number, report in reports.items()}
+            session.pieced = plan.pieced
             grows = rank_all and plan.small.any()
-            failed = [index for index, tally in session.done.items() if retry_failed and tally.failed]
+            failed = tuple(index for index, tally in session.done.items() if retry_failed and tally.failed)
+            again = _to_be_read_again(reports) if retry_failed and plan.shards is not None else frozenset()
             missing = set(pc.unique(rows["partition"].drop_null()).to_pylist()) - set(names)
-        needed = bool(missing or grows or failed)
+        needed = bool(missing or grows or failed or again or not plan.is_listed)
         whole = sum(count for count, _ in footers.values()) == plan.rows.num_rows
         if not needed and whole and summary["status"] == "done":
             return _result(folder, job, session)
         if needed:
             _check_options(summary, job)
-            check_images(job)
+            if plan.shards is None:
+                check_images(job)
+            else:
+                plan = replace(plan, shards=_shards_now(plan, reports.keys(), again))
         client = _connect(spec, session, open_cluster, needed=needed)
+        threads = _threads(client, spec)
         if grows:
-            plan = plan.with_all_ranked(_threads(client, spec))
+            plan = plan.with_all_ranked(threads)
             job = plan.job
+        session.pieced = plan.pieced
         reuse = None if job.reuse is None or not needed else _reuse_again(job)
-        errand = _what_is_left(plan, folder, names, failed, reuse)
-        work = _executor(client, errand, spec, avoid)
+        todo = Todo(plan, folder, threads, avoid, reuse, failed, again)
+        workers = Workers(client, spec)
+        work = workers.take(todo.first())
         if needed:
             fingerprint.check_environment(job, work.environment)
         if reuse is not None:
@@ -239,17 +259,49 @@ def resume(
             "job": job_figures(job),
             "cluster": cluster_figures(spec),
             "resumed": summary["resumed"] + 1,
-            "photos_to_read": int(plan.is_read.sum()),
+            "photos_to_read": plan_figures(plan)["photos_to_read"],
         }
+        terms = _terms(summary, plan, fingerprint)
         with noting_a_stop(folder, summary, session):
             # Before anything that a finished run has is taken out or put in.
             folder.write_summary(summary | session.figures())
-            if grows:
-                folder.write_plan(plan.rows, _terms(summary, plan, fingerprint))
+            if again and plan.shards is not None:
+                folder.write_shards(plan.shards)
+            if grows or not plan.is_listed:
+                folder.write_plan(plan.rows, terms)
             folder.remove_leftovers()
             folder.remove_unread()
-            carry_out(plan, errand, work, folder, session, summary, open_cluster)
+            Run(todo, session, summary, workers, terms).carry_out(work, open_cluster)
     return _result(folder, job, session)
+
+
+def _to_be_read_again(reports: Mapping[int, PieceReport]) -> frozenset[int]:
+    """Shards that may give more, or better, than they did."""
+    return frozenset(number for number, report in reports.items() if report.damage or report.wrong_md5)
+
+
+def _shards_now(plan: Plan, done: Container[int], again: frozenset[int]) -> tuple[Shard, ...]:
+    """The shards of a plan, those that are to be read again as they are now.
+
+    Raises
+    ------
+    InputError
+        If those that have not been read yet are not what they were, or cannot be listed.
+    """
+    job, before = plan.job, plan.shards or ()
+    now = {shard.path: shard for shard in find_shards(job) or ()}
+    left = [shard for shard in before if shard.number not in done]
+    changed = [
+        shard.path for shard in left if shard.path not in now or replace(now[shard.path], number=shard.number) != shard
+    ]
+    if changed:
+        raise InputError(
+            f"{len(changed)} shards that are not read yet are gone, or not what they were when {job.output} was begun: "
+            f"{', '.join(changed[:EXAMPLES])}. To begin again: reducer run with --overwrite"
+        )
+    return tuple(
+        replace(now.get(shard.path, shard), number=shard.number) if shard.number in again else shard for shard in before
+    )
 
 
 def _is_planned(folder: RunFolder, summary: dict[str, Any]) -> bool:
@@ -298,20 +350,6 @@ def _reuse_again(job: Job) -> Reuse | None:
         return None
 
 
-def _what_is_left(
-    plan: Plan, folder: RunFolder, names: dict[int, str], failed: list[int], reuse: Reuse | None
-) -> Errand:
-    """Partitions that are not done, and of others the labels with a photo that failed."""
-    partitions = plan.partitions(reuse and reuse.known)
-    rows = {index: photos for index, photos in partitions.items() if index not in names}
-    for index in failed:
-        ledger, _ = folder.read_part(names[index])
-        labels = pc.unique(ledger.filter(pc.equal(ledger["reason"], FAILED))["label"])
-        own = partitions[index].select(TASK_SCHEMA.names)
-        rows[index] = beside(own.filter(pc.is_in(own["label"], value_set=labels)), as_known(ledger))
-    return Errand(plan.job, rows, frozenset(failed))
-
-
 def _connect(spec: ClusterSpec, session: Session, open_cluster: ExitStack, *, needed: bool) -> Client | None:
     """A client, or None where the run needs no cluster."""
     with session.timing("cluster_start"):
@@ -325,24 +363,27 @@ def _threads(client: Client | None, spec: ClusterSpec) -> int:
     return 1 if client is None else expected_threads(client, spec)
 
 
-def _executor(client: Client | None, errand: Errand, spec: ClusterSpec, avoid: Hashes | None) -> InProcess | Dispatch:
-    return InProcess(errand, avoid) if client is None else Dispatch(client, errand, spec, avoid)
-
-
 def _result(folder: RunFolder, job: Job, session: Session) -> Result:
-    total = session.total
-    tried = total.read + total.reused
-    if total.failed > job.max_failures * tried:
+    total, summary = session.total, folder.read_summary()
+    failed = summary["reasons"].get(FAILED, 0)
+    # Those of labels that are kept whole, and in no shard, count as tried too.
+    tried = total.read + total.reused + failed - total.failed
+    if failed > job.max_failures * tried:
         ledger = folder.ledger(["path", "error", "reason"])
         first = ledger.filter(pc.equal(ledger["reason"], FAILED)).slice(0, 1).to_pylist()[0]
         raise TooManyFailuresError(
-            f"{total.failed} of {tried} photos read have failed, over --max-failures {job.max_failures:g}. "
+            f"{failed} of {tried} photos read have failed, over --max-failures {job.max_failures:g}. "
             f"Everything is written to {job.output}; the column error of images/ says why. The first: "
             f"{first['path']}: {first['error']}"
         )
-    return Result(job.output if job.output_place.remote else Path(job.output), folder.read_summary(), folder)
+    return Result(job.output if job.output_place.remote else Path(job.output), summary, folder)
 
 
 def _terms(summary: dict[str, Any], plan: Plan, fingerprint: Fingerprint) -> dict[str, Any]:
     """What goes with the plan."""
-    return {"run": summary["run"], "rank_all": plan.job.rank_all, "fingerprint": fingerprint.as_dict()}
+    return {
+        "run": summary["run"],
+        "rank_all": plan.job.rank_all,
+        "is_listed": plan.is_listed,
+        "fingerprint": fingerprint.as_dict(),
+    }

@@ -19,7 +19,7 @@ from reducer.places import Place, absolute, explained, is_url
 from reducer.schemas import MANIFEST_SCHEMA
 from reducer.sources import paths_by_rule
 from reducer.tables import EXAMPLES, column_names, read_columns, refuse_empty, text_ranks
-from reducer.types import PathRule
+from reducer.types import MemberKeys, PathRule
 
 #: The column of GLDv2's train_clean.csv that lists the ids of a label.
 ID_LISTS = "images"
@@ -50,17 +50,25 @@ class Manifest:
     skipped_files: dict[str, int] = field(default_factory=dict)
 
 
-def read_manifest(job: Job) -> Manifest:
+def read_manifest(job: Job, keys: MemberKeys | None = None) -> Manifest:
     """Read and check the photos that a job is about.
+
+    Parameters
+    ----------
+    job : Job
+        The job.
+    keys : MemberKeys, optional
+        What photos in shards are told by: then there is a manifest, and its paths are keys.
 
     Raises
     ------
     InputError
         If there is nothing to read, a column is missing, an id or label is null, or a path cannot be made.
     """
-    check_images(job)
+    if keys is None:
+        check_images(job)
     if job.manifest is not None:
-        return check(_read_table(job), {})
+        return check(_read_table(job, keys), {})
     return check(*(_list_remote(job.images_place) if job.images_place.remote else _list_folder(job.images)))
 
 
@@ -138,7 +146,7 @@ def _values_of_ranks(column: pa.ChunkedArray, ranks: NDArray[np.int64]) -> list[
     return found
 
 
-def _read_table(job: Job) -> pa.Table:
+def _read_table(job: Job, keys: MemberKeys | None) -> pa.Table:
     where, manifest = f"--manifest {job.manifest}", job.manifest_place
     hint = "Say which to use with --id-column, --label-column and --path-column"
     names = column_names(where, manifest)
@@ -156,11 +164,17 @@ def _read_table(job: Job) -> pa.Table:
         table = _one_row_a_photo(where, table, job)
     ids, labels = table[job.id_column], table[job.label_column]
     rule = path_rule(job)
+    if keys is not None and rule is not None:
+        rule = PathRule("", "{id}" if keys is MemberKeys.STEM else job.template)
     if rule is None:
-        root = absolute(job.images)
-        # A URL in the column stands for itself, as an absolute path does.
         found = table[job.path_column].to_pylist()
-        paths = pa.array([path if is_url(path) else os.path.join(root, path) for path in found], pa.string())
+        if keys is None:
+            root = absolute(job.images)
+            # A URL in the column stands for itself, as an absolute path does.
+            found = [path if is_url(path) else os.path.join(root, path) for path in found]
+        else:
+            found = [path.removeprefix("./") for path in found]
+        paths = pa.array(found, pa.string())
     else:
         _check_lengths(where, rule, ids, labels)
         paths = paths_by_rule(rule, ids, labels)
@@ -211,7 +225,7 @@ def _list_remote(place: Place) -> tuple[pa.Table, dict[str, int]]:
         name = path[start:]
         if any(part.startswith(".") for part in name.split("/")):
             skipped["hidden file"] += 1
-        elif not _is_photo(name):
+        elif not is_photo(name):
             skipped["file without a photo's extension"] += 1
         else:
             photos[name] = details.get("size")
@@ -243,7 +257,7 @@ def _list_folder(images: str) -> tuple[pa.Table, dict[str, int]]:
                     walk(entry.path, f"{prefix}{entry.name}/", above | {(found.st_dev, found.st_ino)})
             elif entry.name.startswith("."):
                 skipped["hidden file"] += 1
-            elif not _is_photo(entry.name):
+            elif not is_photo(entry.name):
                 skipped["file without a photo's extension"] += 1
             else:
                 photos[prefix + entry.name] = None if found is None else found.st_size
@@ -253,7 +267,7 @@ def _list_folder(images: str) -> tuple[pa.Table, dict[str, int]]:
     return _photos_below(images, root, photos, skipped)
 
 
-def _is_photo(name: str) -> bool:
+def is_photo(name: str) -> bool:
     """Whether a file is called as Pillow's formats are."""
     return os.path.splitext(name)[1].lower() in Image.registered_extensions()
 
@@ -290,3 +304,32 @@ def _is_text(name: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def samples(found: pa.Table) -> Manifest:
+    """The photos of WebDataset's shards, which tell their labels themselves.
+
+    Parameters
+    ----------
+    found : pyarrow.Table
+        `HASHES_SCHEMA` rows of all shards, with labels.
+
+    Raises
+    ------
+    InputError
+        If there are none.
+    """
+    if not found.num_rows:
+        raise InputError(
+            "the shards hold no photo with a label: expected WebDataset samples, KEY.jpg with KEY.cls beside it, or "
+            "KEY.json with --label-field; or give a --manifest"
+        )
+    found = found.sort_by([("key", "ascending"), ("label", "ascending")])
+    columns = [
+        pa.array(np.arange(found.num_rows, dtype=np.int64)),
+        found["key"],
+        found["label"],
+        found["key"],
+        pa.nulls(found.num_rows, pa.int64()),
+    ]
+    return check(pa.table(columns, schema=MANIFEST_SCHEMA), {})

@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from reducer.hashing import OUT_OF_MEMORY, PhotoError
-from reducer.places import Place, Source, is_refused, obstore_at
+from reducer.places import ByteRange, PhotoRef, Place, Source, file_of, is_refused, obstore_at
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -25,7 +25,7 @@ class PhotoFile:
     Attributes
     ----------
     content : bytes
-        The whole file.
+        The whole file, or of a `ByteRange` that part of it.
     mtime_ns : int or None
         Time of its last change, nanoseconds since 1970 UTC.
     etag : str or None
@@ -83,9 +83,12 @@ def _clients() -> _Clients:
 Room = Callable[[int], Awaitable[None]]
 
 
-async def fetch(path: str, source: Source, room: Room) -> PhotoFile:
-    """One attempt to read a URL."""
-    place = Place(path, source.options)
+async def fetch(ref: PhotoRef, source: Source, room: Room) -> PhotoFile:
+    """One attempt to read a URL, or a part of what lies there; a part that is not there whole is cut short."""
+    place = Place(file_of(ref), source.options)
+    part = None if isinstance(ref, str) else ref
+    if part is not None and not part.bytes:  # HTTP has no empty range
+        return PhotoFile(b"", None)
     if not place.on_s3:
         get = _fetch_fsspec
     elif source.reader == "obstore":
@@ -93,7 +96,7 @@ async def fetch(path: str, source: Source, room: Room) -> PhotoFile:
     else:
         get = _fetch_s3fs
     with _failures_of(place):
-        return await get(place, room)
+        return await get(place, room, part)
 
 
 @contextmanager
@@ -140,24 +143,26 @@ async def _s3fs_client(place: Place) -> tuple[Any, dict[str, str]]:
     return await system.get_s3(bucket), {"Bucket": bucket, "Key": key}
 
 
-async def _fetch_s3fs(place: Place, room: Room) -> PhotoFile:
+async def _fetch_s3fs(place: Place, room: Room, part: ByteRange | None) -> PhotoFile:
     """One GET, by s3fs's own client: its ``cat_file`` asks for the size first, and has retries of its own."""
     with _s3fs_failures(place):
         client, where = await _s3fs_client(place)
+        if part is not None:
+            where["Range"] = f"bytes={part.offset}-{part.offset + part.bytes - 1}"
         answer = await client.get_object(**where)
         async with answer["Body"] as body:
             await room(answer["ContentLength"])
             content = await body.read()
     if len(content) != answer["ContentLength"]:
         raise Transient(f"{len(content)} of {answer['ContentLength']} bytes came")
-    return PhotoFile(content, _nanoseconds(answer["LastModified"]), answer["ETag"].strip('"'))
+    return PhotoFile(content, nanoseconds(answer["LastModified"]), answer["ETag"].strip('"'))
 
 
 async def _head_s3fs(place: Place) -> FileState:
     with _s3fs_failures(place):
         client, where = await _s3fs_client(place)
         answer = await client.head_object(**where)
-    return FileState(answer["ContentLength"], _nanoseconds(answer["LastModified"]), answer["ETag"].strip('"'))
+    return FileState(answer["ContentLength"], nanoseconds(answer["LastModified"]), answer["ETag"].strip('"'))
 
 
 @contextmanager
@@ -172,12 +177,14 @@ def _obstore_failures(place: Place) -> Iterator[tuple[Any, str]]:
         raise Transient(place.safe(error)) from None
 
 
-async def _fetch_obstore(place: Place, room: Room) -> PhotoFile:
+async def _fetch_obstore(place: Place, room: Room, part: ByteRange | None) -> PhotoFile:
     import obstore
 
+    options: Any = {} if part is None else {"range": (part.offset, part.offset + part.bytes)}
     with _obstore_failures(place) as (store, key):
-        answer = await obstore.get_async(store, key)
-        await room(answer.meta["size"])
+        answer = await obstore.get_async(store, key, options=options)
+        start, end = answer.range
+        await room(end - start)
         content = bytes(await answer.bytes_async())
     state = _obstore_state(answer.meta)
     return PhotoFile(content, state.mtime_ns, state.etag)
@@ -192,21 +199,22 @@ async def _head_obstore(place: Place) -> FileState:
 
 def _obstore_state(meta: Mapping[str, Any]) -> FileState:
     etag = meta["e_tag"]
-    return FileState(meta["size"], _nanoseconds(meta["last_modified"]), etag and etag.strip('"'))
+    return FileState(meta["size"], nanoseconds(meta["last_modified"]), etag and etag.strip('"'))
 
 
-async def _fetch_fsspec(place: Place, room: Room) -> PhotoFile:
+async def _fetch_fsspec(place: Place, room: Room, part: ByteRange | None) -> PhotoFile:
     """Any other file system that fsspec knows; only the bytes can be told alike of them all."""
     system, path = _clients().open(place)
+    start, end = (None, None) if part is None else (part.offset, part.offset + part.bytes)
     if system.async_impl:
-        content = await system._cat_file(path)
+        content = await system._cat_file(path, start=start, end=end)
     else:
-        content = await asyncio.to_thread(system.cat_file, path)
+        content = await asyncio.to_thread(system.cat_file, path, start=start, end=end)
     await room(len(content))
     return PhotoFile(content, None)
 
 
-def _nanoseconds(moment: datetime) -> int:
+def nanoseconds(moment: datetime) -> int:
     """Since 1970 UTC; stores know whole seconds, or milliseconds."""
     return 1_000_000 * round(1000 * moment.timestamp())
 

@@ -31,10 +31,21 @@ def partition_count(photos: int, threads: int, partition_images: int | None = No
     """
     if partition_images is not None:
         return max(1, round(photos / partition_images))
-    # 32 partitions a thread keep the end of the job short; more only cost overhead.
-    target = min(MOST_PHOTOS, max(FEWEST_PHOTOS, photos // (32 * threads)))
     spread_thin = min(PARTITIONS_A_THREAD * threads, photos // SMALLEST_PARTITION)
-    return max(1, -(-photos // target), spread_thin)
+    return max(1, -(-photos // target_size(photos, threads)), spread_thin)
+
+
+def piece_size(photos: int, threads: int, partition_images: int | None = None) -> int:
+    """Labels of more photos than this are hashed in pieces of at most so many; parameters as for `partition_count`."""
+    if partition_images is not None:
+        return max(SMALLEST_PARTITION, partition_images)
+    return target_size(photos, threads)
+
+
+def target_size(photos: int, threads: int) -> int:
+    """Photos a partition of a large job; parameters as for `partition_count`."""
+    # 32 partitions a thread keep the end of the job short; more only cost overhead.
+    return min(MOST_PHOTOS, max(FEWEST_PHOTOS, photos // (32 * threads)))
 
 
 def assign(sizes: NDArray[np.int64], count: int) -> NDArray[np.int64]:
@@ -78,3 +89,28 @@ def _longest_first(
         heapq.heappush(heap, (load + int(sizes[label]), number))
     photos = np.bincount(partition, weights=sizes, minlength=count).astype(np.int64)
     return partition, photos, np.bincount(partition, minlength=count)
+
+
+def pieces(label: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+    """Divide labels that are too large for a partition into pieces of about equal size.
+
+    Parameters
+    ----------
+    label : ndarray of int64, shape (photos,)
+        Labels by number, equal ones together.
+    most : int
+        Photos a piece at most; labels with no more are not divided.
+
+    Returns
+    -------
+    ndarray of int64, shape (photos,)
+        The piece of each photo; -1 for photos of labels that are not divided.
+    """
+    piece = np.full(len(label), -1, dtype=np.int64)
+    _, starts, sizes = np.unique(label, return_index=True, return_counts=True)
+    first = 0
+    for start, size in zip(starts[sizes > most].tolist(), sizes[sizes > most].tolist(), strict=True):
+        count = -(-size // most)
+        piece[start : start + size] = first + np.arange(size) * count // size
+        first += count
+    return piece

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from reducer.config import PhotoSettings
 from reducer.hashing import PhotoError, PhotoHash, from_hex, hash_photo, pillow_settings, to_hex
 from reducer.objects import FileState, PhotoFile
-from reducer.places import Source
+from reducer.places import ByteRange, PhotoRef, Source, file_of
 from reducer.quality import judge
 from reducer.ranking import Hashes, near_any, rank
 from reducer.schemas import (
@@ -52,20 +52,21 @@ class Look:
 
 
 #: Looks at photos in turn: `look_at_all`, or something that does so with more care.
-LookAtAll = Callable[[Sequence[str], PhotoSettings, Source], Iterator[Look]]
+LookAtAll = Callable[[Sequence[PhotoRef], PhotoSettings, Source], Iterator[Look]]
 
 
-def look_at_all(paths: Sequence[str], settings: PhotoSettings, source: Source | None = None) -> Iterator[Look]:
+def look_at_all(refs: Sequence[PhotoRef], settings: PhotoSettings, source: Source | None = None) -> Iterator[Look]:
     """Read and hash photos in turn; whatever is wrong with one is in its result."""
     with (
         pillow_settings(settings.max_pixels),
-        closing(read_all(paths, source or Source(), max_pixels=settings.max_pixels)) as files,
+        closing(read_all(refs, source or Source(), max_pixels=settings.max_pixels)) as files,
     ):
         for file in files:
-            yield _look_at(file, settings)
+            yield look_at(file, settings)
 
 
-def _look_at(file: PhotoFile | PhotoError, settings: PhotoSettings) -> Look:
+def look_at(file: PhotoFile | PhotoError, settings: PhotoSettings) -> Look:
+    """Hash a photo that was read; whatever is wrong with it is in the result."""
     if isinstance(file, PhotoError):
         return Look(error=str(file))
     seen = Look(bytes=len(file.content), mtime_ns=file.mtime_ns, etag=file.etag)
@@ -179,17 +180,11 @@ def run_partition(task: PartitionTask, avoid: Hashes | None = None, look: LookAt
     table = from_ipc(task.rows)
     ids: list[str] = table["id"].to_pylist()
     labels: list[str] = table["label"].to_pylist()
-    paths: list[str] = photo_paths(task, table).to_pylist()
     always_keep = np.zeros(len(ids), dtype=bool)
     if "always_keep" in table.column_names:
         always_keep = table["always_keep"].to_numpy()
-    known = known_looks(table, task.settings.bits)
-    if not task.trusted:
-        known = _still_true(known, paths, task.source)
-    unknown = [path for path, already in zip(paths, known, strict=True) if already is None]
-    new = list(look(unknown, task.settings, task.source))
-    in_turn = iter(new)
-    looks = [already or next(in_turn) for already in known]
+    refs = photo_refs(task, table)
+    looks, now = looks_of(task, table, refs, look)
 
     near_avoided = np.zeros(len(looks), dtype=bool)
     if avoid is not None:
@@ -209,21 +204,68 @@ def run_partition(task: PartitionTask, avoid: Hashes | None = None, look: LookAt
         quality += worth
         start = stop
 
-    failures = [i for i, look in enumerate(looks) if look.hash is None]
     return PartitionResult(
         index=task.index,
         found=to_ipc(_found(looks, pa.Table.from_batches(batches, RANKED_SCHEMA))),
-        tally=Tally(
-            read=len(new),
-            failed=len(failures),
-            reused=len(looks) - len(new),
-            bytes_read=sum(look.bytes or 0 for look in new),
-            quality=quality,
-        ),
-        first_failure=f"{paths[failures[0]]}: {looks[failures[0]].error}" if failures else None,
+        tally=replace(tally_of(looks, now), quality=quality),
+        first_failure=first_failure(refs, looks),
         seconds=time.perf_counter() - started,
         peak_memory=peak_memory(),
     )
+
+
+def looks_of(
+    task: PartitionTask, table: pa.Table, refs: Sequence[PhotoRef], look: LookAtAll
+) -> tuple[list[Look], list[bool]]:
+    """What is known of the photos of a task, and of the others what a look at them gives.
+
+    Parameters
+    ----------
+    task : PartitionTask
+        The task.
+    table : pyarrow.Table
+        Its rows.
+    refs : sequence of str or ByteRange
+        Where its photos lie.
+    look : callable
+        What reads and hashes them.
+
+    Returns
+    -------
+    list of Look
+        One a row.
+    list of bool
+        Which of them this run has looked at; the others are known from an earlier one.
+    """
+    known = known_looks(table, task.settings.bits)
+    if not task.trusted:
+        known = _still_true(known, [file_of(ref) for ref in refs], task.source)
+    unknown = [ref for ref, already in zip(refs, known, strict=True) if already is None]
+    new = look(unknown, task.settings, task.source)
+    looks = [already or next(new) for already in known]
+    for _ in new:  # to its end, lest what it holds is held on to
+        pass
+    earlier = [False] * len(looks)
+    if KNOWN_SCHEMA.names[0] in table.column_names:
+        earlier = table["known_reused"].to_pylist()
+    return looks, [already is None or not before for already, before in zip(known, earlier, strict=True)]
+
+
+def tally_of(looks: Sequence[Look], now: Sequence[bool]) -> Tally:
+    """Count looks, of which some were made by this run."""
+    own = [look for look, by_us in zip(looks, now, strict=True) if by_us]
+    return Tally(
+        read=len(own),
+        failed=sum(look.hash is None for look in looks),
+        reused=len(looks) - len(own),
+        bytes_read=sum(look.bytes or 0 for look in own),
+    )
+
+
+def first_failure(refs: Sequence[PhotoRef], looks: Sequence[Look]) -> str | None:
+    """The first photo without a hash, and why."""
+    failures = (f"{ref}: {look.error}" for ref, look in zip(refs, looks, strict=True) if look.hash is None)
+    return next(failures, None)
 
 
 def known_looks(table: pa.Table, bits: int) -> list[Look | None]:
@@ -234,14 +276,11 @@ def known_looks(table: pa.Table, bits: int) -> list[Look | None]:
     mtime = known.schema.get_field_index("known_mtime")
     known = known.set_column(mtime, "known_mtime", known["known_mtime"].cast(pa.int64()))
     looks: list[Look | None] = []
-    for text, flat, width, height, kind, size, mtime_ns, etag in zip(
+    for text, flat, width, height, kind, size, mtime_ns, etag, error, _ in zip(
         *(column.to_pylist() for column in known.columns), strict=True
     ):
-        if text is None:
-            looks.append(None)
-            continue
-        found = PhotoHash(from_hex(text, bits), width, height, kind, flat)
-        looks.append(Look(found, size, mtime_ns, etag))
+        found = None if text is None else PhotoHash(from_hex(text, bits), width, height, kind, flat)
+        looks.append(Look(found, size, mtime_ns, etag, error) if found or error else None)
     return looks
 
 
@@ -251,6 +290,18 @@ def _still_true(looks: Sequence[Look | None], paths: Sequence[str], source: Sour
     states = [FileState(look.bytes, look.mtime_ns, look.etag) for look in looks if look is not None]
     found = dict(zip(asked, are_unchanged([paths[i] for i in asked], states, source), strict=True))
     return [look if found.get(i) else None for i, look in enumerate(looks)]
+
+
+def photo_refs(task: PartitionTask, table: pa.Table) -> list[PhotoRef]:
+    """Where the photos of a task lie, some perhaps in shards; parameters as for `photo_paths`."""
+    paths: list[PhotoRef] = photo_paths(task, table).to_pylist()
+    if "shard" not in table.column_names:
+        return paths
+    places = zip(*(table[name].to_pylist() for name in ("shard", "offset", "bytes")), strict=True)
+    return [
+        path if shard is None else ByteRange(shard, offset, size)
+        for path, (shard, offset, size) in zip(paths, places, strict=True)
+    ]
 
 
 def photo_paths(task: PartitionTask, table: pa.Table) -> pa.ChunkedArray:
@@ -268,8 +319,9 @@ def photo_paths(task: PartitionTask, table: pa.Table) -> pa.ChunkedArray:
     return paths_by_rule(task.path_rule, table["id"], table["label"])
 
 
-def _found(looks: Sequence[Look], ranked: pa.Table) -> pa.Table:
-    seen = {
+def seen_columns(looks: Sequence[Look]) -> dict[str, list[Any]]:
+    """What looks at photos gave beside their hashes, by the names of the ledger's columns."""
+    return {
         "bytes": [look.bytes for look in looks],
         "mtime": [look.mtime_ns for look in looks],
         "etag": [look.etag for look in looks],
@@ -277,14 +329,13 @@ def _found(looks: Sequence[Look], ranked: pa.Table) -> pa.Table:
         "height": [look.hash and look.hash.height for look in looks],
         "format": [look.hash and look.hash.format for look in looks],
     }
-    columns = []
-    for field in FOUND_SCHEMA:
-        if field.name in seen:
-            columns.append(pa.array(seen[field.name], field.type))
-        elif field.name in ranked.column_names:
-            columns.append(ranked[field.name])
-        else:  # single files have no shard and offset
-            columns.append(pa.nulls(len(looks), field.type))
+
+
+def _found(looks: Sequence[Look], ranked: pa.Table) -> pa.Table:
+    seen = seen_columns(looks)
+    columns = [
+        pa.array(seen[field.name], field.type) if field.name in seen else ranked[field.name] for field in FOUND_SCHEMA
+    ]
     return pa.Table.from_arrays(columns, schema=FOUND_SCHEMA)
 
 
@@ -294,7 +345,7 @@ def ledger_rows(rows: pa.Table, result: PartitionResult) -> pa.Table:
     Parameters
     ----------
     rows : pyarrow.Table
-        `TASK_SCHEMA` rows of the partition.
+        `TASK_SCHEMA` rows of the partition; `PLACE_SCHEMA` where they lie in shards.
     result : PartitionResult
         What came of them.
 
@@ -303,8 +354,15 @@ def ledger_rows(rows: pa.Table, result: PartitionResult) -> pa.Table:
     pyarrow.Table
         `LEDGER_SCHEMA`.
     """
-    found = from_ipc(result.found)
-    columns = [(found if field.name in found.column_names else rows)[field.name] for field in LEDGER_SCHEMA]
+    return as_ledger(rows, from_ipc(result.found))
+
+
+def as_ledger(rows: pa.Table, found: pa.Table) -> pa.Table:
+    """Columns of ``found``, or else of ``rows``, or else nulls, as `LEDGER_SCHEMA`."""
+    columns = []
+    for field in LEDGER_SCHEMA:
+        own = next((table for table in (found, rows) if field.name in table.column_names), None)
+        columns.append(pa.nulls(rows.num_rows, field.type) if own is None else own[field.name])
     return pa.Table.from_arrays(columns, schema=LEDGER_SCHEMA)
 
 

@@ -132,6 +132,37 @@ class Place:
         return line[:300]
 
 
+@dataclass(frozen=True, slots=True)
+class ByteRange:
+    """A photo that lies within another file: in a tar shard.
+
+    Attributes
+    ----------
+    path : str
+        The file's path or URL.
+    offset : int
+        Where the photo starts in it, in bytes.
+    bytes : int
+        Its size.
+    """
+
+    path: str
+    offset: int
+    bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.path} (bytes {self.offset} to {self.offset + self.bytes})"
+
+
+#: Where a photo lies: the path or URL of a file of its own, or a part of another file.
+PhotoRef = str | ByteRange
+
+
+def file_of(ref: PhotoRef) -> str:
+    """The file in which a photo lies."""
+    return ref if isinstance(ref, str) else ref.path
+
+
 @dataclass(frozen=True)
 class Source:
     """How photos are read; travels to the workers.

@@ -17,22 +17,20 @@ from reducer.config import Job, nearest
 from reducer.draw import CANDIDATES, TRIAL_LABELS, draw_order
 from reducer.errors import BudgetError, InputError
 from reducer.lists import find_always_keep
-from reducer.manifest import path_rule, read_manifest
-from reducer.partition import assign, partition_count
+from reducer.manifest import Manifest, read_manifest
+from reducer.partition import assign, partition_count, piece_size, pieces
 from reducer.ranking import FACILITY_LOCATION_CANDIDATES
-from reducer.reuse import beside
 from reducer.schemas import (
     KEPT_SMALL_LABEL,
-    KNOWN_SCHEMA,
     LEDGER_SCHEMA,
     MANIFEST_SCHEMA,
     NOT_SAMPLED,
     PLAN_SCHEMA,
     TASK_SCHEMA,
-    to_ipc,
 )
+from reducer.shards import find_shards, member_keys
 from reducer.tables import with_column
-from reducer.types import PartitionTask
+from reducer.types import MemberKeys, Shard
 
 
 @dataclass(frozen=True)
@@ -48,11 +46,17 @@ class Plan:
         before `numbered`.
     manifest : mapping
         What ``summary.json`` tells of the manifest.
+    shards : tuple of Shard, optional
+        Where the photos lie in shards. The paths of the rows are what they are told by there (`member_keys`).
+    is_listed : bool
+        Whether the photos are known: not before shards are read that have to tell.
     """
 
     job: Job
     rows: pa.Table
     manifest: Mapping[str, Any]
+    shards: tuple[Shard, ...] | None = None
+    is_listed: bool = True
 
     @cached_property
     def labels(self) -> Labels:
@@ -111,14 +115,37 @@ class Plan:
         ndarray of int64, shape (rows to read,)
             Partitions are numbered by falling number of photos, so that the end of the job is short.
         """
+        if self.shards is None:
+            return _assigned(self.job, self.read_label, threads, self._piece_size(threads))
         return _assigned(self.job, self.read_label, threads)
 
     def numbered(self, threads: int) -> Plan:
-        """The same plan with its partitions."""
-        partition = pa.nulls(self.rows.num_rows, pa.int32())
+        """The same plan with its partitions, and of single files the pieces of labels too large for one."""
         chosen = pa.array(self.is_read)
-        partition = pc.replace_with_mask(partition, chosen, pa.array(self.assigned(threads), pa.int32()))
-        return replace(self, rows=with_column(self.rows, "partition", partition))
+        nulls = pa.nulls(self.rows.num_rows, pa.int32())
+        partition = pc.replace_with_mask(nulls, chosen, pa.array(self.assigned(threads), pa.int32()))
+        rows = with_column(self.rows, "partition", partition)
+        if self.shards is None:
+            number = pieces(self.read_label, self._piece_size(threads))
+            piece = pc.replace_with_mask(nulls, chosen, pa.array(number, pa.int32(), mask=number < 0))
+            rows = with_column(rows, "piece", piece)
+        return replace(self, rows=rows)
+
+    def _piece_size(self, threads: int) -> int:
+        return piece_size(int(self.is_read.sum()), threads, self.job.partition_images)
+
+    @property
+    def pieced(self) -> frozenset[int]:
+        """Partitions whose photos are hashed in pieces, or by the shard, before they are ranked."""
+        if self.shards is None:
+            own = self.rows["partition"].filter(pc.is_valid(self.rows["piece"]))
+        else:
+            own = self.rows["partition"].drop_null()
+        return frozenset(pc.unique(own).to_pylist())
+
+    def pieces(self, rows: pa.Table | None = None) -> dict[int, pa.Table]:
+        """The rows of each piece by its number; parameters as for `partitions`."""
+        return self._divided("piece", rows)
 
     def with_all_ranked(self, threads: int) -> Plan:
         """The same plan, but that labels which were kept whole are read too, in partitions behind the others.
@@ -138,25 +165,23 @@ class Plan:
         rows = with_column(with_column(self.rows, "partition", partition), "reason", reason)
         return replace(self, job=replace(self.job, rank_all=True), rows=rows)
 
-    def partitions(self, known: pa.Table | None = None) -> dict[int, pa.Table]:
+    def partitions(self, rows: pa.Table | None = None) -> dict[int, pa.Table]:
         """The rows of each partition by its number, in the order in which they are to be done.
 
         Parameters
         ----------
-        known : pyarrow.Table, optional
-            What is known of photos (`reducer.reuse.as_known`).
-
-        Returns
-        -------
-        dict of int to pyarrow.Table
-            `TASK_SCHEMA`, and `KNOWN_SCHEMA` where ``known`` is given.
+        rows : pyarrow.Table, optional
+            The rows to read (`read`), in their order, with whatever else is known of them.
         """
-        partition = self.rows["partition"].filter(pa.array(self.is_read)).to_numpy()
-        order = np.argsort(partition, kind="stable")
-        ordered = self.read.take(pa.array(order))
-        if known is not None:
-            ordered = beside(ordered, known)
-        numbers, sizes = np.unique(partition, return_counts=True)
+        return self._divided("partition", rows)
+
+    def _divided(self, by: str, rows: pa.Table | None) -> dict[int, pa.Table]:
+        """Rows by their number in a column of the plan; those without one are left out."""
+        number = pc.fill_null(self.rows[by].filter(pa.array(self.is_read)), -1).to_numpy()
+        order = np.argsort(number, kind="stable")
+        order = order[np.count_nonzero(number < 0) :]
+        ordered = (self.read if rows is None else rows).take(pa.array(order))
+        numbers, sizes = np.unique(number[order], return_counts=True)
         return {
             number: ordered.slice(stop - size, size)
             for number, size, stop in zip(numbers.tolist(), sizes.tolist(), np.cumsum(sizes).tolist(), strict=True)
@@ -194,57 +219,8 @@ class Labels:
         return np.diff(self.starts)
 
 
-@dataclass(frozen=True)
-class Errand:
-    """The partitions that are to be done, and how.
-
-    Attributes
-    ----------
-    job : Job
-        Whose they are.
-    rows : dict of int to pyarrow.Table
-        Rows of each by its number, in the order in which they are to be done: `TASK_SCHEMA`, and `KNOWN_SCHEMA` where
-        anything is known.
-    trusted : frozenset of int
-        Partitions for which what is known holds without a look at the files.
-    """
-
-    job: Job
-    rows: dict[int, pa.Table]
-    trusted: frozenset[int] = frozenset()
-
-    @property
-    def photos(self) -> int:
-        """How many there are in all."""
-        return sum(rows.num_rows for rows in self.rows.values())
-
-    @property
-    def paths(self) -> pa.ChunkedArray:
-        """Where all of them lie."""
-        return pa.chunked_array([chunk for rows in self.rows.values() for chunk in rows["path"].chunks], pa.string())
-
-    def task(self, index: int) -> PartitionTask:
-        """What is to be done with a partition; made when it is sent, so that few are held at a time."""
-        rows = self.rows[index]
-        rule = path_rule(self.job)
-        columns = ["id", "label"] if rule else ["id", "label", "path"]
-        if pc.any(rows["always_keep"]).as_py():
-            columns.append("always_keep")
-        if KNOWN_SCHEMA.names[0] in rows.column_names and rows[KNOWN_SCHEMA.names[0]].null_count < rows.num_rows:
-            columns += KNOWN_SCHEMA.names
-        return PartitionTask(
-            index=index,
-            photos=rows.num_rows,
-            rows=to_ipc(rows.select(columns)),
-            settings=self.job.photo_settings,
-            source=self.job.source,
-            path_rule=rule,
-            trusted=index in self.trusted,
-        )
-
-
 def make_plan(job: Job) -> Plan:
-    """Read the manifest, choose the labels, draw the candidates.
+    """Look for the photos, choose the labels, draw the candidates.
 
     Parameters
     ----------
@@ -254,9 +230,34 @@ def make_plan(job: Job) -> Plan:
     Raises
     ------
     InputError
-        If the manifest, the chosen labels or the ids to keep are wrong, or a label is too large for the strategy.
+        If IMAGES, the manifest, the chosen labels or the ids to keep are wrong, or a label is too large for the
+        strategy.
     """
-    manifest = read_manifest(job)
+    found = find_shards(job)
+    shards = None if found is None else tuple(found)
+    keys = None if found is None else member_keys(job)
+    if keys is MemberKeys.SAMPLE:
+        return Plan(job, PLAN_SCHEMA.empty_table(), {}, shards, is_listed=False)
+    return plan_of(job, read_manifest(job, keys), shards)
+
+
+def plan_of(job: Job, manifest: Manifest, shards: tuple[Shard, ...] | None = None) -> Plan:
+    """Choose the labels, draw the candidates.
+
+    Parameters
+    ----------
+    job : Job
+        What to do.
+    manifest : Manifest
+        The photos.
+    shards : tuple of Shard, optional
+        Where they lie.
+
+    Raises
+    ------
+    InputError
+        If the chosen labels or the ids to keep are wrong, or a label is too large for the strategy.
+    """
     table = manifest.table
     labels = Labels.of(table["label"])
     chosen = _choose_labels(job, labels.names)
@@ -291,6 +292,7 @@ def make_plan(job: Job) -> Plan:
         **{name: table[name] for name in MANIFEST_SCHEMA.names},
         "always_keep": pa.array(always_keep),
         "partition": pa.nulls(table.num_rows, pa.int32()),
+        "piece": pa.nulls(table.num_rows, pa.int32()),
         "reason": pa.array(reasons, pa.string(), mask=read),
     }
     return Plan(
@@ -303,6 +305,7 @@ def make_plan(job: Job) -> Plan:
             "ids_under_several_labels_examples": list(manifest.shared_examples),
             "skipped_files": manifest.skipped_files,
         },
+        shards=shards,
     )
 
 
@@ -342,12 +345,17 @@ def parse_labels(text: str) -> tuple[str, ...]:
     return tuple(label for row in csv.reader([text]) for label in row)
 
 
-def _assigned(job: Job, label: NDArray[np.int64], threads: int) -> NDArray[np.int64]:
-    """The partition of each row, by the numbers of their labels."""
+def _assigned(job: Job, label: NDArray[np.int64], threads: int, most: int | None = None) -> NDArray[np.int64]:
+    """The partition of each row, by the numbers of their labels; labels of more than `most` rows have one each."""
     numbers, own, photos = np.unique(label, return_inverse=True, return_counts=True)
-    if not len(numbers):
-        return own
-    return assign(photos, partition_count(len(label), threads, job.partition_images))[own]
+    partition = np.zeros(len(numbers), dtype=np.int64)
+    large = photos > (len(label) if most is None else most)
+    if not large.all():
+        left = int(photos[~large].sum())
+        partition[~large] = assign(photos[~large], partition_count(left, threads, job.partition_images))
+    first = 0 if large.all() else int(partition[~large].max()) + 1
+    partition[large] = np.arange(first, first + np.count_nonzero(large))
+    return partition[own]
 
 
 def _choose_labels(job: Job, names: list[str]) -> NDArray[np.int64] | None:

@@ -34,20 +34,28 @@ def print_forecast(job: Job, spec: ClusterSpec, sample: int) -> None:
         size = "of unknown size"
     else:
         size = f"{'about ' if found.bytes_estimated else ''}{as_size(found.bytes_to_read)}"
-    click.echo(f"labels:         {found.labels:,}, of which {found.labels_to_rank:,} are ranked")
-    click.echo(f"photos:         {found.photos:,}, of which {found.photos_kept_unread:,} are kept unread")
-    click.echo(f"photos to read: {found.photos_to_read:,}, {size}")
+    if found.photos:
+        click.echo(f"labels:         {found.labels:,}, of which {found.labels_to_rank:,} are ranked")
+        click.echo(f"photos:         {found.photos:,}, of which {found.photos_kept_unread:,} are kept unread")
+        click.echo(f"photos to read: {found.photos_to_read:,}{'' if found.shards else f', {size}'}")
+    else:
+        click.echo("photos, labels: not known before the shards are read, which tell them")
+    if found.shards:
+        click.echo(f"shards:         {found.shards:,}, of which {size} are to be read")
     if found.photos_known:
         click.echo(f"known already:  {found.photos_known:,} of them, not read where they are unchanged (--reuse)")
     more = " or more: the cluster's worker threads decide" if found.threads is None else ""
-    click.echo(f"partitions:     {found.partitions:,}{more}")
-    click.echo(f"largest label:  {found.largest_label} with {found.largest_label_photos:,} photos")
+    if found.photos:
+        click.echo(f"partitions:     {found.partitions:,}{more}")
+        click.echo(f"largest label:  {found.largest_label} with {found.largest_label_photos:,} photos")
     if found.sample_failed:
         click.echo(f"sample:         {found.sample_failed} of {found.sampled} photos failed: {found.sample_failure}")
     if found.sampled and found.sample_failed == found.sampled:
         raise TooManyFailuresError(
             f"all {found.sampled} photos of the sample have failed: check IMAGES, --path-template or --path-column"
         )
+    if found.shards and sample and not found.sampled:
+        click.echo("sample:         the first files of the first shard are not wanted, so the time is not known")
     if found.thread_seconds is not None:
         if found.threads is None:
             where = "on one worker thread; divide by those of the cluster"
@@ -117,6 +125,8 @@ def print_result(place: Place, quiet: bool) -> None:
         )
     for why, count in manifest["skipped_files"].items():
         click.echo(f"Skipped in IMAGES: {count:,} x {why}")
+    if "shards" in summary:
+        _print_shards(summary["shards"], output)
     for what, name in (
         ("To be kept always, but failed", "always_keep_failed"),
         ("Labels left with no photo", "labels_without_photos"),
@@ -130,6 +140,21 @@ def print_result(place: Place, quiet: bool) -> None:
             f"{as_duration(timings['cross_label_seconds'])}"
         )
     click.echo(f"Results: {output}{os.sep} ({lists}, images{os.sep}, summary.json)")
+
+
+def _print_shards(shards: dict[str, Any], output: str) -> None:
+    """What there is to say of shards that are not as they should be."""
+    for why, count in shards["skipped"].items():
+        click.echo(f"Skipped in the shards: {count:,} x {why}")
+    damaged = [f"{path}: {damage}" for path, damage in shards["damaged"].items()]
+    for what, paths in (
+        ("Damaged shards, whose photos up to the damage are taken", damaged),
+        ("Shards with another MD5 sum than the published one", shards["wrong_md5"]),
+    ):
+        if paths:
+            click.echo(f"{what}: {len(paths):,}: {'; '.join(paths[:5])}{' ...' if paths[5:] else ''}")
+    if damaged or shards["wrong_md5"]:
+        click.echo(f"When they are mended: reducer resume {output} --retry-failed reads them again")
 
 
 def _print_budget(rules: CutRules, photos: int, size: int, reached: float | None) -> None:
@@ -164,6 +189,8 @@ def print_story(story: Story) -> None:
     if row["width"] is not None:
         what = f"{row['width']} x {row['height']} {row['format']}, {as_size(row['bytes'])}, hash {row['hash']}"
         click.echo(f"file:         {what}")
+    if row["shard"] is not None:
+        click.echo(f"shard:        {row['shard']}, {row['bytes']:,} bytes from byte {row['offset']:,} on")
     click.echo(f"label:        {row['label']}, {story.label_photos:,} photos, of which {story.label_kept:,} are kept")
     if row["rank"] is not None:
         far = "" if row["rank"] == 0 else f", {row['insertion_distance']:g} bits from the nearest of those before it"
@@ -184,12 +211,13 @@ def print_story(story: Story) -> None:
 def print_status(status: Status) -> None:
     """How far a run is."""
     click.echo(f"state:      {status.state}")
-    click.echo(
-        f"done:       {status.done:,} of {status.to_read:,} photos, {status.partitions_done:,} of "
-        f"{status.partitions:,} partitions"
-    )
+    whole = "" if status.to_read is None else f" of {status.to_read:,}"
+    shards = f"{status.shards_done:,} of {status.shards:,} shards read, " if status.shards else ""
+    partitions = f"{status.partitions_done:,} of {status.partitions:,} partitions"
+    click.echo(f"done:       {status.done:,}{whole} photos, {shards}{partitions}")
     ahead = "" if status.seconds_left is None else f", about {as_duration(status.seconds_left)} at this rate"
-    click.echo(f"left:       {status.to_read - status.done:,} photos{ahead}")
+    left = "not known yet" if status.to_read is None else f"{max(0, status.to_read - status.done):,} photos"
+    click.echo(f"left:       {left}{ahead}")
     if status.reused:
         click.echo(f"reused:     {status.reused:,} photos, from an earlier run")
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in status.failures.items())

@@ -7,14 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
+from reducer.config import Job
 from reducer.errors import InputError
 from reducer.lock import holder
 from reducer.places import Place
+from reducer.plan import Plan
+from reducer.session import so_far
 from reducer.store import RunFolder
 from reducer.summary import failure_kinds
-from reducer.types import Tally
 
 
 @dataclass(frozen=True)
@@ -25,12 +28,16 @@ class Status:
     ----------
     state : str
         In words: at work, done, or how it ended and how to go on.
-    done, to_read : int
-        Photos of the partitions that are done, and of all.
+    done : int
+        Photos that are hashed.
+    to_read : int or None
+        Photos that are to be; None where shards have yet to tell.
     reused : int
         Those of them whose hashes came from an earlier run.
     partitions_done, partitions : int
-        Likewise.
+        Partitions that are ranked, and all.
+    shards_done, shards : int
+        Tar shards that are read, and all; 0 for single files.
     failures : dict of str to int
         Photos that failed, by kind.
     rate : float or None
@@ -41,10 +48,12 @@ class Status:
 
     state: str
     done: int
-    to_read: int
+    to_read: int | None
     reused: int
     partitions_done: int
     partitions: int
+    shards_done: int
+    shards: int
     failures: dict[str, int]
     rate: float | None
     seconds_left: float | None
@@ -67,24 +76,41 @@ def status(run: Path | str, *, storage_options: Mapping[str, Any] | None = None)
     """
     folder = RunFolder(Place(str(run), storage_options or {}))
     summary = folder.summary()
-    names = folder.done_partitions()
-    footers = folder.footers()
-    tally = sum((footers[name][1] for name in names.values() if name in footers), Tally())
-    saved = folder.read_plan()
-    partitions = len(names) if saved is None else pc.count_distinct(saved[0]["partition"]).as_py()
-    done, to_read = tally.read + tally.reused, summary["photos_to_read"]
+    saved, shards = folder.read_plan(), folder.read_shards() or ()
+    names, footers, reports = folder.done_partitions(), folder.footers(), folder.piece_reports()
+    done = {number: footers[name][1] for number, name in names.items() if name in footers}
+    errors = folder.ledger(["error"])["error"]
+    pieced: frozenset[int] = frozenset()
+    partitions = len(names)
+    if saved is not None:
+        plan = Plan(Job(**summary["job"]), saved[0], {}, shards or None, saved[1]["is_listed"])
+        pieced, partitions = plan.pieced, pc.count_distinct(saved[0]["partition"]).as_py()
+    unranked = reports and not (pieced and pieced <= done.keys())
+    tally = so_far(done, {number: report.tally for number, report in reports.items()}, pieced)
+    if unranked:
+        errors = pa.chunked_array([*errors.chunks, *folder.hashes()["error"].chunks], pa.string())
+    hashed, to_read = tally.read + tally.reused, summary["photos_to_read"]
     state, at_work = _state(folder, summary)
     rate = summary.get("photos_per_second")
+    seconds_left = None
+    if rate and at_work:
+        seconds_left = None if to_read is None else (to_read - hashed) / rate
+        size = sum(shard.bytes for shard in shards)
+        read = sum(shard.bytes for shard in shards if shard.number in reports)
+        if read:  # how many photos a shard holds is not known before it is read
+            seconds_left = hashed / rate * (size - read) / read
     return Status(
         state=state,
-        done=done,
+        done=hashed,
         to_read=to_read,
         reused=tally.reused,
         partitions_done=len(names),
         partitions=partitions,
-        failures=failure_kinds(folder.ledger(["error"])["error"]),
+        shards_done=len(reports) if shards else 0,
+        shards=len(shards),
+        failures=failure_kinds(errors),
         rate=rate,
-        seconds_left=(to_read - done) / rate if rate and at_work else None,
+        seconds_left=seconds_left,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -13,15 +14,16 @@ from reducer.environment import Environment, compare_with
 from reducer.errors import InputError
 from reducer.fingerprint import Fingerprint
 from reducer.rules import flag
-from reducer.schemas import FLAT, KNOWN_SCHEMA
+from reducer.schemas import FLAT, HASHES_SCHEMA, KNOWN_SCHEMA, PLACE_SCHEMA
 from reducer.store import RunFolder
+from reducer.types import MemberKeys, Shard
 
 log = logging.getLogger("reducer")
 
 #: Settings that must be equal for hashes to be the same.
 HASH_SETTINGS = ("hash", "hash_size", "decode", "exif_orientation")
 #: Where the columns of `KNOWN_SCHEMA` come from in the ledger.
-LEDGER_NAMES = {name: name.removeprefix("known_") for name in KNOWN_SCHEMA.names}
+LEDGER_NAMES = {name: name.removeprefix("known_") for name in KNOWN_SCHEMA.names if name != "known_reused"}
 KEY = ("id", "path")
 
 
@@ -66,7 +68,7 @@ class Reuse:
                 )
         if job.drop_flat and not theirs["drop_flat"]:
             raise InputError(f"{where} was run without --drop-flat: which photos are flat is not known. Leave it out")
-        ledger = folder.ledger(ledger_columns())
+        ledger = folder.ledger([*ledger_columns(), "label", *PLACE_SCHEMA.names])
         if theirs["max_pixels"] > job.max_pixels:
             # How many pixels are decoded is not always told by width and height.
             raise InputError(
@@ -78,8 +80,57 @@ class Reuse:
             always = plan.filter(plan["always_keep"])["row"].to_numpy()
             ledger = ledger.filter(pa.array(~np.isin(ledger["row"].to_numpy(), always)))
         self.known = as_known(ledger)
+        self.ledger = ledger
+        self.shards = {shard.path: shard for shard in folder.read_shards() or ()}
+        if (
+            job.manifest is None
+            and self.shards
+            and (summary["job"]["manifest"], theirs["label_field"])
+            != (
+                None,
+                job.label_field,
+            )
+        ):
+            raise InputError(
+                f"{where} did not take its labels from its shards as this run does (--manifest, --label-field): leave "
+                "--reuse out"
+            )
         if summary["status"] != "done":
             log.warning("%s is not finished: what it has hashed so far is taken", where)
+
+    def is_unchanged(self, shard: Shard) -> bool:
+        """Whether a shard is as it was then, and was checked against the same MD5 sum if it is to be checked."""
+        then = self.shards.get(shard.path)
+        if then is None or (shard.md5 is not None and shard.md5 != then.md5):
+            return False
+        state = "mtime_ns" if shard.etag is None else "etag"
+        return then.bytes == shard.bytes and getattr(then, state) == getattr(shard, state)
+
+    def found(self, shards: Sequence[Shard], keys: MemberKeys) -> pa.Table:
+        """What is known of the photos in shards that are as they were.
+
+        Parameters
+        ----------
+        shards : sequence of Shard
+            The shards now.
+        keys : MemberKeys
+            What photos are told by in them.
+
+        Returns
+        -------
+        pyarrow.Table
+            `HASHES_SCHEMA` rows, in the order of the shards.
+        """
+        same = [shard.path for shard in shards if self.is_unchanged(shard)]
+        place = pc.index_in(self.ledger["shard"], value_set=pa.array(same, pa.string()))
+        good = pc.and_(pc.is_valid(place), pc.is_null(self.ledger["error"]))
+        rows = self.ledger.append_column("place", place).filter(good)
+        rows = rows.sort_by([("place", "ascending"), ("offset", "ascending")])
+        columns = {field.name: rows[field.name] for field in HASHES_SCHEMA if field.name in rows.column_names}
+        columns["key"] = rows["path" if keys is MemberKeys.PATH else "id"]
+        columns["flat"] = pc.if_else(pc.is_valid(rows["hash"]), pc.equal(rows["reason"], FLAT), None)
+        columns["reused"] = pa.array([True] * rows.num_rows, pa.bool_())
+        return pa.table([columns[field.name] for field in HASHES_SCHEMA], schema=HASHES_SCHEMA)
 
     def check_environment(self, now: Environment) -> None:
         """Refuse hashes of workers that hash otherwise.
@@ -118,6 +169,7 @@ def as_known(ledger: pa.Table) -> pa.Table:
     columns = {name: hashed[name] for name in KEY}
     for name, theirs in LEDGER_NAMES.items():
         columns[name] = pc.equal(hashed["reason"], FLAT) if theirs == "flat" else hashed[theirs]
+    columns["known_reused"] = pa.array([True] * hashed.num_rows, pa.bool_())
     return pa.table(columns)
 
 

@@ -18,7 +18,7 @@ MANIFEST_SCHEMA = pa.schema(
         _field("row", pa.int64(), "position in the manifest, the first photo is 0"),
         _field("id", pa.string(), "photo id, as written in the manifest"),
         _field("label", pa.string(), "label, as written in the manifest"),
-        _field("path", pa.string(), "where the photo lies"),
+        _field("path", pa.string(), "where the photo lies; in a plan of shards, what it is looked for by"),
         _field("bytes", pa.int64(), "file size; null where it is not known", "bytes"),
     ]
 )
@@ -39,6 +39,48 @@ KNOWN_SCHEMA = pa.schema(
         _field("known_bytes", pa.int64(), "file size", "bytes"),
         _field("known_mtime", pa.timestamp("ns", tz="UTC"), "time of the file's last change"),
         _field("known_etag", pa.string(), "entity tag of an object in a store"),
+        _field("known_error", pa.string(), "why it could not be hashed"),
+        _field("known_reused", pa.bool_(), "whether an earlier run looked at it, and not this one"),
+    ]
+)
+
+#: Where photos of shards lie, in columns behind the others of a row; null for single files.
+PLACE_SCHEMA = pa.schema(
+    [
+        _field("shard", pa.string(), "tar shard that holds the photo; null for single files"),
+        _field("offset", pa.int64(), "where the photo starts in its shard", "bytes"),
+    ]
+)
+
+#: `RUN/hashes/part-*.parquet`: what was found in a shard, or of a piece of a label that is too large for a partition.
+HASHES_SCHEMA = pa.schema(
+    [
+        _field("key", pa.string(), "what the plan's column path calls the photo"),
+        _field("label", pa.string(), "label that stands beside it in its shard; null where the manifest tells it"),
+        _field("path", pa.string(), "where the photo lies: in its shard, where it is in one"),
+        *PLACE_SCHEMA,
+        _field("bytes", pa.int64(), "file size", "bytes"),
+        _field("mtime", pa.timestamp("ns", tz="UTC"), "time of the last change, of the shard where it is in one"),
+        _field("etag", pa.string(), "entity tag of an object in a store, of the shard where it is in one"),
+        _field("width", pa.int32(), "width as stored, before any EXIF rotation", "pixels"),
+        _field("height", pa.int32(), "height as stored, before any EXIF rotation", "pixels"),
+        _field("format", pa.string(), "file format that Pillow found"),
+        _field("hash", pa.string(), "perceptual hash in hex; null if it is not to be hashed, or cannot be"),
+        _field("flat", pa.bool_(), "whether it shows next to nothing; null without a hash"),
+        _field("error", pa.string(), "why the photo could not be hashed, one line"),
+        _field("reused", pa.bool_(), "whether the hash is an earlier run's"),
+    ]
+)
+
+#: `RUN/shards.parquet`: the shards, as they were when the run began.
+SHARDS_SCHEMA = pa.schema(
+    [
+        _field("number", pa.int32(), "place in the order of the paths; names the file of hashes"),
+        _field("path", pa.string(), "path or URL"),
+        _field("bytes", pa.int64(), "size", "bytes"),
+        _field("mtime_ns", pa.int64(), "time of the last change since 1970 UTC", "nanoseconds"),
+        _field("etag", pa.string(), "entity tag of an object in a store"),
+        _field("md5", pa.string(), "MD5 sum that was published, in hex"),
     ]
 )
 
@@ -47,6 +89,7 @@ PLAN_SCHEMA = pa.schema(
     [
         *TASK_SCHEMA,
         _field("partition", pa.int32(), "number of the part file that gets the photo; null if it is not read"),
+        _field("piece", pa.int32(), "number of the file of hashes that gets it first; null if none, or shards tell"),
         _field("reason", pa.string(), "kept-small-label or not-sampled; null if it is read"),
     ]
 )
@@ -60,8 +103,7 @@ LEDGER_SCHEMA = pa.schema(
         _field("format", pa.string(), "file format that Pillow found, whatever the file's name says"),
         _field("mtime", pa.timestamp("ns", tz="UTC"), "time of the file's last change"),
         _field("etag", pa.string(), "entity tag of an object in a store; null for local files"),
-        _field("shard", pa.string(), "tar shard that holds the photo; null for single files"),
-        _field("offset", pa.int64(), "where the photo starts in its shard", "bytes"),
+        *PLACE_SCHEMA,
         _field("hash", pa.string(), "perceptual hash in hex, as str() of imagehash's; null if not hashed"),
         _field("rank", pa.int32(), "place in the order of its label, the first is 0; null if not ranked"),
         _field(
@@ -98,7 +140,9 @@ CROSS_LABEL_SCHEMA = pa.schema(
 )
 
 #: What a worker finds out; the other columns of the ledger never leave the client.
-FOUND_SCHEMA = pa.schema([field for field in LEDGER_SCHEMA if field.name not in ("row", "id", "label", "path")])
+FOUND_SCHEMA = pa.schema(
+    [field for field in LEDGER_SCHEMA if field.name not in ("row", "id", "label", "path", *PLACE_SCHEMA.names)]
+)
 
 KEPT = "kept"
 KEPT_SMALL_LABEL = "kept-small-label"

@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
+from reducer.clusterspec import ClusterSpec
 from reducer.crosslabel import cross_label_table
 from reducer.cutting import apply_filters
 from reducer.dispatch import Dispatch, InProcess
+from reducer.errand import Errand, ShardErrand
 from reducer.errors import BudgetError, LostLockError, ReducerError, TooManyFailuresError
+from reducer.found import merged
 from reducer.pipeline import ledger_rows
-from reducer.plan import Errand, Plan
+from reducer.plan import Plan
 from reducer.quality import figures, judge_again
-from reducer.schemas import FAILED
+from reducer.schemas import FAILED, from_ipc
 from reducer.store import RunFolder
-from reducer.summary import outcome
-from reducer.types import PartitionResult, Tally
+from reducer.summary import outcome, plan_figures, shard_figures
+from reducer.todo import Todo
+from reducer.types import PartitionResult, Piece, PiecesResult, Tally
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+log = logging.getLogger("reducer")
 
 #: A job whose first so many photos all fail has a wrong path, not bad photos.
 ALL_FAILED = 200
@@ -44,6 +55,10 @@ class Session:
         Whether to show a progress bar.
     done : dict of int to Tally
         What each partition that is done has come to, also in earlier sessions.
+    hashed : dict of int to Tally
+        The same of each piece and shard.
+    pieced : frozenset of int
+        Partitions whose photos are hashed in pieces, or by the shard, first.
     own : Tally
         What this session has done.
     worker_seconds : float
@@ -54,6 +69,8 @@ class Session:
         ``path: error`` of the first photo that failed in it.
     started : float
         Seconds since 1970.
+    begun, noted : float
+        When hashing began, and when it was last noted how far it has come, by `time.perf_counter`.
     timings : dict of str to float
         Seconds that its steps have taken.
     """
@@ -61,23 +78,45 @@ class Session:
     bits: int
     progress: bool
     done: dict[int, Tally] = field(default_factory=dict)
+    hashed: dict[int, Tally] = field(default_factory=dict)
+    pieced: frozenset[int] = frozenset()
     own: Tally = field(default_factory=Tally)
     worker_seconds: float = 0.0
     peak_memory: int = 0
     first_failure: str | None = None
     started: float = field(default_factory=time.time)
+    begun: float = field(default_factory=time.perf_counter)
+    noted: float = field(default_factory=time.perf_counter)
     timings: dict[str, float] = field(default_factory=dict)
 
-    def add(self, result: PartitionResult, tally: Tally) -> None:
+    def add(self, result: PartitionResult, tally: Tally, before: Tally) -> None:
+        """Count a partition, of whose photos pieces or shards have told some before."""
         self.done[result.index] = tally
-        self.own += result.tally
+        own = result.tally
+        self.own += replace(
+            own,
+            read=own.read - before.read,
+            failed=own.failed - before.failed,
+            bytes_read=own.bytes_read - before.bytes_read,
+        )
+        self._add_work(result, result.first_failure)
+
+    def add_pieces(self, result: PiecesResult) -> None:
+        """Count pieces or shards."""
+        for piece in result.pieces:
+            self.hashed[piece.number] = piece.report.tally
+            self.own += piece.report.tally
+        self._add_work(result, next((piece.first_failure for piece in result.pieces if piece.first_failure), None))
+
+    def _add_work(self, result: PartitionResult | PiecesResult, first_failure: str | None) -> None:
         self.worker_seconds += result.seconds
         self.peak_memory = max(self.peak_memory, result.peak_memory)
-        self.first_failure = self.first_failure or result.first_failure
+        self.first_failure = self.first_failure or first_failure
 
     @property
     def total(self) -> Tally:
-        return sum(self.done.values(), Tally())
+        """Of all that is done."""
+        return so_far(self.done, self.hashed, self.pieced)
 
     @contextmanager
     def timing(self, what: str) -> Iterator[None]:
@@ -105,52 +144,263 @@ class Session:
         }
 
 
-def carry_out(
-    plan: Plan,
-    errand: Errand,
-    work: InProcess | Dispatch,
-    folder: RunFolder,
-    session: Session,
-    summary: dict[str, Any],
-    open_cluster: ExitStack,
-) -> None:
-    """Do what is left to do, and write all that follows from the ledger.
+def so_far(done: Mapping[int, Tally], hashed: Mapping[int, Tally], pieced: frozenset[int]) -> Tally:
+    """What a run has come to; a photo that is hashed and not yet ranked counts too.
 
     Parameters
     ----------
-    plan : Plan
-        The whole plan.
-    errand : Errand
-        What is left of it.
-    work : InProcess or Dispatch
-        Does it.
-    folder : RunFolder
-        Locked by this process; holds the plan.
+    done : dict of int to Tally
+        Of each partition that is done.
+    hashed : dict of int to Tally
+        Of each piece and shard that is done.
+    pieced : frozenset of int
+        Partitions whose photos those tell of.
+    """
+    if not hashed or (pieced and pieced <= done.keys()):  # the partitions count also what no shard held
+        return sum(done.values(), Tally())
+    whole = (tally for number, tally in done.items() if number not in pieced)
+    return sum([*whole, *hashed.values()], Tally())
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Where work is done.
+
+    Attributes
+    ----------
+    client : distributed.Client or None
+        Of a cluster; None for this process.
+    spec : ClusterSpec
+        Of the cluster.
+    """
+
+    client: Client | None
+    spec: ClusterSpec
+
+    def take(self, errand: Errand | ShardErrand) -> InProcess | Dispatch:
+        """Get ready to do something.
+
+        Raises
+        ------
+        InputError
+            If workers differ in what decides hashes, or some of them cannot read the photos.
+        """
+        return InProcess(errand) if self.client is None else Dispatch(self.client, errand, self.spec)
+
+
+@dataclass
+class Run:
+    """A run that has a plan, and what it is carried out with.
+
+    Attributes
+    ----------
+    todo : Todo
+        What is left to do, in a run folder that is locked by this process and holds the plan.
     session : Session
         Counts.
     summary : dict
         What ``summary.json`` told before.
-    open_cluster : ExitStack
-        Closed when all photos are hashed.
+    workers : Workers
+        Do it.
+    terms : dict
+        What goes with the plan.
     """
-    job = plan.job
-    with session.timing("hash"):
-        _work_off(plan, errand, work, folder, session, summary)
-    open_cluster.close()  # the rest needs no workers
-    with session.timing("write"):
-        if job.has_filters:
-            tallies, summary["effective_distance_reached"] = apply_filters(folder, plan)
-            session.done = {index: tallies[name] for index, name in folder.done_partitions().items()}
-        folder.write_unread(plan.unread)
-        folder.write_reduced(job.id_column, job.label_column, job.format)
-        found = outcome(plan, folder)
-    if job.cross_label:
-        with session.timing("cross_label"):
-            pairs = cross_label_table(folder.ledger(["id", "label", "path", "hash"]), job.hash_size**2)
-            folder.write_cross_label(pairs)
-        found["cross_label_pairs"] = pairs.num_rows
-    session.timings["total_seconds"] = time.time() - session.started
-    folder.write_summary(summary | found | session.figures() | {"status": "done"})
+
+    todo: Todo
+    session: Session
+    summary: dict[str, Any]
+    workers: Workers
+    terms: dict[str, Any]
+
+    @property
+    def plan(self) -> Plan:
+        """The whole plan."""
+        return self.todo.plan
+
+    @property
+    def folder(self) -> RunFolder:
+        """The run folder."""
+        return self.todo.folder
+
+    def carry_out(self, work: InProcess | Dispatch, open_cluster: ExitStack) -> None:
+        """Do what is left to do, and write all that follows from the ledger.
+
+        Parameters
+        ----------
+        work : InProcess or Dispatch
+            Does what comes first.
+        open_cluster : ExitStack
+            Closed when all photos are hashed.
+        """
+        session, folder = self.session, self.folder
+        session.begun = time.perf_counter()
+        with session.timing("hash"):
+            self._hash_and_rank(work)
+        open_cluster.close()  # the rest needs no workers
+        plan, job = self.plan, self.plan.job
+        with session.timing("write"):
+            folder.write_unread(self.todo.unread())
+            if job.has_filters:
+                tallies, self.summary["effective_distance_reached"] = apply_filters(folder, plan)
+                session.done = {index: tallies[name] for index, name in folder.done_partitions().items()}
+            folder.write_reduced(job.id_column, job.label_column, job.format)
+            found = outcome(plan, folder)
+        if job.cross_label:
+            with session.timing("cross_label"):
+                pairs = cross_label_table(folder.ledger(["id", "label", "path", "hash"]), job.hash_size**2)
+                folder.write_cross_label(pairs)
+            found["cross_label_pairs"] = pairs.num_rows
+        session.timings["total_seconds"] = time.time() - session.started
+        folder.write_summary(self.summary | found | session.figures() | {"status": "done"})
+
+    def _hash_and_rank(self, work: InProcess | Dispatch) -> None:
+        if isinstance(work.errand, ShardErrand) or work.errand.is_pieces:
+            self._hash(work)
+            work = self._workers_for_partitions()
+        elif not self.plan.is_listed:
+            work = self._workers_for_partitions()
+        errand = work.errand
+        assert isinstance(errand, Errand)
+        self._rank(errand, work)
+
+    def _workers_for_partitions(self) -> InProcess | Dispatch:
+        if not self.plan.is_listed:
+            self.todo = replace(self.todo, plan=self.todo.listed())
+            self.folder.write_plan(self.plan.rows, self.terms | {"is_listed": True})
+            self.summary |= plan_figures(self.plan)
+        self.session.pieced = self.plan.pieced
+        errand = self.todo.partitions()
+        return self.workers.take(errand) if errand.rows else InProcess(errand)
+
+    def _hash(self, work: InProcess | Dispatch) -> None:
+        """Write what is found in each shard or piece as it comes."""
+        errand, folder, session = work.errand, self.folder, self.session
+        in_shards = isinstance(errand, ShardErrand)
+        size = errand.bytes if isinstance(errand, ShardErrand) else errand.photos
+        done = folder.done_pieces() if self.todo.again else {}
+        with self._working(work, size, "B" if in_shards else " photos") as (results, bar):
+            for result in results:
+                assert isinstance(result, PiecesResult)
+                for piece in result.pieces:
+                    found = from_ipc(piece.found)
+                    if piece.number in done:
+                        found = merged(folder.read_piece(piece.number)[0], found)
+                    folder.write_piece(piece.number, found, piece.report)
+                    self._warn(piece)
+                session.add_pieces(result)
+                if isinstance(errand, ShardErrand):
+                    bar.update(sum(shard.bytes for shard in errand.groups[result.index]))
+                    self._check_matches(bar.n / max(1, size), result)
+                else:
+                    bar.update(errand.rows[result.index].num_rows)
+                self._noted(bar, give_up=True)
+        if in_shards:
+            self.summary["shards"] = shard_figures(self.plan, folder)
+
+    def _warn(self, piece: Piece) -> None:
+        """Of a shard that is not as it should be, with progress bar and without."""
+        report = piece.report
+        path = next((shard.path for shard in self.plan.shards or () if shard.number == piece.number), "")
+        with logging_redirect_tqdm([log]):
+            if report.damage is not None:
+                log.warning("shard %s: %s", path, report.damage)
+            if report.wrong_md5:
+                taken = "are taken all the same (--md5-warn)" if self.plan.job.md5_warn else "fail"
+                log.warning(
+                    "shard %s has the MD5 sum %s, not the published one: its photos %s", path, report.md5, taken
+                )
+
+    def _check_matches(self, share: float, result: PiecesResult) -> None:
+        """Give up where photos are looked for in shards by other names than theirs."""
+        own = self.session.own
+        example = next((piece.report.example for piece in result.pieces if piece.report.example), None)
+        if own.read or example is None or not self.plan.is_listed or self.todo.reuse is not None:
+            return
+        if share * self.plan.read.num_rows >= ALL_FAILED:
+            looked_for = self.plan.read["path"][0].as_py()
+            raise TooManyFailuresError(
+                f"the shards read so far hold no photo of the manifest, so the run was given up. One file in them is "
+                f"{example!r}, the first photo is looked for by {looked_for!r}. Check IMAGES, --manifest, --id-column, "
+                "and --path-template or --path-column (without them a photo is told by its file's name without the "
+                "extension)"
+            )
+
+    def _rank(self, errand: Errand, work: InProcess | Dispatch) -> None:
+        """Write each part as it comes."""
+        folder, session = self.folder, self.session
+        with self._working(work, errand.photos, " photos") as (results, bar):
+            for result in results:
+                assert isinstance(result, PartitionResult)
+                rows = errand.rows[result.index]
+                ledger, tally = ledger_rows(rows, result), result.tally
+                if result.index in self.todo.failed:
+                    ledger, tally = self._merged(result, ledger)
+                folder.write_part(result.index, ledger, tally)
+                session.add(result, tally, _told_before(rows) if result.index in session.pieced else Tally())
+                bar.update(rows.num_rows)
+                self._noted(bar, give_up=not self.todo.failed)
+
+    @contextmanager
+    def _working(self, work: InProcess | Dispatch, total: int, unit: str) -> Iterator[tuple[Iterator[Any], tqdm[Any]]]:
+        results = work.results()
+        with (
+            closing(results),  # what is still running is cancelled while there is a client to do it
+            tqdm(
+                total=total,
+                unit=unit,
+                unit_scale=unit == "B",
+                disable=not self.session.progress or not total,
+                smoothing=0.1,
+                file=sys.stderr,
+            ) as bar,
+        ):
+            yield results, bar
+
+    def _noted(self, bar: tqdm[Any], give_up: bool) -> None:
+        """Show and note how far the run has come; give up where nothing comes of it."""
+        session, own = self.session, self.session.own
+        now = time.perf_counter()
+        rate = own.bytes_read / 1e6 / max(now - session.begun, 1e-9)
+        bar.set_postfix_str(f"{rate:.1f} MB/s, {own.failed} failed", refresh=False)
+        if give_up and own.read >= ALL_FAILED and own.failed == own.read and not own.reused:
+            raise TooManyFailuresError(
+                f"the first {own.read} photos have all failed, so the run was given up. The first path tried: "
+                f"{session.first_failure}. Check IMAGES, --path-template or --path-column, and that the workers "
+                "see this path"
+            )
+        if now - session.noted > NOTED_EVERY:
+            session.noted = now
+            session.timings["hash_seconds"] = now - session.begun
+            self.folder.write_summary(self.summary | session.figures())
+
+    def _merged(self, result: PartitionResult, renewed: pa.Table) -> tuple[pa.Table, Tally]:
+        """A part of which some labels were ranked anew."""
+        before, tally = self.folder.read_part(self.folder.done_partitions()[result.index])
+        others = before.filter(pc.invert(pc.is_in(before["label"], value_set=pc.unique(renewed["label"]))))
+        always = np.isin(others["row"].to_numpy(), self.plan.always_kept_rows)
+        others, quality = judge_again(others, always, self.plan.job.photo_settings)
+        ledger = pa.concat_tables([others, renewed]).sort_by([("label", "ascending"), ("id", "ascending")])
+        return ledger, Tally(
+            read=tally.read,
+            failed=int(pc.sum(pc.equal(ledger["reason"], FAILED)).as_py()),
+            reused=tally.reused,
+            bytes_read=tally.bytes_read + result.tally.bytes_read,
+            quality=quality + result.tally.quality,
+        )
+
+
+def _told_before(rows: pa.Table) -> Tally:
+    """What pieces or shards have told of the rows of a partition, and counted."""
+    told = pc.or_(pc.is_valid(rows["known_hash"]), pc.is_valid(rows["known_error"]))
+    told = pc.and_(told, pc.invert(rows["known_reused"]))
+    if "shard" in rows.column_names:  # of what no shard holds none has told
+        told = pc.and_(told, pc.is_valid(rows["shard"]))
+    own = rows.filter(told)
+    return Tally(
+        read=own.num_rows,
+        failed=own.num_rows - own["known_error"].null_count,
+        bytes_read=pc.sum(own["known_bytes"]).as_py() or 0,
+    )
 
 
 @contextmanager
@@ -167,57 +417,3 @@ def noting_a_stop(folder: RunFolder, summary: dict[str, Any], session: Session) 
         elif isinstance(stop, ReducerError) and not isinstance(stop, TooManyFailuresError | LostLockError):
             stop.args = (f"{stop}. What was hashed so far is kept. To go on: reducer resume {folder.path}",)
         raise
-
-
-def _work_off(
-    plan: Plan,
-    errand: Errand,
-    work: InProcess | Dispatch,
-    folder: RunFolder,
-    session: Session,
-    summary: dict[str, Any],
-) -> None:
-    """Write each part as it comes."""
-    results = work.results()
-    clock = noted = time.perf_counter()
-    with (
-        closing(results),  # what is still running is cancelled while there is a client to do it
-        tqdm(total=errand.photos, unit=" photos", disable=not session.progress, smoothing=0.1, file=sys.stderr) as bar,
-    ):
-        for result in results:
-            ledger, tally = ledger_rows(errand.rows[result.index], result), result.tally
-            if result.index in errand.trusted:
-                ledger, tally = _merged(plan, folder, result, ledger)
-            folder.write_part(result.index, ledger, tally)
-            session.add(result, tally)
-            now = time.perf_counter()
-            rate = session.own.bytes_read / 1e6 / max(now - clock, 1e-9)
-            bar.set_postfix_str(f"{rate:.1f} MB/s, {session.own.failed} failed", refresh=False)
-            bar.update(errand.rows[result.index].num_rows)
-            own = session.own
-            if own.read >= ALL_FAILED and own.failed == own.read and not own.reused and not errand.trusted:
-                raise TooManyFailuresError(
-                    f"the first {own.read} photos have all failed, so the run was given up. The first path tried: "
-                    f"{session.first_failure}. Check IMAGES, --path-template or --path-column, and that the workers "
-                    "see this path"
-                )
-            if now - noted > NOTED_EVERY:
-                noted = now
-                session.timings["hash_seconds"] = now - clock
-                folder.write_summary(summary | session.figures())
-
-
-def _merged(plan: Plan, folder: RunFolder, result: PartitionResult, renewed: pa.Table) -> tuple[pa.Table, Tally]:
-    """A part of which some labels were ranked anew."""
-    before, tally = folder.read_part(folder.done_partitions()[result.index])
-    others = before.filter(pc.invert(pc.is_in(before["label"], value_set=pc.unique(renewed["label"]))))
-    always = np.isin(others["row"].to_numpy(), plan.always_kept_rows)
-    others, quality = judge_again(others, always, plan.job.photo_settings)
-    ledger = pa.concat_tables([others, renewed]).sort_by([("label", "ascending"), ("id", "ascending")])
-    return ledger, Tally(
-        read=tally.read,
-        failed=int(pc.sum(pc.equal(ledger["reason"], FAILED)).as_py()),
-        reused=tally.reused,
-        bytes_read=tally.bytes_read + result.tally.bytes_read,
-        quality=quality + result.tally.quality,
-    )

@@ -7,8 +7,9 @@ import errno
 import os
 import stat
 from collections import deque
-from collections.abc import Awaitable, Callable, Generator, Sequence
+from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import TypeVar
 
@@ -18,8 +19,8 @@ import pyarrow.compute as pc
 from reducer.config import template_fields
 from reducer.hashing import OUT_OF_MEMORY, PhotoError
 from reducer.objects import FileState, PhotoFile, Transient, fetch, is_unchanged
-from reducer.places import RETRY_SECONDS, Source, is_url, pauses
-from reducer.types import PathRule
+from reducer.places import RETRY_SECONDS, ByteRange, PhotoRef, Source, file_of, is_url, pauses
+from reducer.types import PathRule, Shard
 
 T = TypeVar("T")
 
@@ -29,6 +30,9 @@ MOST_BYTES_A_PIXEL = 8
 LEAST_LIMIT = 2**30
 #: Photos that are read and not yet hashed take at most so many bytes of a worker's memory, beside the next one.
 READ_AHEAD_BYTES = 256 * 2**20
+#: A shard is read in blocks of so many bytes, from a disk and from a store, and of the latter at most so many are under
+#: way for a worker thread: enough that a round trip of 100 ms costs nothing at the speed of hashing.
+DISK_BLOCK, STORE_BLOCK, BLOCKS_AHEAD = 2**20, 4 * 2**20, 8
 
 
 def paths_by_rule(rule: PathRule, ids: pa.ChunkedArray, labels: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -44,9 +48,9 @@ def paths_by_rule(rule: PathRule, ids: pa.ChunkedArray, labels: pa.ChunkedArray)
     Returns
     -------
     pyarrow.ChunkedArray of string, shape (photos,)
-        Absolute paths or URLs.
+        Absolute paths or URLs; relative ones where the rule has no root.
     """
-    parts: list[pa.ChunkedArray | str] = [f"{rule.root}/"]
+    parts: list[pa.ChunkedArray | str] = [rule.root and f"{rule.root}/"]
     for text, name, character in template_fields(rule.template):
         parts.append(text)
         if name is not None:
@@ -55,13 +59,13 @@ def paths_by_rule(rule: PathRule, ids: pa.ChunkedArray, labels: pa.ChunkedArray)
     return pc.binary_join_element_wise(*parts, "")
 
 
-def read_all(paths: Sequence[str], source: Source, *, max_pixels: int) -> Generator[PhotoFile | PhotoError]:
+def read_all(refs: Sequence[PhotoRef], source: Source, *, max_pixels: int) -> Generator[PhotoFile | PhotoError]:
     """Read photos in turn, those of URLs ahead of time.
 
     Parameters
     ----------
-    paths : sequence of str
-        Local paths and URLs.
+    refs : sequence of str or ByteRange
+        Local paths and URLs, or parts of what lies there.
     source : Source
         How URLs are read.
     max_pixels : int
@@ -70,14 +74,14 @@ def read_all(paths: Sequence[str], source: Source, *, max_pixels: int) -> Genera
     Yields
     ------
     PhotoFile or PhotoError
-        One a path, in their order.
+        One a photo, in their order.
     """
-    if any(map(is_url, paths)):
-        yield from _read_ahead(paths, source, max_pixels)
+    if any(is_url(file_of(ref)) for ref in refs):
+        yield from _read_ahead(refs, source, max_pixels, source.read_ahead)
         return
-    for path in paths:
+    for ref in refs:
         try:
-            yield read_photo(path, max_pixels=max_pixels)
+            yield read_photo(ref, max_pixels=max_pixels)
         except PhotoError as error:
             yield error
 
@@ -87,17 +91,20 @@ def most_bytes(max_pixels: int) -> int:
     return max(LEAST_LIMIT, MOST_BYTES_A_PIXEL * max_pixels)
 
 
-def _too_many_bytes(size: int, max_pixels: int) -> PhotoError:
+def too_large(size: int, max_pixels: int) -> PhotoError | None:
+    """The failure of a photo of so many bytes, if it is one."""
+    if size <= most_bytes(max_pixels):
+        return None
     return PhotoError("too large", f"{size} bytes, over what --max-pixels {max_pixels} can need")
 
 
-def read_photo(path: str, *, max_pixels: int) -> PhotoFile:
+def read_photo(ref: PhotoRef, *, max_pixels: int) -> PhotoFile:
     """Read one local photo whole.
 
     Parameters
     ----------
-    path : str
-        A local path.
+    ref : str or ByteRange
+        A local path, or a part of the file there.
     max_pixels : int
         As for `read_all`.
 
@@ -106,16 +113,28 @@ def read_photo(path: str, *, max_pixels: int) -> PhotoFile:
     PhotoError
         When it is missing, no regular file, or cannot be read.
     """
-    try:
+    path = file_of(ref)
+    with _disk_failures():
         # Looked at before it is opened: opening a named pipe would wait for ever.
         found = os.stat(path)
         if not stat.S_ISREG(found.st_mode):
             what = "a directory" if stat.S_ISDIR(found.st_mode) else "no regular file"
             raise PhotoError("not a file", f"the path is {what}")
-        if found.st_size > most_bytes(max_pixels):
-            raise _too_many_bytes(found.st_size, max_pixels)
+        size = found.st_size if isinstance(ref, str) else ref.bytes
+        if error := too_large(size, max_pixels):
+            raise error
         with open(path, "rb", buffering=0) as file:
-            return PhotoFile(file.readall(), found.st_mtime_ns)
+            if isinstance(ref, str):
+                return PhotoFile(file.readall(), found.st_mtime_ns)
+            file.seek(ref.offset)
+            return PhotoFile(file.read(size), found.st_mtime_ns)
+
+
+@contextmanager
+def _disk_failures() -> Iterator[None]:
+    """Turn what goes wrong with a file on a disk into the photo's failure."""
+    try:
+        yield
     except FileNotFoundError:
         raise PhotoError("missing", "no such file") from None
     except NotADirectoryError:
@@ -164,7 +183,9 @@ def _shared() -> _Shared:
     return _Shared()
 
 
-def _read_ahead(paths: Sequence[str], source: Source, max_pixels: int) -> Generator[PhotoFile | PhotoError]:
+def _read_ahead(
+    refs: Iterable[PhotoRef], source: Source, max_pixels: int, under_way_at_most: int
+) -> Generator[PhotoFile | PhotoError]:
     loop, budget = _shared().loop, _shared().budget
     hashed = 0  # how many are done with
     held: dict[int, int] = {}  # bytes by number; in the loop's thread only
@@ -176,27 +197,27 @@ def _read_ahead(paths: Sequence[str], source: Source, max_pixels: int) -> Genera
     async def give_all_back() -> None:
         await give_back(*held)
 
-    async def read(number: int, path: str) -> PhotoFile | PhotoError:
+    async def read(number: int, ref: PhotoRef) -> PhotoFile | PhotoError:
         async def room(size: int) -> None:
-            if size > most_bytes(max_pixels):
-                raise _too_many_bytes(size, max_pixels)
+            if error := too_large(size, max_pixels):
+                raise error
             await budget.take(size - held.get(number, 0), lambda: number <= hashed)
             held[number] = size
 
         try:
-            if not is_url(path):
-                return await asyncio.to_thread(read_photo, path, max_pixels=max_pixels)
-            return await _persistently(lambda: fetch(path, source, room))
+            if not is_url(file_of(ref)):
+                return await asyncio.to_thread(read_photo, ref, max_pixels=max_pixels)
+            return await _persistently(lambda: fetch(ref, source, room))
         except PhotoError as error:
             await give_back(number)
             return error
 
-    left = iter(enumerate(paths))
+    left = iter(enumerate(refs))
     try:
         while True:
-            for number, path in left:
-                under_way.append(asyncio.run_coroutine_threadsafe(read(number, path), loop))
-                if len(under_way) >= source.read_ahead:
+            for number, ref in left:
+                under_way.append(asyncio.run_coroutine_threadsafe(read(number, ref), loop))
+                if len(under_way) >= under_way_at_most:
                     break
             if not under_way:
                 return
@@ -208,6 +229,94 @@ def _read_ahead(paths: Sequence[str], source: Source, max_pixels: int) -> Genera
         for future in under_way:
             future.cancel()
         asyncio.run_coroutine_threadsafe(give_all_back(), loop)
+
+
+class Shards:
+    """Reads shards in turn, each from its start; those of a store ahead of time, also beyond the end of one.
+
+    Parameters
+    ----------
+    shards : sequence of Shard
+        Either all of a store, or none.
+    source : Source
+        How URLs are read.
+    max_pixels : int
+        As for `read_all`.
+    """
+
+    def __init__(self, shards: Sequence[Shard], source: Source, *, max_pixels: int) -> None:
+        self.shards, self.source, self.max_pixels = shards, source, max_pixels
+        self._blocks: Generator[PhotoFile | PhotoError] | None = None
+        #: Which shard's blocks come next, and how many of them are left.
+        self._next, self._left = 0, 0
+
+    def blocks_from(self, number: int, offset: int) -> Generator[bytes]:
+        """The bytes of a shard from one of them on.
+
+        Parameters
+        ----------
+        number : int
+            Which of the shards, not before an earlier one.
+        offset : int
+            Of the first byte; 0 in a store.
+
+        Yields
+        ------
+        bytes
+            Blocks, in their order.
+
+        Raises
+        ------
+        PhotoError
+            When the shard cannot be read, or is not the one that was listed.
+        """
+        shard = self.shards[number]
+        if not is_url(shard.path):
+            yield from _disk_blocks(shard, offset)
+            return
+        assert offset == 0
+        if self._blocks is None or self._left or self._next != number:  # the one before was not read to its end
+            self.close()
+            refs = (ref for other in self.shards[number:] for ref in _blocks_of(other))
+            under_way = min(BLOCKS_AHEAD, self.source.read_ahead)
+            self._blocks = _read_ahead(refs, self.source, self.max_pixels, under_way)
+        self._next, self._left = number + 1, len(_blocks_of(shard))
+        for ref in _blocks_of(shard):
+            self._left -= 1
+            block = next(self._blocks)
+            if isinstance(block, PhotoError):
+                self._left += 1  # lest the others are waited for
+                raise block
+            if shard.etag is not None and block.etag is not None and block.etag != shard.etag:
+                raise _changed(shard)
+            yield block.content
+            if len(block.content) < ref.bytes:
+                raise _changed(shard)
+
+    def close(self) -> None:
+        """Give up what is under way."""
+        if self._blocks is not None:
+            self._blocks.close()
+        self._blocks, self._left = None, 0
+
+
+def _blocks_of(shard: Shard) -> list[ByteRange]:
+    starts = range(0, shard.bytes, STORE_BLOCK)
+    return [ByteRange(shard.path, start, min(STORE_BLOCK, shard.bytes - start)) for start in starts]
+
+
+def _changed(shard: Shard) -> PhotoError:
+    return PhotoError("changed", "it is not what it was when the run began")
+
+
+def _disk_blocks(shard: Shard, offset: int) -> Generator[bytes]:
+    with _disk_failures(), open(shard.path, "rb", buffering=0) as file:
+        found = os.fstat(file.fileno())
+        if (found.st_size, found.st_mtime_ns) != (shard.bytes, shard.mtime_ns):
+            raise _changed(shard)
+        file.seek(offset)
+        while block := file.read(DISK_BLOCK):
+            yield block
 
 
 def are_unchanged(paths: Sequence[str], states: Sequence[FileState], source: Source) -> list[bool]:

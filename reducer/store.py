@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +17,29 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 
 from reducer.errors import InputError, ReducerError
+from reducer.files import Files, temporary_name
 from reducer.lock import check_unlocked, is_of_lock
-from reducer.places import Place, explained, persistently
+from reducer.places import Place, explained
 from reducer.ranking import Hashes
-from reducer.schemas import LEDGER_SCHEMA, PLAN_SCHEMA, REDUCED_COLUMNS, reduced_schema
-from reducer.types import Tally
+from reducer.schemas import (
+    HASHES_SCHEMA,
+    LEDGER_SCHEMA,
+    PLAN_SCHEMA,
+    REDUCED_COLUMNS,
+    SHARDS_SCHEMA,
+    reduced_schema,
+)
+from reducer.types import PieceReport, Shard, Tally
 
 FORMAT = "reducer-run"
-#: 2 keeps a plan, and tallies in its parts.
-FORMAT_VERSION = 2
+#: 2 keeps a plan, and tallies in its parts; 3 hashes of shards and of pieces.
+FORMAT_VERSION = 3
 #: Rows of a Parquet row group; fixed, so that the bytes of a file depend on its rows only.
 ROW_GROUP = 100_000
-SUMMARY, CSV, PARQUET, IMAGES = "summary.json", "reduced.csv", "reduced.parquet", "images"
-PLAN, AVOID, CROSS_LABEL = "plan.parquet", "avoid.parquet", "cross_label.parquet"
-#: Files that a run writes beside its summary and its ledger.
-OWN_FILES = (PLAN, AVOID, CSV, PARQUET, CROSS_LABEL)
+SUMMARY, CSV, PARQUET, IMAGES, HASHES = "summary.json", "reduced.csv", "reduced.parquet", "images", "hashes"
+PLAN, SHARDS, AVOID, CROSS_LABEL = "plan.parquet", "shards.parquet", "avoid.parquet", "cross_label.parquet"
+#: Files that a run writes beside its summary, its ledger and its hashes.
+OWN_FILES = (PLAN, SHARDS, AVOID, CSV, PARQUET, CROSS_LABEL)
 #: Part files of photos that are not read begin so; they are made anew from the plan.
 UNREAD = "part-unread-"
 #: On S3 each takes some requests.
@@ -40,7 +48,7 @@ FOOTERS_AT_A_TIME = 16
 METADATA = b"reducer"
 
 
-class RunFolder:
+class RunFolder(Files):
     """A run folder.
 
     Parameters
@@ -50,12 +58,9 @@ class RunFolder:
     """
 
     def __init__(self, place: Place | str) -> None:
-        self.place = Place(place) if isinstance(place, str) else place
-        #: Paths or URLs, to show.
-        self.path = self.place.path
+        super().__init__(place)
+        #: Path or URL, to show.
         self.images = self.place.below(IMAGES).path
-        #: Called before each write; raises if another run has taken the folder meanwhile.
-        self.check_ours: Callable[[], None] = lambda: None
 
     def check_free(self, *, overwrite: bool, break_lock: bool = False) -> None:
         """Refuse a folder that holds something, unless it is a run folder that may be replaced.
@@ -140,6 +145,7 @@ class RunFolder:
             self.remove_leftovers()
             self._remove([name for name in OWN_FILES if name in self._names()])
             self._remove([f"{IMAGES}/{part}" for part in self.parts()])
+            self._remove([f"{HASHES}/{name}" for name in self.done_pieces().values()])
         except (OSError, ReducerError) as error:
             raise InputError(f"--output {self.path} cannot be used: {error}") from None
 
@@ -148,9 +154,10 @@ class RunFolder:
         if self.place.remote:
             return
         own = [SUMMARY, *OWN_FILES]
-        self._remove([name for name in self._names() if name in map(_temporary, own)])
-        parts = [name for name in self._names(IMAGES) if name.startswith(".part-") and name == _temporary(name[1:-4])]
-        self._remove([f"{IMAGES}/{name}" for name in parts])
+        self._remove([name for name in self._names() if name in map(temporary_name, own)])
+        for folder in (IMAGES, HASHES):
+            own = [name for name in self._names(folder) if name.startswith(".part-")]
+            self._remove([f"{folder}/{name}" for name in own if name == temporary_name(name[1:-4])])
 
     def write_plan(self, rows: pa.Table, terms: dict[str, Any], avoid: Hashes | None = None) -> None:
         """Write the plan, so that the run can go on from it.
@@ -194,6 +201,58 @@ class RunFolder:
             raise InputError(f"{self.place.below(PLAN).path} is no plan of ours: begin again with --overwrite")
         found: dict[str, Any] = json.loads(schema.metadata[METADATA])
         return found
+
+    def write_shards(self, shards: Sequence[Shard]) -> None:
+        """Write which shards there are, and how they are now."""
+        rows = [asdict(shard) for shard in shards]
+        self._write(SHARDS, _parquet(pa.Table.from_pylist(rows, schema=SHARDS_SCHEMA)))
+
+    def read_shards(self) -> tuple[Shard, ...] | None:
+        """The shards of the plan; None where it is about single files."""
+        if SHARDS not in self._names():
+            return None
+        return tuple(Shard(**row) for row in self._read_parquet(SHARDS).to_pylist())
+
+    def write_piece(self, number: int, found: pa.Table, report: PieceReport) -> None:
+        """Write what was found in a shard or of a piece: from then on it is done.
+
+        Parameters
+        ----------
+        number : int
+            Its number.
+        found : pyarrow.Table
+            `HASHES_SCHEMA` rows.
+        report : PieceReport
+            What came of it.
+        """
+        if not self.place.on_s3:
+            system, root = self.place.open()
+            system.makedirs(f"{root}/{HASHES}", exist_ok=True)
+        self._write(f"{HASHES}/part-{number:05d}.parquet", _parquet(_with_metadata(found, report.as_dict())))
+
+    def done_pieces(self) -> dict[int, str]:
+        """Names of the files of hashes that are there now, by number."""
+        return {int(name[5:-8]): name for name in self._names(HASHES) if _is_part(name)}
+
+    def read_piece(self, number: int) -> tuple[pa.Table, PieceReport]:
+        """What `write_piece` has written."""
+        rows = self._read_parquet(f"{HASHES}/{self.done_pieces()[number]}")
+        return rows.replace_schema_metadata(None).cast(HASHES_SCHEMA), _report(rows.schema.metadata)
+
+    def piece_reports(self) -> dict[int, PieceReport]:
+        """What came of each shard or piece that is done, by number; reads no row."""
+        names = self.done_pieces()
+        with ThreadPoolExecutor(FOOTERS_AT_A_TIME) as pool:
+            found = pool.map(lambda name: _report(self._metadata(f"{HASHES}/{name}").metadata), names.values())
+            return dict(zip(names, found, strict=True))
+
+    def hashes(self) -> pa.Table:
+        """What was found in all shards and pieces that are done, in the order of their numbers."""
+        names = sorted(self.done_pieces().items())
+        with ThreadPoolExecutor(FOOTERS_AT_A_TIME) as pool:
+            tables = list(pool.map(lambda named: self._read_parquet(f"{HASHES}/{named[1]}"), names))
+        rows = [table.replace_schema_metadata(None).cast(HASHES_SCHEMA) for table in tables]
+        return pa.concat_tables([HASHES_SCHEMA.empty_table(), *rows])
 
     def read_avoid(self) -> Hashes | None:
         """The hashes to avoid that the plan goes with, packed; None where there are none."""
@@ -241,10 +300,13 @@ class RunFolder:
             return dict(zip(names, pool.map(self._footer, names), strict=True))
 
     def _footer(self, name: str) -> tuple[int, Tally]:
+        footer = self._metadata(f"{IMAGES}/{name}")
+        return footer.num_rows, _tally(footer.metadata)
+
+    def _metadata(self, name: str) -> pq.FileMetaData:
         system, root = self.place.open()
-        with self._damage_explained(f"{IMAGES}/{name}"), system.open(f"{root}/{IMAGES}/{name}", "rb") as file:
-            footer = pq.read_metadata(file)
-            return footer.num_rows, _tally(footer.metadata)
+        with self._damage_explained(name), system.open(f"{root}/{name}", "rb") as file:
+            return pq.read_metadata(file)
 
     def done_partitions(self) -> dict[int, str]:
         """Names of the part files of the partitions that are done, by number."""
@@ -352,82 +414,9 @@ class RunFolder:
             )
         return found
 
-    def has(self, name: str) -> bool:
-        """Whether there is a file of this name."""
-        return name in self._names()
-
-    def _names(self, folder: str = "") -> list[str]:
-        """Names of what is in the folder now, or in one below it."""
-        system, root = self.place.open()
-        where = f"{root}/{folder}" if folder else root
-        system.invalidate_cache(where)
-        try:
-            return sorted(path.rstrip("/").rpartition("/")[2] for path in system.ls(where, detail=False))
-        except FileNotFoundError:
-            return []
-
     def parts(self) -> list[str]:
         """Names of the part files of the ledger that are there now."""
-        return [name for name in self._names(IMAGES) if name.startswith("part-") and name.endswith(".parquet")]
-
-    def _read(self, name: str) -> bytes:
-        system, root = self.place.open()
-        content: bytes = system.cat_file(f"{root}/{name}")
-        return content
-
-    def _schema(self, name: str) -> pa.Schema:
-        system, root = self.place.open()
-        with self._damage_explained(name), system.open(f"{root}/{name}", "rb") as file:
-            return pq.read_schema(file)
-
-    def _read_parquet(self, name: str) -> pa.Table:
-        with self._damage_explained(name):
-            return pq.read_table(pa.BufferReader(self._read(name)))
-
-    @contextmanager
-    def _damage_explained(self, name: str) -> Iterator[None]:
-        try:
-            yield
-        except FileNotFoundError:
-            raise InputError(
-                f"{self.place.below(name).path} has changed meanwhile: a run is at work in {self.path}; try again when "
-                f"it is done (reducer status {self.path})"
-            ) from None
-        except (pa.ArrowInvalid, OSError) as error:
-            advice = f"take it out, then reducer resume {self.path}" if name.startswith(IMAGES) else "begin again"
-            path = self.place.below(name).path
-            raise InputError(f"{path} cannot be read ({self.place.safe(error)}). If it is damaged: {advice}") from None
-
-    def _remove(self, names: list[str]) -> None:
-        self.check_ours()
-        system, root = self.place.open()
-        for name in names:
-            system.rm_file(f"{root}/{name}")
-
-    def _write(self, name: str, content: bytes) -> None:
-        """Write a file so that it is whole or absent, whenever this is cut off."""
-        self.check_ours()
-        write_file(self.place.below(name), content)
-
-
-def write_file(place: Place, content: bytes) -> None:
-    """Write a file so that it is whole, or as it was, whenever this is cut off.
-
-    Raises
-    ------
-    ReducerError
-        If it cannot be written.
-    """
-    try:
-        if place.remote:
-            # One put, or an upload of parts that shows when it is completed.
-            system, path = place.open()
-            persistently(lambda: system.pipe_file(path, content))
-        else:
-            _replace(Path(place.path), content)
-    except Exception as error:
-        reason = place.safe(error) if place.remote else getattr(error, "strerror", None) or error
-        raise ReducerError(f"{place.path} cannot be written: {reason}") from None
+        return [name for name in self._names(IMAGES) if _is_part(name)]
 
 
 def as_reduced(rows: pa.Table, id_column: str, label_column: str) -> pa.Table:
@@ -468,36 +457,15 @@ def _tally(metadata: dict[bytes, bytes] | None) -> Tally:
     return Tally.from_dict(json.loads(metadata[METADATA])) if metadata and METADATA in metadata else Tally()
 
 
-def _temporary(name: str) -> str:
-    """What a file is called before it is whole."""
-    return f".{name}.tmp"
+def _report(metadata: dict[bytes, bytes] | None) -> PieceReport:
+    found = metadata and metadata.get(METADATA)
+    return PieceReport.from_dict(json.loads(found)) if found else PieceReport()
+
+
+def _is_part(name: str) -> bool:
+    return name.startswith("part-") and name.endswith(".parquet")
 
 
 def _is_of_the_start(name: str) -> bool:
     """Whether a name is of what a run leaves that was killed before its first summary stood."""
-    return is_of_lock(name) or name == _temporary(SUMMARY)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Put a file in the place of another once it is written and synced."""
-    temporary = path.with_name(_temporary(path.name))
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Let the renaming outlive a crash of the machine too."""
-    if os.name != "posix":  # Windows opens no folders
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    return is_of_lock(name) or name == temporary_name(SUMMARY)

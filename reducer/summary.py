@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
@@ -44,17 +45,43 @@ def opening(plan: Plan, spec: ClusterSpec, fingerprint: Fingerprint, started: fl
         "versions": fingerprint.environment.versions,
         "environment": fingerprint.environment.digest,
         "digest": fingerprint.digest,
+        **plan_figures(plan),
+    }
+
+
+def plan_figures(plan: Plan) -> dict[str, Any]:
+    """What a plan tells of the photos; of shards that have yet to tell, None."""
+    listed = plan.is_listed
+    return {
         "manifest": dict(plan.manifest),
-        "labels": len(plan.labels.names),
-        "photos": plan.rows.num_rows,
-        "photos_to_read": int(plan.is_read.sum()),
+        "labels": len(plan.labels.names) if listed else None,
+        "photos": plan.rows.num_rows if listed else None,
+        "photos_to_read": int(plan.is_read.sum()) if listed else None,
+    }
+
+
+def shard_figures(plan: Plan, folder: RunFolder) -> dict[str, Any]:
+    """What came of the shards that are read."""
+    path_of = {shard.number: shard.path for shard in plan.shards or ()}
+    reports = {path_of[number]: report for number, report in sorted(folder.piece_reports().items())}
+    skipped: Counter[str] = Counter()
+    for report in reports.values():
+        skipped.update(report.skipped)
+    return {
+        "shards": len(path_of),
+        "shards_read": len(reports),
+        "bytes": sum(shard.bytes for shard in plan.shards or ()),
+        "members": sum(report.members for report in reports.values()),
+        "skipped": dict(skipped),
+        "damaged": {path: report.damage for path, report in reports.items() if report.damage is not None},
+        "wrong_md5": [path for path, report in reports.items() if report.wrong_md5],
     }
 
 
 def job_figures(job: Job) -> dict[str, Any]:
     """A job that means the same from every working directory, without what may be secret."""
     found = asdict(job)
-    for name in ("images", "manifest", "always_keep", "avoid", "reuse"):
+    for name in ("images", "manifest", "always_keep", "avoid", "reuse", "md5"):
         if found[name] is not None:
             found[name] = absolute(found[name])
     # Names only: values may be secrets.

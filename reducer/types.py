@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
+from enum import StrEnum
 from fractions import Fraction
 from typing import Any
 
 from reducer.config import PhotoSettings
 from reducer.environment import Environment
-from reducer.places import Source
+from reducer.places import PhotoRef, Source
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class PathRule:
     Attributes
     ----------
     root : str
-        Absolute path or URL of the folder that holds them.
+        Absolute path or URL of the folder that holds them; empty for paths in a shard.
     template : str
         Path below it, with ``{id}``, ``{label}`` and single characters of them.
     """
@@ -39,7 +40,8 @@ class PartitionTask:
         Rows in it.
     rows : bytes
         The columns ``id`` and ``label`` of `TASK_SCHEMA`, sorted by (label, id), packed by `to_ipc`; ``path`` where no
-        rule gives it, ``always_keep`` where it is true of any, and `KNOWN_SCHEMA` where anything is known.
+        rule gives it, ``always_keep`` where it is true of any, `KNOWN_SCHEMA` where anything is known, and ``shard``,
+        ``offset`` and ``bytes`` where a photo is to be read from a shard.
     settings : PhotoSettings
         The same for all partitions of a run.
     source : Source
@@ -48,6 +50,8 @@ class PartitionTask:
         Where the photos lie.
     trusted : bool
         Whether what is known of photos holds without a look at their files.
+    is_piece : bool
+        Whether it is a piece of a label that is too large for a partition: its photos are hashed, and ranked elsewhere.
     """
 
     index: int
@@ -57,10 +61,84 @@ class PartitionTask:
     source: Source
     path_rule: PathRule | None = None
     trusted: bool = False
+    is_piece: bool = False
 
     def __repr__(self) -> str:
         # Dask prints tasks in its logs and on its dashboard: no path list there.
         return f"PartitionTask(index={self.index}, photos={self.photos})"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A tar shard, as it was when the run began.
+
+    Attributes
+    ----------
+    number : int
+        Its place in the order of the shards' paths; names its file of hashes.
+    path : str
+        Its path or URL.
+    bytes : int
+        Its size.
+    mtime_ns : int or None
+        Time of its last change, nanoseconds since 1970 UTC.
+    etag : str or None
+        Entity tag of an object in a store.
+    md5 : str or None
+        The MD5 sum that was published, in hex, where it is to be checked.
+    """
+
+    number: int
+    path: str
+    bytes: int
+    mtime_ns: int | None = None
+    etag: str | None = None
+    md5: str | None = None
+
+
+class MemberKeys(StrEnum):
+    """By what a photo in a shard is told from others."""
+
+    STEM = "stem"
+    """Its file name without the folders and the extension."""
+    PATH = "path"
+    """Its path in the shard."""
+    SAMPLE = "sample"
+    """WebDataset's key: its path up to the first dot of the file name; other files of the key tell its label."""
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """Shards to read, and what to do with their photos; travels inside the Dask task.
+
+    Attributes
+    ----------
+    index : int
+        Number of the first shard.
+    shards : tuple of Shard
+        In the order of their numbers.
+    settings : PhotoSettings
+        As for `PartitionTask`.
+    source : Source
+        How they are read; may hold secrets.
+    keys : MemberKeys
+        What the photos are called.
+    label_field : str or None
+        Where labels stand in a sample's JSON; None where they stand in its ``.cls``.
+    md5_fails : bool
+        Whether photos of a shard fail whose MD5 sum is not the published one.
+    """
+
+    index: int
+    shards: tuple[Shard, ...]
+    settings: PhotoSettings
+    source: Source
+    keys: MemberKeys
+    label_field: str | None = None
+    md5_fails: bool = True
+
+    def __repr__(self) -> str:
+        return f"ShardTask(index={self.index}, shards={len(self.shards)})"
 
 
 @dataclass(frozen=True)
@@ -75,8 +153,8 @@ class Terms:
         Digest of our own code (`reducer.shipping.code_digest`).
     environment : str
         Digest of what decides hashes (`reducer.environment.Environment.digest`).
-    seen : str or None
-        Path of a photo that every worker must be able to read.
+    seen : str, ByteRange or None
+        A photo, or a piece of a shard, that every worker must be able to read.
     beat : float
         Seconds between two signs of progress.
     patience : float
@@ -86,7 +164,7 @@ class Terms:
     run_token: str
     code: str
     environment: str
-    seen: str | None
+    seen: PhotoRef | None
     beat: float
     patience: float
 
@@ -97,8 +175,8 @@ class Work:
 
     Attributes
     ----------
-    task : PartitionTask
-        The partition.
+    task : PartitionTask or ShardTask
+        The partition, or the shards.
     terms : Terms
         Of the run.
     attempt : int
@@ -107,7 +185,7 @@ class Work:
         Whether its photos are to be looked at in a process of their own, since a worker died or stalled with them.
     """
 
-    task: PartitionTask
+    task: PartitionTask | ShardTask
     terms: Terms
     attempt: int = 0
     apart: bool = False
@@ -307,3 +385,88 @@ class PartitionResult:
 
     def __repr__(self) -> str:
         return f"PartitionResult(index={self.index}, read={self.tally.read}, failed={self.tally.failed})"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What was found in a shard, or of a piece of a large label.
+
+    Attributes
+    ----------
+    number : int
+        Of the shard, or of the piece; names its file of hashes.
+    found : bytes
+        `HASHES_SCHEMA` rows, packed by `to_ipc`.
+    report : PieceReport
+        What came of it.
+    first_failure : str or None
+        ``photo: error`` of the first failed photo.
+    """
+
+    number: int
+    found: bytes = field(repr=False)
+    report: PieceReport
+    first_failure: str | None = None
+
+
+@dataclass(frozen=True)
+class PieceReport:
+    """What came of a shard, or of a piece of a large label.
+
+    Attributes
+    ----------
+    tally : Tally
+        Of its photos.
+    members : int
+        Files that it holds, wanted or not.
+    skipped : dict of str to int
+        Members that were left out though they may have been meant, counted by why.
+    example : str or None
+        The first of them that looks like a photo.
+    damage : str or None
+        Why it may hold more photos than were found.
+    md5 : str or None
+        Its MD5 sum, in hex, where it was asked for.
+    wrong_md5 : bool
+        Whether that is not the published one.
+    """
+
+    tally: Tally = field(default_factory=Tally)
+    members: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+    example: str | None = None
+    damage: str | None = None
+    md5: str | None = None
+    wrong_md5: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """In what JSON can say; `from_dict` reads it."""
+        return asdict(self) | {"tally": self.tally.as_dict()}
+
+    @classmethod
+    def from_dict(cls, found: dict[str, Any]) -> PieceReport:
+        """Read what `as_dict` made."""
+        return cls(**found | {"tally": Tally.from_dict(found["tally"])})
+
+
+@dataclass(frozen=True)
+class PiecesResult:
+    """What a worker sends back for shards, or for a piece of a large label.
+
+    Attributes
+    ----------
+    index : int
+        Of the task.
+    pieces : tuple of Piece
+        One a shard.
+    seconds, peak_memory
+        As for `PartitionResult`.
+    """
+
+    index: int
+    pieces: tuple[Piece, ...]
+    seconds: float
+    peak_memory: int
+
+    def __repr__(self) -> str:
+        return f"PiecesResult(index={self.index}, pieces={len(self.pieces)})"

@@ -1,4 +1,4 @@
-"""What runs on a Dask worker: one partition, with a worker's own troubles (memory, deaths, signs of progress)."""
+"""What runs on a Dask worker, with a worker's own troubles: memory, deaths, signs of progress."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from reducer.config import PhotoSettings
 from reducer.environment import environment
@@ -21,33 +22,33 @@ from reducer.isolation import (
     memory_bound,
     memory_left,
 )
+from reducer.pieces import PlainLooker, run_piece, run_shards
 from reducer.pipeline import Look, look_at_all, run_partition
-from reducer.places import Source
-from reducer.ranking import Hashes
+from reducer.places import ByteRange, PhotoRef, Source
 from reducer.shipping import code_digest
-from reducer.types import PartitionResult, Terms, Unfit, Work
+from reducer.types import PartitionResult, PiecesResult, ShardTask, Terms, Unfit, Work
 
 if TYPE_CHECKING:
     from distributed import Scheduler, Worker
 
 
-def work_off(work: Work, avoid: Hashes | None = None) -> PartitionResult | Unfit:
-    """Run one partition on the Dask worker that this is called on.
+def work_off(work: Work, shared: NDArray[np.uint8] | None = None) -> PartitionResult | PiecesResult | Unfit:
+    """Run one partition, one piece or a few shards on the Dask worker that this is called on.
 
     Photos are looked at in the worker's own process, under its memory limit. Where a worker has died with this very
-    partition before, a process of their own looks at them (`reducer.isolation`): it may die, the worker does not.
+    work before, a process of their own looks at them (`reducer.isolation`): it may die, the worker does not.
 
     Parameters
     ----------
     work : Work
-        The partition.
-    avoid : ndarray of uint8, shape (m, hash bytes), optional
-        As for `reducer.pipeline.run_partition`.
+        The work.
+    shared : ndarray of uint8, optional
+        What all work of a run needs: for partitions the hashes to avoid, for shards the keys that are wanted.
 
     Returns
     -------
-    PartitionResult or Unfit
-        The latter if this worker would give other results than the others, or cannot see the photos.
+    PartitionResult, PiecesResult or Unfit
+        The last if this worker would give other results than the others, or cannot see the photos.
     """
     from distributed import get_worker
 
@@ -57,33 +58,55 @@ def work_off(work: Work, avoid: Hashes | None = None) -> PartitionResult | Unfit
     unfit = _unfit(worker.address, work.terms, task.settings, task.source)
     if unfit is not None:
         return unfit
-    limit = _memory_limit(worker)
-    apart = work.apart or _deaths(worker) > 0
-
-    def look(paths: Sequence[str], settings: PhotoSettings, source: Source) -> Iterator[Look]:
-        patience = work.terms.patience
-        if apart:
-            left = memory_left(limit)
-            for seen in look_apart(paths, settings, source, memory=left, patience=patience, beat=beat.alive):
-                beat.alive()
-                yield seen
-            return
-        # A worker that is a thread of the client must not limit the client.
-        own_process = worker.thread_id == threading.main_thread().ident
-        with memory_bound(int(MEMORY_SHARE * limit) if limit is not None and own_process else None):
-            for path, seen in zip(paths, look_at_all(paths, settings, source), strict=True):
-                beat.alive()
-                # What failed while others took the memory is no fault of its own.
-                if seen.error is not None and may_be_innocent(seen):
-                    left = memory_left(limit)
-                    yield look_alone(path, settings, source, memory=left, patience=patience, beat=beat.alive)
-                else:
-                    yield seen
-
+    looker = _CarefulLooker(worker, work, beat)
     try:
-        return run_partition(task, avoid, look)
+        if isinstance(task, ShardTask):
+            return run_shards(task, None if shared is None else shared.view(np.uint64).reshape(-1), looker)
+        if task.is_piece:
+            return run_piece(task, looker)
+        return run_partition(task, shared, looker.at_all)
     except CannotStart as error:
         return Unfit(worker.address, f"it cannot look at photos in a process of their own: {error}")
+
+
+class _CarefulLooker:
+    """Looks at photos under a worker's memory limit, or where a worker has died with them in a process of their own."""
+
+    def __init__(self, worker: Worker, work: Work, beat: _Beat) -> None:
+        self.limit = _memory_limit(worker)
+        self.apart = work.apart or _deaths(worker) > 0
+        self.patience, self.alive = work.terms.patience, beat.alive
+        # A worker that is a thread of the client must not limit the client.
+        own_process = worker.thread_id == threading.main_thread().ident
+        self.bound = int(MEMORY_SHARE * self.limit) if self.limit is not None and own_process else None
+
+    def at_all(self, refs: Sequence[PhotoRef], settings: PhotoSettings, source: Source) -> Iterator[Look]:
+        if self.apart:
+            left = memory_left(self.limit)
+            for seen in look_apart(refs, settings, source, memory=left, patience=self.patience, beat=self.alive):
+                self.alive()
+                yield seen
+            return
+        with memory_bound(self.bound):
+            for ref, seen in zip(refs, look_at_all(refs, settings, source), strict=True):
+                self.alive()
+                yield self._alone(ref, settings, source) if _may_be_innocent(seen) else seen
+
+    def at_content(self, ref: ByteRange, content: Callable[[], bytes], settings: PhotoSettings) -> Look | None:
+        if self.apart:
+            return None
+        with memory_bound(self.bound):
+            seen = PlainLooker().at_content(ref, content, settings)
+        return None if seen is None or _may_be_innocent(seen) else seen
+
+    def _alone(self, ref: PhotoRef, settings: PhotoSettings, source: Source) -> Look:
+        left = memory_left(self.limit)
+        return look_alone(ref, settings, source, memory=left, patience=self.patience, beat=self.alive)
+
+
+def _may_be_innocent(look: Look) -> bool:
+    """What failed while others took the memory is no fault of its own."""
+    return look.error is not None and may_be_innocent(look)
 
 
 class _Beat:
@@ -155,21 +178,21 @@ def _look_into_fitness(worker: str, terms: Terms, settings: PhotoSettings, sourc
     return None
 
 
-def sees(path: str, settings: PhotoSettings, source: Source) -> str | None:
+def sees(ref: PhotoRef, settings: PhotoSettings, source: Source) -> str | None:
     """Why a photo cannot be read from this process, or None."""
     from reducer.hashing import PhotoError
     from reducer.sources import read_all
 
-    with closing(read_all([path], source, max_pixels=settings.max_pixels)) as files:
+    with closing(read_all([ref], source, max_pixels=settings.max_pixels)) as files:
         found = next(files)
     return str(found) if isinstance(found, PhotoError) else None
 
 
-def as_partition(work: Work, avoid: Hashes | None) -> list[PartitionResult | Unfit]:
+def as_partition(work: Work, shared: NDArray[np.uint8] | None) -> list[PartitionResult | PiecesResult | Unfit]:
     """`work_off` as one partition of a Dask bag, which holds one element."""
-    return [work_off(work, avoid)]
+    return [work_off(work, shared)]
 
 
-def unpacked(content: bytes, shape: tuple[int, ...]) -> Hashes:
-    """Hashes as they were before they travelled."""
+def unpacked(content: bytes, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """Numbers as they were before they travelled."""
     return np.frombuffer(content, dtype=np.uint8).reshape(shape)

@@ -46,12 +46,13 @@ from PIL import Image
 
 from reducer import ClusterSpec, Job, reduce_images
 from reducer.config import DECODE_NAMES, HASH_NAMES, READER_NAMES, STORAGE_OPTIONS, near_copy_bits
+from reducer.errand import Errand
 from reducer.hashing import FLAT_DEVIATION, JPEG_FORMATS, grey_deviation, hash_photo
 from reducer.job import Result
 from reducer.manifest import path_rule, read_manifest
 from reducer.partition import assign, partition_count
 from reducer.pipeline import Look, look_at_all, peak_memory
-from reducer.plan import Errand, make_plan
+from reducer.plan import make_plan
 from reducer.quality import certificate, figures, spread
 from reducer.ranking import STRATEGIES, nearest_kept
 from reducer.sample import label_sizes, write_sample

@@ -10,8 +10,9 @@ from distributed.protocol.pickle import dumps
 from reducer import InputError, Job
 from reducer.dispatch import as_bag
 from reducer.draw import CANDIDATES, draw_order
+from reducer.errand import Errand
 from reducer.pipeline import photo_paths
-from reducer.plan import Errand, make_plan, parse_labels
+from reducer.plan import make_plan, parse_labels
 from reducer.ranking import FACILITY_LOCATION_CANDIDATES
 from reducer.schemas import LEDGER_SCHEMA, TASK_SCHEMA, from_ipc
 from reducer.types import Terms, Work

@@ -153,8 +153,9 @@ def test_a_client_that_is_killed_at_every_file_that_it_writes(
         assert_same(run, tmp_path / "whole")
         if options:
             assert (run / "cross_label.parquet").read_bytes() == (tmp_path / "whole/cross_label.parquet").read_bytes()
-    # The summary, the plan, three parts (again with a budget, or else those unread), two lists, (pairs,) the summary.
-    assert killed == (12 if options else 9)
+    # The summary, the plan, two pieces of the largest label, three parts (again with a budget, or else those unread),
+    # two lists, (pairs,) the summary.
+    assert killed == (14 if options else 11)
 
 
 def test_client_and_workers_that_are_killed_together(

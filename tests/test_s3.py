@@ -29,10 +29,11 @@ from test_faults import IN_PROCESS
 import reducer.sources
 import reducer.worker
 from reducer import ClusterError, ClusterSpec, InputError, Job, reduce_images
+from reducer.errand import Errand
 from reducer.job import Result
 from reducer.objects import PhotoFile
 from reducer.places import Place, Source, parse_options
-from reducer.plan import Errand, make_plan
+from reducer.plan import make_plan
 from reducer.sources import read_all
 from reducer.store import RunFolder
 

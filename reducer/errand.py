@@ -1,0 +1,170 @@
+"""What is to be sent to workers: partitions, pieces or shards, as tasks made when they are sent: few are held."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from reducer.config import Job
+from reducer.manifest import path_rule
+from reducer.pieces import Wanted
+from reducer.places import ByteRange, PhotoRef
+from reducer.ranking import Hashes
+from reducer.schemas import KNOWN_SCHEMA, PLACE_SCHEMA, to_ipc
+from reducer.shards import member_keys
+from reducer.types import PartitionTask, Shard, ShardTask
+
+#: So many photos are tried to see whether workers can read them.
+FEW = 20
+#: Small shards are read a few at a time, up to so many bytes, so that a worker need not wait between them.
+GROUP_BYTES = 256 * 2**20
+GROUPS_A_THREAD = 4
+
+
+@dataclass(frozen=True)
+class Errand:
+    """The partitions, or pieces of labels too large for one, that are to be done, and how.
+
+    Attributes
+    ----------
+    job : Job
+        Whose they are.
+    rows : dict of int to pyarrow.Table
+        Rows of each by its number, in the order in which they are to be done: `TASK_SCHEMA`, `KNOWN_SCHEMA` where
+        anything is known, and `PLACE_SCHEMA` where photos lie in shards.
+    trusted : frozenset of int
+        Those for which what is known holds without a look at the files.
+    is_pieces : bool
+        Whether they are pieces.
+    avoid : ndarray of uint8, shape (m, hash bytes), optional
+        Hashes to avoid.
+    """
+
+    job: Job
+    rows: dict[int, pa.Table]
+    trusted: frozenset[int] = frozenset()
+    is_pieces: bool = False
+    avoid: Hashes | None = None
+
+    @property
+    def numbers(self) -> list[int]:
+        """Of what is to be done, in turn."""
+        return list(self.rows)
+
+    @property
+    def shared(self) -> NDArray[np.uint8] | None:
+        """What all tasks need."""
+        return self.avoid
+
+    @property
+    def photos(self) -> int:
+        """How many there are in all."""
+        return sum(rows.num_rows for rows in self.rows.values())
+
+    def probes(self) -> list[PhotoRef]:
+        """A few photos from all over, the first among them; none where nothing needs to be read."""
+        paths = pa.chunked_array(
+            [chunk for index, rows in self.rows.items() if index not in self.trusted for chunk in rows["path"].chunks],
+            pa.string(),
+        )
+        if not len(paths):
+            return []
+        found: list[PhotoRef] = paths.take(pa.array(range(0, len(paths), -(-len(paths) // FEW)))).to_pylist()
+        return found
+
+    def task(self, index: int) -> PartitionTask:
+        """What is to be done with a partition or piece."""
+        rows = self.rows[index]
+        in_shards = PLACE_SCHEMA.names[0] in rows.column_names
+        rule = None if in_shards else path_rule(self.job)
+        columns = ["id", "label"] if rule else ["id", "label", "path"]
+        if pc.any(rows["always_keep"]).as_py():
+            columns.append("always_keep")
+        if KNOWN_SCHEMA.names[0] in rows.column_names and _anything(rows, "known_hash", "known_error"):
+            columns += KNOWN_SCHEMA.names
+        if in_shards and _anything(rows, "shard"):
+            columns += [*PLACE_SCHEMA.names, "bytes"]
+        return PartitionTask(
+            index=index,
+            photos=rows.num_rows,
+            rows=to_ipc(rows.select(columns)),
+            settings=self.job.photo_settings,
+            source=self.job.source,
+            path_rule=rule,
+            trusted=index in self.trusted,
+            is_piece=self.is_pieces,
+        )
+
+
+def _anything(rows: pa.Table, *names: str) -> bool:
+    return any(rows[name].null_count < rows.num_rows for name in names)
+
+
+@dataclass(frozen=True)
+class ShardErrand:
+    """The shards that are to be read, and how.
+
+    Attributes
+    ----------
+    job : Job
+        Whose they are.
+    groups : dict of int to tuple of Shard
+        Shards that one task reads, by the number of the first.
+    wanted : ndarray of uint64 or None
+        From `reducer.pieces.wanted_keys`; None for every photo.
+    """
+
+    job: Job
+    groups: dict[int, tuple[Shard, ...]]
+    wanted: Wanted | None = None
+
+    @classmethod
+    def of(cls, job: Job, shards: Sequence[Shard], wanted: Wanted | None, threads: int) -> ShardErrand:
+        """That of some shards, in groups for so many worker threads in all."""
+        most = min(GROUP_BYTES, sum(shard.bytes for shard in shards) // (GROUPS_A_THREAD * threads))
+        groups: list[list[Shard]] = []
+        size = 0
+        for shard in shards:
+            if not groups or size + shard.bytes > most:
+                groups.append([])
+                size = 0
+            groups[-1].append(shard)
+            size += shard.bytes
+        return cls(job, {group[0].number: tuple(group) for group in groups}, wanted)
+
+    @property
+    def numbers(self) -> list[int]:
+        """Of the groups."""
+        return list(self.groups)
+
+    @property
+    def shared(self) -> NDArray[np.uint8] | None:
+        """What all tasks need."""
+        return None if self.wanted is None else self.wanted.view(np.uint8).reshape(-1, 8)
+
+    @property
+    def bytes(self) -> int:
+        """Of all shards."""
+        return sum(shard.bytes for group in self.groups.values() for shard in group)
+
+    def probes(self) -> list[PhotoRef]:
+        """The beginnings of a few shards."""
+        shards = [shard for group in self.groups.values() for shard in group if shard.bytes]
+        return [ByteRange(shard.path, 0, 1) for shard in shards[:: -(-len(shards) // FEW) or 1]]
+
+    def task(self, index: int) -> ShardTask:
+        """What is to be done with a group."""
+        return ShardTask(
+            index=index,
+            shards=self.groups[index],
+            settings=self.job.photo_settings,
+            source=self.job.source,
+            keys=member_keys(self.job),
+            label_field=self.job.label_field,
+            md5_fails=not self.job.md5_warn,
+        )

@@ -1,0 +1,138 @@
+"""Files of a run folder: each is whole or absent, on a disk and in a store."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from reducer.errors import InputError, ReducerError
+from reducer.places import Place, persistently
+
+
+class Files:
+    """The files of a run folder, whatever they hold.
+
+    Parameters
+    ----------
+    place : Place or str
+        Where it is, or will be.
+    """
+
+    def __init__(self, place: Place | str) -> None:
+        self.place = Place(place) if isinstance(place, str) else place
+        #: Path or URL, to show.
+        self.path = self.place.path
+        #: Called before each write; raises if another run has taken the folder meanwhile.
+        self.check_ours: Callable[[], None] = lambda: None
+
+    def has(self, name: str) -> bool:
+        """Whether there is a file of this name."""
+        return name in self._names()
+
+    def _names(self, folder: str = "") -> list[str]:
+        """Names of what is in the folder now, or in one below it."""
+        system, root = self.place.open()
+        where = f"{root}/{folder}" if folder else root
+        system.invalidate_cache(where)
+        try:
+            return sorted(path.rstrip("/").rpartition("/")[2] for path in system.ls(where, detail=False))
+        except FileNotFoundError:
+            return []
+
+    def _read(self, name: str) -> bytes:
+        system, root = self.place.open()
+        content: bytes = system.cat_file(f"{root}/{name}")
+        return content
+
+    def _schema(self, name: str) -> pa.Schema:
+        system, root = self.place.open()
+        with self._damage_explained(name), system.open(f"{root}/{name}", "rb") as file:
+            return pq.read_schema(file)
+
+    def _read_parquet(self, name: str) -> pa.Table:
+        with self._damage_explained(name):
+            return pq.read_table(pa.BufferReader(self._read(name)))
+
+    @contextmanager
+    def _damage_explained(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError:
+            raise InputError(
+                f"{self.place.below(name).path} has changed meanwhile: a run is at work in {self.path}; try again when "
+                f"it is done (reducer status {self.path})"
+            ) from None
+        except (pa.ArrowInvalid, OSError) as error:
+            advice = (
+                f"take it out, then reducer resume {self.path}"
+                if name.startswith(("images", "hashes"))
+                else "begin again"
+            )
+            path = self.place.below(name).path
+            raise InputError(f"{path} cannot be read ({self.place.safe(error)}). If it is damaged: {advice}") from None
+
+    def _remove(self, names: list[str]) -> None:
+        self.check_ours()
+        system, root = self.place.open()
+        for name in names:
+            system.rm_file(f"{root}/{name}")
+
+    def _write(self, name: str, content: bytes) -> None:
+        """Write a file so that it is whole or absent, whenever this is cut off."""
+        self.check_ours()
+        write_file(self.place.below(name), content)
+
+
+def write_file(place: Place, content: bytes) -> None:
+    """Write a file so that it is whole, or as it was, whenever this is cut off.
+
+    Raises
+    ------
+    ReducerError
+        If it cannot be written.
+    """
+    try:
+        if place.remote:
+            # One put, or an upload of parts that shows when it is completed.
+            system, path = place.open()
+            persistently(lambda: system.pipe_file(path, content))
+        else:
+            _replace(Path(place.path), content)
+    except Exception as error:
+        reason = place.safe(error) if place.remote else getattr(error, "strerror", None) or error
+        raise ReducerError(f"{place.path} cannot be written: {reason}") from None
+
+
+def temporary_name(name: str) -> str:
+    """What a file is called before it is whole."""
+    return f".{name}.tmp"
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Put a file in the place of another once it is written and synced."""
+    temporary = path.with_name(temporary_name(path.name))
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Let the renaming outlive a crash of the machine too."""
+    if os.name != "posix":  # Windows opens no folders
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

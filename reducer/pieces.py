@@ -1,0 +1,364 @@
+"""What a worker does with a tar shard, or with a piece of a label that is too large for a partition: hash, not rank."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import posixpath
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from PIL import Image
+
+from reducer.config import PhotoSettings
+from reducer.hashing import PhotoError, pillow_settings, to_hex
+from reducer.objects import PhotoFile
+from reducer.pipeline import (
+    Look,
+    first_failure,
+    look_at,
+    look_at_all,
+    looks_of,
+    peak_memory,
+    photo_paths,
+    photo_refs,
+    seen_columns,
+    tally_of,
+)
+from reducer.places import ByteRange, PhotoRef, Source, is_url
+from reducer.schemas import HASHES_SCHEMA, from_ipc, to_ipc
+from reducer.sources import DISK_BLOCK, Shards, too_large
+from reducer.tar import Member, ShardFile, TarScan
+from reducer.types import MemberKeys, PartitionTask, Piece, PieceReport, PiecesResult, Shard, ShardTask
+
+#: Digests of the keys that are wanted, in rising order; the lowest bit tells whether the photo is to be hashed, too.
+Wanted = NDArray[np.uint64]
+#: Kind of the failure of photos whose shard is not the one that was published.
+WRONG_MD5 = "wrong md5"
+#: A label in a shard has at most so many bytes.
+MOST_LABEL_BYTES = 2**20
+
+
+class Looker(Protocol):
+    """What reads and hashes photos."""
+
+    def at_all(self, refs: Sequence[PhotoRef], settings: PhotoSettings, source: Source) -> Iterator[Look]:
+        """Look at photos in turn, wherever they lie."""
+
+    def at_content(self, ref: ByteRange, content: Callable[[], bytes], settings: PhotoSettings) -> Look | None:
+        """Look at a photo whose bytes have just come by; None if it is to be looked at later, with `at_all`."""
+
+    def alive(self) -> None:
+        """Called whenever the work has gone on a bit."""
+
+
+class PlainLooker:
+    """Looks at photos in this very process."""
+
+    def at_all(self, refs: Sequence[PhotoRef], settings: PhotoSettings, source: Source) -> Iterator[Look]:
+        return look_at_all(refs, settings, source)
+
+    def at_content(self, ref: ByteRange, content: Callable[[], bytes], settings: PhotoSettings) -> Look | None:
+        try:
+            return look_at(PhotoFile(content(), None), settings)
+        except PhotoError as error:
+            return Look(error=str(error))
+
+    def alive(self) -> None:
+        pass
+
+
+def wanted_keys(keys: Iterable[str], hashed: NDArray[np.bool_]) -> Wanted:
+    """Which photos are looked for in shards, small enough to be sent to each worker.
+
+    Parameters
+    ----------
+    keys : iterable of str
+        What they are called there (`MemberKeys`).
+    hashed : ndarray of bool, shape (keys,)
+        Whether each is to be hashed too, and not only to be found.
+
+    Returns
+    -------
+    ndarray of uint64, shape (photos,)
+        For `is_wanted`.
+    """
+    digests = np.fromiter(map(_digest, keys), np.uint64)
+    return np.unique(digests & ~np.uint64(1) | hashed.astype(np.uint64))
+
+
+def is_wanted(wanted: Wanted, key: str) -> bool | None:
+    """Whether a photo is to be hashed; None if it is not wanted at all.
+
+    Two keys may have the same digest: then one too many is looked at, which whoever knows the keys leaves out.
+    """
+    digest = _digest(key) | 1
+    place = int(np.searchsorted(wanted, np.uint64(digest), side="right")) - 1
+    found = int(wanted[place]) if place >= 0 else -1
+    return bool(found & 1) if found | 1 == digest else None
+
+
+def _digest(key: str) -> int:
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest())
+
+
+def run_piece(task: PartitionTask, looker: Looker | None = None) -> PiecesResult:
+    """Hash the photos of a piece of a large label.
+
+    Parameters
+    ----------
+    task : PartitionTask
+        The piece.
+    looker : Looker, optional
+        What reads and hashes the photos.
+    """
+    started = time.perf_counter()
+    looker = looker or PlainLooker()
+    table = from_ipc(task.rows)
+    refs = photo_refs(task, table)
+    looks, now = looks_of(task, table, refs, looker.at_all)
+    paths = photo_paths(task, table)
+    reused = [not own for own in now]
+    columns = {"key": paths, "path": paths, "reused": reused, **_hash_columns(looks, task.settings)}
+    piece = Piece(
+        task.index, _packed(columns, len(looks)), PieceReport(tally_of(looks, now)), first_failure(refs, looks)
+    )
+    return PiecesResult(task.index, (piece,), time.perf_counter() - started, peak_memory())
+
+
+def run_shards(task: ShardTask, wanted: Wanted | None, looker: Looker | None = None) -> PiecesResult:
+    """Read shards from end to end and hash the photos that are wanted.
+
+    Parameters
+    ----------
+    task : ShardTask
+        The shards.
+    wanted : ndarray of uint64, optional
+        From `wanted_keys`; None for every photo.
+    looker : Looker, optional
+        What reads and hashes the photos.
+
+    Returns
+    -------
+    PiecesResult
+        A piece a shard.
+    """
+    started = time.perf_counter()
+    settings = task.settings
+    with (
+        closing(Shards(task.shards, task.source, max_pixels=settings.max_pixels)) as shards,
+        pillow_settings(settings.max_pixels),
+    ):
+        pieces = tuple(
+            _Reading(task, shards, number, wanted, looker or PlainLooker()).piece()
+            for number in range(len(task.shards))
+        )
+    return PiecesResult(task.index, pieces, time.perf_counter() - started, peak_memory())
+
+
+@dataclass
+class _Seen:
+    """A photo that is wanted."""
+
+    key: str
+    path: str
+    ref: ByteRange
+    #: None if it is only to be found.
+    look: Look | None = None
+    label: str | None = None
+
+
+@dataclass
+class _Reading:
+    """One shard, from end to end."""
+
+    task: ShardTask
+    shards: Shards
+    place: int
+    wanted: Wanted | None
+    looker: Looker
+    seen: list[_Seen] = field(default_factory=list)
+    #: Those to look at when the shard is at its end.
+    later: list[_Seen] = field(default_factory=list)
+    labels: dict[str, str] = field(default_factory=dict)
+    skipped: Counter[str] = field(default_factory=Counter)
+    members: int = 0
+    example: str | None = None
+    damage: str | None = None
+    unreadable: PhotoError | None = None
+
+    @property
+    def shard(self) -> Shard:
+        return self.task.shards[self.place]
+
+    def piece(self) -> Piece:
+        """Read it, and tell what was found."""
+        digest = None if self.shard.md5 is None else hashlib.md5(usedforsecurity=False)
+        # Blocks of a store are under way already: nothing would be gained by leaving some out.
+        skip = 2**63 if is_url(self.shard.path) else DISK_BLOCK
+        with closing(ShardFile(self._blocks_from, self.shard.bytes, digest, skip=skip)) as file:
+            self._scan(TarScan(file), file)
+        self._look_later()
+        seen = self._labelled() if self.task.keys is MemberKeys.SAMPLE else self.seen
+        md5 = None if digest is None or self.unreadable else digest.hexdigest()
+        wrong_md5 = self.shard.md5 not in (None, md5)
+        if wrong_md5 and self.task.md5_fails:
+            what = "it cannot be read to its end" if md5 is None else f"it has {md5}"
+            error = str(PhotoError(WRONG_MD5, f"of its shard {self.shard.path}: {what}, not {self.shard.md5}"))
+            for photo in seen:
+                photo.look = Look(error=error)
+        looked = [(photo.ref, photo.look) for photo in seen if photo.look is not None]
+        looks = [look for _, look in looked]
+        return Piece(
+            self.shard.number,
+            self._rows(seen),
+            PieceReport(
+                tally=tally_of(looks, [True] * len(looks)),
+                members=self.members,
+                skipped=dict(sorted(self.skipped.items())),
+                example=self.example,
+                damage=self.damage,
+                md5=md5,
+                wrong_md5=wrong_md5,
+            ),
+            first_failure([ref for ref, _ in looked], looks),
+        )
+
+    def _blocks_from(self, offset: int) -> Iterator[bytes]:
+        try:
+            yield from self.shards.blocks_from(self.place, offset)
+        except PhotoError as error:
+            self.unreadable = error
+            raise
+
+    def _scan(self, scan: TarScan, file: ShardFile) -> None:
+        try:
+            for member in scan:
+                self.looker.alive()
+                self.members += 1
+                self._consider(member, scan)
+            file.finish()
+        except PhotoError as error:
+            self.damage = str(error)
+        self.damage = scan.damage or self.damage
+        if self.unreadable is not None:
+            self.damage = str(self.unreadable)
+        if scan.odd_names:
+            self.skipped["member whose name is not UTF-8 text"] += scan.odd_names
+
+    def _consider(self, member: Member, scan: TarScan) -> None:
+        if self.task.keys is MemberKeys.SAMPLE:
+            self._consider_sample(member, scan)
+            return
+        key = member.path
+        if self.task.keys is MemberKeys.STEM:
+            stem, extension = posixpath.splitext(posixpath.basename(member.path))
+            if extension and extension.lower() not in Image.registered_extensions():
+                return
+            key = stem
+        self.example = self.example or member.path
+        hash_it = True if self.wanted is None else is_wanted(self.wanted, key)
+        if hash_it is not None:
+            self._take(key, member, scan, hash_it)
+
+    def _consider_sample(self, member: Member, scan: TarScan) -> None:
+        """A file of a WebDataset sample: all that have one key lie one after the other."""
+        folder, name = posixpath.split(member.path)
+        stem, _, extension = name.partition(".")
+        key, extension = posixpath.join(folder, stem), f".{extension.lower()}"
+        label_in = ".cls" if self.task.label_field is None else ".json"
+        if extension == label_in:
+            if member.problem is None and not member.link and member.bytes <= MOST_LABEL_BYTES:
+                label = _label(scan.content(), self.task.label_field)
+                if label is not None:
+                    self.labels[key] = label
+        elif extension in Image.registered_extensions():
+            if self.seen and self.seen[-1].key == key:
+                self.skipped["further photo of a sample"] += 1
+            else:
+                self._take(key, member, scan, True)
+
+    def _take(self, key: str, member: Member, scan: TarScan, hash_it: bool) -> None:
+        photo = _Seen(key, member.path, ByteRange(self.shard.path, member.offset, member.bytes))
+        self.seen.append(photo)
+        if member.problem is not None:
+            photo.look = Look(error=member.problem)
+        elif hash_it and member.link:
+            self.later.append(photo)
+        elif hash_it:
+            error = too_large(member.bytes, self.task.settings.max_pixels)
+            if error is not None:
+                photo.look = Look(bytes=member.bytes, error=str(error))
+                return
+            photo.look = self.looker.at_content(photo.ref, scan.content, self.task.settings)
+            if photo.look is None:
+                self.later.append(photo)
+
+    def _look_later(self) -> None:
+        looks = self.looker.at_all([photo.ref for photo in self.later], self.task.settings, self.task.source)
+        for photo, look in zip(self.later, looks, strict=True):
+            photo.look = look
+
+    def _labelled(self) -> list[_Seen]:
+        for photo in self.seen:
+            photo.label = self.labels.get(photo.key)
+        found = [photo for photo in self.seen if photo.label is not None]
+        if len(found) < len(self.seen):
+            field = self.task.label_field
+            beside = "a .cls beside it" if field is None else f"a .json beside it that has the field {field!r}"
+            self.skipped[f"photo without {beside}"] += len(self.seen) - len(found)
+        return found
+
+    def _rows(self, seen: Sequence[_Seen]) -> bytes:
+        # What tells whether a photo has changed is its shard's.
+        state: dict[str, Any] = {"mtime_ns": self.shard.mtime_ns, "etag": self.shard.etag}
+        looks = [replace(photo.look or Look(), bytes=photo.ref.bytes, **state) for photo in seen]
+        columns = {
+            "key": [photo.key for photo in seen],
+            "label": [photo.label for photo in seen],
+            "path": [photo.path for photo in seen],
+            "shard": [self.shard.path] * len(seen),
+            "offset": [photo.ref.offset for photo in seen],
+            "reused": [False] * len(seen),
+        }
+        return _packed(columns | _hash_columns(looks, self.task.settings), len(seen))
+
+
+def _label(content: bytes, name: str | None) -> str | None:
+    """What a ``.cls`` holds, or a field of a JSON object; None if that is no label."""
+    try:
+        text = content.decode("utf-8-sig")
+        found = text if name is None else json.loads(text)[name]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    if isinstance(found, bool) or not isinstance(found, str | int):
+        return None
+    return str(found).strip() or None
+
+
+def _hash_columns(looks: Sequence[Look], settings: PhotoSettings) -> dict[str, Any]:
+    return {
+        **seen_columns(looks),
+        "hash": [look.hash and to_hex(look.hash.bits, settings.bits) for look in looks],
+        "flat": [look.hash and look.hash.flat for look in looks],
+        "error": [look.error for look in looks],
+    }
+
+
+def _packed(columns: dict[str, Any], rows: int) -> bytes:
+    arrays = [
+        pa.nulls(rows, f.type)
+        if f.name not in columns
+        else columns[f.name]
+        if isinstance(columns[f.name], pa.ChunkedArray)
+        else pa.array(columns[f.name], f.type)
+        for f in HASHES_SCHEMA
+    ]
+    return to_ipc(pa.Table.from_arrays(arrays, schema=HASHES_SCHEMA))

@@ -1,0 +1,161 @@
+"""What is left to do of a plan: shards and pieces to hash, then partitions to rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from reducer.errand import Errand, ShardErrand
+from reducer.found import beside_plan, missing_error, rows_with, unread_ledger, without_errors
+from reducer.manifest import samples
+from reducer.pieces import wanted_keys
+from reducer.plan import Plan, plan_of
+from reducer.ranking import Hashes
+from reducer.reuse import Reuse, as_known, beside
+from reducer.schemas import FAILED, HASHES_SCHEMA, KNOWN_SCHEMA, TASK_SCHEMA
+from reducer.shards import member_keys
+from reducer.store import RunFolder
+from reducer.tables import with_column
+from reducer.types import MemberKeys, Shard
+
+
+@dataclass(frozen=True)
+class Todo:
+    """What is left to do of a plan.
+
+    Attributes
+    ----------
+    plan : Plan
+        The plan.
+    folder : RunFolder
+        What is done stands there.
+    threads : int
+        Worker threads in all.
+    avoid : ndarray of uint8, shape (m, hash bytes), or None
+        Hashes to avoid.
+    reuse : Reuse or None
+        The run whose hashes are taken.
+    failed : tuple of int
+        Partitions of which the photos that have failed are to be tried again.
+    again : frozenset of int
+        Shards that are to be read again.
+    is_begun : bool
+        Whether what is in the folder is of this run; or of an earlier one that is still to be taken out.
+    """
+
+    plan: Plan
+    folder: RunFolder
+    threads: int
+    avoid: Hashes | None = None
+    reuse: Reuse | None = None
+    failed: tuple[int, ...] = ()
+    again: frozenset[int] = frozenset()
+    is_begun: bool = True
+
+    @property
+    def keys(self) -> MemberKeys | None:
+        """What photos in shards are told by; None for single files."""
+        return None if self.plan.shards is None else member_keys(self.plan.job)
+
+    def first(self) -> Errand | ShardErrand:
+        """What is to be done first."""
+        return self.pieces() or self.partitions()
+
+    def pieces(self) -> Errand | ShardErrand | None:
+        """The shards and pieces that are left; None where there are none."""
+        done = self.folder.done_pieces() if self.is_begun else {}
+        job = self.plan.job
+        if self.plan.shards is None:
+            known = None if self.reuse is None else beside(self.plan.read, self.reuse.known)
+            rows = {number: rows for number, rows in self.plan.pieces(known).items() if number not in done}
+            return Errand(job, rows, is_pieces=True) if rows else None
+        left = [shard for shard in self._to_be_read(self.plan.shards) if shard.number not in done]
+        left += [shard for shard in self.plan.shards if shard.number in self.again & done.keys()]
+        if not left:
+            return None
+        wanted = None
+        if self.plan.is_listed:
+            known = self._reused()
+            has_hash = pc.is_valid(beside_plan(self.plan, known, self.keys)["hash"]).to_numpy()
+            wanted = wanted_keys(self.plan.rows["path"].to_pylist(), self.plan.is_read & ~has_hash)
+        return ShardErrand.of(job, left, wanted, self.threads)
+
+    def _to_be_read(self, shards: Sequence[Shard]) -> list[Shard]:
+        """Those that hold more than what an earlier run tells of them."""
+        if self.reuse is None:
+            return list(shards)
+        if self.plan.is_listed and beside_plan(self.plan, self._reused(), self.keys)["key"].null_count:
+            return list(shards)  # any may hold the rest
+        return [shard for shard in shards if not self.reuse.is_unchanged(shard)]
+
+    def _reused(self) -> pa.Table:
+        """What an earlier run tells of shards that are as they were."""
+        if self.reuse is None or self.plan.shards is None or self.keys is None:
+            return HASHES_SCHEMA.empty_table()
+        return self.reuse.found(self.plan.shards, self.keys)
+
+    def found(self) -> pa.Table:
+        """All that was found in shards and pieces."""
+        reused = self._reused()
+        hashed = self.folder.hashes() if self.is_begun else HASHES_SCHEMA.empty_table()
+        if not reused.num_rows or self.plan.shards is None:
+            return hashed
+        # In the order of the shards, for the last of those with one key holds. Of one shard what is new comes last.
+        rows = pa.concat_tables([reused, hashed])
+        number = pc.index_in(rows["shard"], value_set=pa.array([shard.path for shard in self.plan.shards]))
+        return rows.take(pa.array(np.argsort(number.to_numpy(), kind="stable")))
+
+    def listed(self) -> Plan:
+        """The plan of photos that only the shards could tell."""
+        return plan_of(self.plan.job, samples(self.found()), self.plan.shards).numbered(self.threads)
+
+    def partitions(self) -> Errand:
+        """The partitions that are left, and of those with failures the labels that have them."""
+        plan = self.plan
+        names = self.folder.done_partitions() if self.is_begun else {}
+        rows = plan.read if self.reuse is None or plan.shards is not None else beside(plan.read, self.reuse.known)
+        pieced: frozenset[int] = frozenset()
+        if plan.is_listed and (plan.shards is not None or plan.rows["piece"].null_count < plan.rows.num_rows):
+            found = beside_plan(plan, self.found(), self.keys)
+            pieced = plan.pieced
+            if plan.shards is not None:
+                rows = rows_with(plan, found, self.missing)
+            else:
+                is_pieced = pc.is_valid(plan.rows["piece"]).filter(pa.array(plan.is_read))
+                rows = _with_known(rows, rows_with(plan, found, self.missing), is_pieced)
+        partitions = plan.partitions(rows)
+        left = {number: own for number, own in partitions.items() if number not in names}
+        for number in self.failed:
+            ledger, _ = self.folder.read_part(names[number])
+            labels = pc.unique(ledger.filter(pc.equal(ledger["reason"], FAILED))["label"])
+            own = partitions[number].filter(pc.is_in(partitions[number]["label"], value_set=labels))
+            before = beside(own.select(TASK_SCHEMA.names), as_known(ledger))
+            own = without_errors(own) if plan.shards is not None else own.select(TASK_SCHEMA.names)
+            left[number] = _with_known(own, before, pc.is_valid(before["known_hash"]))
+        return Errand(plan.job, left, pieced | frozenset(self.failed), avoid=self.avoid)
+
+    @property
+    def missing(self) -> str:
+        """The error of photos that no shard holds."""
+        return missing_error(self.folder.piece_reports() if self.is_begun else {})
+
+    def unread(self) -> pa.Table:
+        """`LEDGER_SCHEMA` rows of the photos that are not read."""
+        if self.plan.shards is None:
+            return self.plan.unread
+        return unread_ledger(self.plan, beside_plan(self.plan, self.found(), self.keys), self.missing)
+
+
+def _with_known(rows: pa.Table, known: pa.Table, where: pa.ChunkedArray) -> pa.Table:
+    """Rows with other `KNOWN_SCHEMA` columns in some places; null in the others where they have none."""
+    for field in KNOWN_SCHEMA:
+        if field.name in rows.column_names:
+            rows = with_column(rows, field.name, pc.if_else(where, known[field.name], rows[field.name]))
+        else:
+            nothing = pa.scalar(None, field.type)
+            rows = rows.append_column(field, pc.if_else(where, known[field.name], nothing))
+    return rows
