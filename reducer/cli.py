@@ -189,7 +189,10 @@ def main() -> None:
     help="What reads photos of s3:// URLs; obstore is faster and an extra: pip install 'reducer[obstore]'.",
 )
 @click.option(
-    "--read-ahead", default=32, show_default=True, help="Photos of a URL under way at a time, for each worker thread."
+    "--read-ahead",
+    default=32,
+    show_default=True,
+    help="Photos of a URL under way at a time, for each worker thread; of tar shards a quarter as many blocks (4 MiB).",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an earlier run in RUN.")
 @click.option("--break-lock", is_flag=True, help="Take RUN from a run that seems to be at work on it.")

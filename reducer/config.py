@@ -161,7 +161,8 @@ class Job:
     reader : {"s3fs", "obstore"}
         What reads photos of ``s3://``.
     read_ahead : int
-        Photos of a URL that are under way at a time, for each worker thread.
+        Photos of a URL that are under way at a time, for each worker thread; of tar shards a quarter as many blocks of
+        4 MiB.
 
     Raises
     ------
@@ -240,7 +241,8 @@ class Job:
             ("--manifest", "--manifest-storage-option", self.manifest_place),
             ("--output", "--output-storage-option", self.output_place),
         ):
-            if what == "--output" and self.reuse is not None and is_url(self.reuse):
+            other = {"IMAGES": self.md5, "--output": self.reuse}.get(what)
+            if other is not None and is_url(other):
                 continue  # they open that one
             if place.options and not place.remote:
                 raise InputError(f"{option} says how a URL is opened, and {what} is none: leave it out")

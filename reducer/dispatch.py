@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from reducer.cluster import check_alike, check_sight
 from reducer.clusterspec import ClusterSpec
-from reducer.environment import compare_with, environment
+from reducer.environment import Environment, compare_with, environment
 from reducer.errand import Errand, ShardErrand
 from reducer.errors import ClusterError
 from reducer.pieces import run_piece, run_shards
@@ -88,6 +88,8 @@ class Dispatch:
         The partitions, pieces or shards; there are some.
     spec : ClusterSpec
         Of the cluster. Workers that hang are restarted where it is ours.
+    known : Environment, optional
+        What decides hashes on all workers, where that has been looked into: there may be none just now.
 
     Attributes
     ----------
@@ -100,10 +102,12 @@ class Dispatch:
         If workers differ in what decides hashes, or some of them cannot read the photos.
     """
 
-    def __init__(self, client: Client, errand: Errand | ShardErrand, spec: ClusterSpec) -> None:
+    def __init__(
+        self, client: Client, errand: Errand | ShardErrand, spec: ClusterSpec, known: Environment | None = None
+    ) -> None:
         self.client, self.errand, self.rules = client, errand, spec.rules
         self.may_restart = spec.address is None
-        self.environment = check_alike(client, errand.job.photo_settings)
+        self.environment = known or check_alike(client, errand.job.photo_settings)
         self.terms = Terms(
             run_token=uuid.uuid4().hex,
             code=code_digest(),

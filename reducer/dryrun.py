@@ -182,7 +182,9 @@ class _Sampler(PlainLooker):
 
 def _of_shards(plan: Plan, reuse: Reuse | None, threads: int | None, sample: int) -> Forecast:
     """A forecast from the beginning of the first shard that has to be read."""
-    errand = Todo(plan, RunFolder(plan.job.output_place), threads or 1, reuse=reuse, is_begun=False).pieces()
+    todo = Todo(plan, RunFolder(plan.job.output_place), threads or 1, reuse=reuse, is_begun=False)
+    errand = todo.pieces()
+    known = [rows["hash"] for rows in todo.reused.values()]
     size = errand.bytes if isinstance(errand, ShardErrand) else 0
     sampler = _Sampler(sample)
     seconds = None
@@ -202,7 +204,7 @@ def _of_shards(plan: Plan, reuse: Reuse | None, threads: int | None, sample: int
         threads,
         bytes_to_read=size,
         bytes_estimated=False,
-        photos_known=0,
+        photos_known=sum(len(column) - column.null_count for column in known),
         sampled=len(sampler.looks),
         sample_failed=len(failures),
         sample_failure=failures[0] if failures else None,

@@ -85,10 +85,10 @@ class Errand:
         columns = ["id", "label"] if rule else ["id", "label", "path"]
         if pc.any(rows["always_keep"]).as_py():
             columns.append("always_keep")
-        if KNOWN_SCHEMA.names[0] in rows.column_names and _anything(rows, "known_hash", "known_error"):
+        if in_shards:
+            columns += [*KNOWN_SCHEMA.names, *PLACE_SCHEMA.names, "bytes"]
+        elif KNOWN_SCHEMA.names[0] in rows.column_names and _anything(rows, "known_hash", "known_error"):
             columns += KNOWN_SCHEMA.names
-        if in_shards and _anything(rows, "shard"):
-            columns += [*PLACE_SCHEMA.names, "bytes"]
         return PartitionTask(
             index=index,
             photos=rows.num_rows,

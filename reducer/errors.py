@@ -25,6 +25,10 @@ class BudgetError(InputError):
     """A budget is under what is guaranteed."""
 
 
+class ListingError(InputError):
+    """The options do not fit the photos, which only the shards could tell of."""
+
+
 class TooManyFailuresError(ReducerError):
     """More photos could not be read than the job allows."""
 

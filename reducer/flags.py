@@ -119,9 +119,10 @@ def _stopped(kwargs: dict[str, Any]) -> str:
     found = folder.read_summary()
     if found.get("status") == "done":
         return f"Stopped; the run in {folder.path} is an earlier one and whole."
+    of_all = "" if found.get("photos_to_read") is None else f" of {found['photos_to_read']}"
     return (
-        f"Stopped. The photos hashed so far ({found.get('photos_read', 0)} of {found.get('photos_to_read')}) are kept "
-        f"in {folder.images}; the reduced list is not written yet. To go on: reducer resume {folder.path}"
+        f"Stopped. The photos hashed so far ({found.get('photos_read', 0)}{of_all}) are kept in {folder.path}; the "
+        f"reduced list is not written yet. To go on: reducer resume {folder.path}"
     )
 
 

@@ -88,7 +88,8 @@ def rows_with(plan: Plan, found: pa.Table, missing: str) -> pa.Table:
 def without_errors(rows: pa.Table) -> pa.Table:
     """Rows of `rows_with` that are tried again where there is something to read that may be taken."""
     refused = pc.starts_with(rows["known_error"], f"{WRONG_MD5}:")
-    again = pc.and_not(pc.is_valid(rows["shard"]), pc.fill_null(refused, False))
+    somewhere = pc.fill_null(pc.greater(rows["bytes"], 0), False)
+    again = pc.and_not(pc.and_(somewhere, pc.is_valid(rows["shard"])), pc.fill_null(refused, False))
     error = pc.if_else(again, pa.scalar(None, pa.string()), rows["known_error"])
     return with_column(rows, "known_error", error)
 
@@ -119,9 +120,20 @@ def missing_error(reports: Mapping[int, PieceReport]) -> str:
 
 
 def merged(before: pa.Table, now: pa.Table) -> pa.Table:
-    """What a shard that was read twice gave: of each photo the second time, unless only the first was good."""
-    good = before.filter(pc.is_null(before["error"]))["key"].combine_chunks()
-    worse = pc.and_(pc.is_valid(now["error"]), pc.is_in(now["key"], value_set=good))
-    now = now.filter(pc.invert(worse))
+    """What two looks at a shard gave.
+
+    Parameters
+    ----------
+    before, now : pyarrow.Table
+        `HASHES_SCHEMA` rows.
+
+    Returns
+    -------
+    pyarrow.Table
+        Of each photo what the second look gave, but for those of which only the first gave a hash.
+    """
+    hashed = before.filter(pc.is_valid(before["hash"]))["key"].combine_chunks()
+    no_better = pc.and_(pc.is_null(now["hash"]), pc.is_in(now["key"], value_set=hashed))
+    now = now.filter(pc.invert(no_better))
     others = before.filter(pc.invert(pc.is_in(before["key"], value_set=now["key"].combine_chunks())))
     return pa.concat_tables([others, now])

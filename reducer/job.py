@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,14 +25,14 @@ from reducer.manifest import check_images
 from reducer.places import Place
 from reducer.plan import Plan, make_plan
 from reducer.reuse import Reuse
-from reducer.schemas import FAILED
+from reducer.schemas import FAILED, PLAN_SCHEMA
 from reducer.session import Run, Session, Workers, noting_a_stop
 from reducer.shards import find_shards
 from reducer.store import RunFolder
 from reducer.summary import cluster_figures, job_figures, opening, plan_figures
 from reducer.tables import EXAMPLES
 from reducer.todo import Todo
-from reducer.types import PieceReport, Shard
+from reducer.types import PieceReport
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -225,28 +225,31 @@ def resume(
             names, footers, reports = folder.done_partitions(), folder.footers(), folder.piece_reports()
             session.done = {index: footers[name][1] for index, name in names.items()}
             session.hashed = {number: report.tally for number, report in reports.items()}
-            session.pieced = plan.pieced
+            session.pieced = plan.pieced if plan.is_listed else None
             grows = rank_all and plan.small.any()
             failed = tuple(index for index, tally in session.done.items() if retry_failed and tally.failed)
-            again = _to_be_read_again(reports) if retry_failed and plan.shards is not None else frozenset()
+            reuse = None
             missing = set(pc.unique(rows["partition"].drop_null()).to_pylist()) - set(names)
-        needed = bool(missing or grows or failed or again or not plan.is_listed)
+        needed = bool(missing or grows or failed or not plan.is_listed)
         whole = sum(count for count, _ in footers.values()) == plan.rows.num_rows
+        again: frozenset[int] = frozenset()
+        if plan.shards is not None and (needed or retry_failed):
+            _check_options(summary, job)
+            plan, again = _look_at_shards(plan, reports, retry=retry_failed, ranges=bool(grows))
+            needed = needed or bool(again)
         if not needed and whole and summary["status"] == "done":
             return _result(folder, job, session)
         if needed:
             _check_options(summary, job)
             if plan.shards is None:
                 check_images(job)
-            else:
-                plan = replace(plan, shards=_shards_now(plan, reports.keys(), again))
+            reuse = None if job.reuse is None else _reuse_again(job)
         client = _connect(spec, session, open_cluster, needed=needed)
         threads = _threads(client, spec)
         if grows:
             plan = plan.with_all_ranked(threads)
             job = plan.job
-        session.pieced = plan.pieced
-        reuse = None if job.reuse is None or not needed else _reuse_again(job)
+        session.pieced = plan.pieced if plan.is_listed else None
         todo = Todo(plan, folder, threads, avoid, reuse, failed, again)
         workers = Workers(client, spec)
         work = workers.take(todo.first())
@@ -259,7 +262,7 @@ def resume(
             "job": job_figures(job),
             "cluster": cluster_figures(spec),
             "resumed": summary["resumed"] + 1,
-            "photos_to_read": plan_figures(plan)["photos_to_read"],
+            **plan_figures(plan),
         }
         terms = _terms(summary, plan, fingerprint)
         with noting_a_stop(folder, summary, session):
@@ -267,6 +270,9 @@ def resume(
             folder.write_summary(summary | session.figures())
             if again and plan.shards is not None:
                 folder.write_shards(plan.shards)
+                # All labels are ranked anew. Before a shard is read, lest that is forgotten if this run is killed.
+                folder.remove_parts()
+                session.done = {}
             if grows or not plan.is_listed:
                 folder.write_plan(plan.rows, terms)
             folder.remove_leftovers()
@@ -275,33 +281,55 @@ def resume(
     return _result(folder, job, session)
 
 
-def _to_be_read_again(reports: Mapping[int, PieceReport]) -> frozenset[int]:
-    """Shards that may give more, or better, than they did."""
-    return frozenset(number for number, report in reports.items() if report.damage or report.wrong_md5)
+def _look_at_shards(
+    plan: Plan, reports: Mapping[int, PieceReport], *, retry: bool, ranges: bool
+) -> tuple[Plan, frozenset[int]]:
+    """Compare the shards of a plan with those that are there now.
 
+    Parameters
+    ----------
+    plan : Plan
+        The plan.
+    reports : dict of int to PieceReport
+        Of the shards that have been read.
+    retry : bool
+        Whether those that were damaged, or have changed since, are to be read again.
+    ranges : bool
+        Whether single photos are to be read from those that have been read.
 
-def _shards_now(plan: Plan, done: Container[int], again: frozenset[int]) -> tuple[Shard, ...]:
-    """The shards of a plan, those that are to be read again as they are now.
+    Returns
+    -------
+    Plan
+        With the shards that are to be read again as they are now; without photos where these shards tell them.
+    frozenset of int
+        Which they are.
 
     Raises
     ------
     InputError
-        If those that have not been read yet are not what they were, or cannot be listed.
+        If shards are gone or not what they were that are to be read for the first time, or ranges of them.
     """
     job, before = plan.job, plan.shards or ()
     now = {shard.path: shard for shard in find_shards(job) or ()}
-    left = [shard for shard in before if shard.number not in done]
-    changed = [
-        shard.path for shard in left if shard.path not in now or replace(now[shard.path], number=shard.number) != shard
-    ]
+    same = {shard.number for shard in before if replace(now.get(shard.path, shard), number=shard.number) == shard}
+    there = {shard.number for shard in before if shard.path in now}
+    again = frozenset(
+        number for number, report in reports.items() if retry and (report.damage or number in there - same)
+    )
+    wanted = {shard.number for shard in before if ranges or shard.number not in reports}
+    changed = [shard.path for shard in before if shard.number in wanted - (same & there) - again]
     if changed:
+        advice = "" if retry else f"; reducer resume {job.output} --retry-failed reads them anew"
         raise InputError(
-            f"{len(changed)} shards that are not read yet are gone, or not what they were when {job.output} was begun: "
-            f"{', '.join(changed[:EXAMPLES])}. To begin again: reducer run with --overwrite"
+            f"{len(changed)} of {len(before)} shards gone, or not what they were when the run in {job.output} began: "
+            f"{', '.join(changed[:EXAMPLES])}. To begin again: reducer run with --overwrite{advice}"
         )
-    return tuple(
+    shards = tuple(
         replace(now.get(shard.path, shard), number=shard.number) if shard.number in again else shard for shard in before
     )
+    if again and not job.manifest:
+        return Plan(job, PLAN_SCHEMA.empty_table(), {}, shards, is_listed=False), again
+    return replace(plan, shards=shards), again
 
 
 def _is_planned(folder: RunFolder, summary: dict[str, Any]) -> bool:
@@ -366,8 +394,11 @@ def _threads(client: Client | None, spec: ClusterSpec) -> int:
 def _result(folder: RunFolder, job: Job, session: Session) -> Result:
     total, summary = session.total, folder.read_summary()
     failed = summary["reasons"].get(FAILED, 0)
-    # Those of labels that are kept whole, and in no shard, count as tried too.
-    tried = total.read + total.reused + failed - total.failed
+    tried = total.read + total.reused
+    if "shards" in summary and failed > total.failed:  # photos of labels that are kept whole were looked for too
+        failed, tried = max(
+            ((failed, summary["photos"]), (total.failed, tried)), key=lambda pair: pair[0] / max(1, pair[1])
+        )
     if failed > job.max_failures * tried:
         ledger = folder.ledger(["path", "error", "reason"])
         first = ledger.filter(pc.equal(ledger["reason"], FAILED)).slice(0, 1).to_pylist()[0]

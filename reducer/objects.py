@@ -210,6 +210,8 @@ async def _fetch_fsspec(place: Place, room: Room, part: ByteRange | None) -> Pho
         content = await system._cat_file(path, start=start, end=end)
     else:
         content = await asyncio.to_thread(system.cat_file, path, start=start, end=end)
+    if part is not None and len(content) > part.bytes:
+        raise PhotoError("unreadable", "the server gives no parts of files")
     await room(len(content))
     return PhotoFile(content, None)
 

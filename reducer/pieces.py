@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from reducer.config import PhotoSettings
-from reducer.hashing import PhotoError, pillow_settings, to_hex
+from reducer.hashing import OUT_OF_MEMORY, PhotoError, pillow_settings, to_hex
 from reducer.objects import PhotoFile
 from reducer.pipeline import (
     Look,
@@ -42,6 +42,8 @@ from reducer.types import MemberKeys, PartitionTask, Piece, PieceReport, PiecesR
 Wanted = NDArray[np.uint64]
 #: Kind of the failure of photos whose shard is not the one that was published.
 WRONG_MD5 = "wrong md5"
+#: Photos of more bytes are read apart when the shard is at its end, as they may take more memory than there is.
+MOST_AT_ONCE = 64 * 2**20
 #: A label in a shard has at most so many bytes.
 MOST_LABEL_BYTES = 2**20
 
@@ -109,6 +111,11 @@ def _digest(key: str) -> int:
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest())
 
 
+def stem_of(path: str) -> str:
+    """A file's name without the folders and the extension."""
+    return posixpath.splitext(posixpath.basename(path))[0]
+
+
 def run_piece(task: PartitionTask, looker: Looker | None = None) -> PiecesResult:
     """Hash the photos of a piece of a large label.
 
@@ -163,7 +170,7 @@ def run_shards(task: ShardTask, wanted: Wanted | None, looker: Looker | None = N
     return PiecesResult(task.index, pieces, time.perf_counter() - started, peak_memory())
 
 
-@dataclass
+@dataclass(slots=True)
 class _Seen:
     """A photo that is wanted."""
 
@@ -192,7 +199,8 @@ class _Reading:
     members: int = 0
     example: str | None = None
     damage: str | None = None
-    unreadable: PhotoError | None = None
+    #: Why it could not be read on.
+    unreadable: str | None = None
 
     @property
     def shard(self) -> Shard:
@@ -207,7 +215,7 @@ class _Reading:
             self._scan(TarScan(file), file)
         self._look_later()
         seen = self._labelled() if self.task.keys is MemberKeys.SAMPLE else self.seen
-        md5 = None if digest is None or self.unreadable else digest.hexdigest()
+        md5 = None if digest is None or self.unreadable is not None else digest.hexdigest()
         wrong_md5 = self.shard.md5 not in (None, md5)
         if wrong_md5 and self.task.md5_fails:
             what = "it cannot be read to its end" if md5 is None else f"it has {md5}"
@@ -235,7 +243,9 @@ class _Reading:
         try:
             yield from self.shards.blocks_from(self.place, offset)
         except PhotoError as error:
-            self.unreadable = error
+            if str(error).startswith(OUT_OF_MEMORY):
+                raise MemoryError from None  # of this worker: it says nothing of the shard
+            self.unreadable = str(error)
             raise
 
     def _scan(self, scan: TarScan, file: ShardFile) -> None:
@@ -248,8 +258,7 @@ class _Reading:
         except PhotoError as error:
             self.damage = str(error)
         self.damage = scan.damage or self.damage
-        if self.unreadable is not None:
-            self.damage = str(self.unreadable)
+        self.damage = self.unreadable or self.damage
         if scan.odd_names:
             self.skipped["member whose name is not UTF-8 text"] += scan.odd_names
 
@@ -259,10 +268,10 @@ class _Reading:
             return
         key = member.path
         if self.task.keys is MemberKeys.STEM:
-            stem, extension = posixpath.splitext(posixpath.basename(member.path))
+            extension = posixpath.splitext(member.path)[1]
             if extension and extension.lower() not in Image.registered_extensions():
                 return
-            key = stem
+            key = stem_of(member.path)
         self.example = self.example or member.path
         hash_it = True if self.wanted is None else is_wanted(self.wanted, key)
         if hash_it is not None:
@@ -286,7 +295,9 @@ class _Reading:
                 self._take(key, member, scan, True)
 
     def _take(self, key: str, member: Member, scan: TarScan, hash_it: bool) -> None:
-        photo = _Seen(key, member.path, ByteRange(self.shard.path, member.offset, member.bytes))
+        shard = self.shard
+        ref = ByteRange(shard.path, member.offset, member.bytes, shard.mtime_ns, shard.etag)
+        photo = _Seen(key, member.path, ref)
         self.seen.append(photo)
         if member.problem is not None:
             photo.look = Look(error=member.problem)
@@ -297,9 +308,13 @@ class _Reading:
             if error is not None:
                 photo.look = Look(bytes=member.bytes, error=str(error))
                 return
-            photo.look = self.looker.at_content(photo.ref, scan.content, self.task.settings)
+            if member.bytes <= MOST_AT_ONCE:
+                photo.look = self.looker.at_content(photo.ref, scan.content, self.task.settings)
             if photo.look is None:
                 self.later.append(photo)
+            if self.unreadable is not None:  # it was no fault of the photo's
+                self.seen.pop()
+                raise PhotoError("unreadable", self.unreadable)
 
     def _look_later(self) -> None:
         looks = self.looker.at_all([photo.ref for photo in self.later], self.task.settings, self.task.source)

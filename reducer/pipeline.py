@@ -297,10 +297,11 @@ def photo_refs(task: PartitionTask, table: pa.Table) -> list[PhotoRef]:
     paths: list[PhotoRef] = photo_paths(task, table).to_pylist()
     if "shard" not in table.column_names:
         return paths
-    places = zip(*(table[name].to_pylist() for name in ("shard", "offset", "bytes")), strict=True)
+    mtime = table["known_mtime"].cast(pa.int64())
+    places = (*(table[name] for name in ("shard", "offset", "bytes")), mtime, table["known_etag"])
     return [
-        path if shard is None else ByteRange(shard, offset, size)
-        for path, (shard, offset, size) in zip(paths, places, strict=True)
+        path if place[0] is None else ByteRange(*place)
+        for path, place in zip(paths, zip(*(column.to_pylist() for column in places), strict=True), strict=True)
     ]
 
 

@@ -144,11 +144,17 @@ class ByteRange:
         Where the photo starts in it, in bytes.
     bytes : int
         Its size.
+    mtime_ns : int, optional
+        Time of the file's last change, nanoseconds since 1970 UTC, when the photo was found in it.
+    etag : str, optional
+        Entity tag of an object in a store, likewise.
     """
 
     path: str
     offset: int
     bytes: int
+    mtime_ns: int | None = None
+    etag: str | None = None
 
     def __str__(self) -> str:
         return f"{self.path} (bytes {self.offset} to {self.offset + self.bytes})"
@@ -174,7 +180,7 @@ class Source:
     reader : str
         One of `reducer.config.READER_NAMES`, for ``s3://``.
     read_ahead : int
-        Photos of a URL that are under way at a time, for each worker thread.
+        Photos of a URL that are under way at a time, for each worker thread; of shards a quarter as many blocks.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict, repr=False)

@@ -137,11 +137,7 @@ class Plan:
     @property
     def pieced(self) -> frozenset[int]:
         """Partitions whose photos are hashed in pieces, or by the shard, before they are ranked."""
-        if self.shards is None:
-            own = self.rows["partition"].filter(pc.is_valid(self.rows["piece"]))
-        else:
-            own = self.rows["partition"].drop_null()
-        return frozenset(pc.unique(own).to_pylist())
+        return pieced_partitions(self.rows, self.shards is not None)
 
     def pieces(self, rows: pa.Table | None = None) -> dict[int, pa.Table]:
         """The rows of each piece by its number; parameters as for `partitions`."""
@@ -186,6 +182,12 @@ class Plan:
             number: ordered.slice(stop - size, size)
             for number, size, stop in zip(numbers.tolist(), sizes.tolist(), np.cumsum(sizes).tolist(), strict=True)
         }
+
+
+def pieced_partitions(rows: pa.Table, in_shards: bool) -> frozenset[int]:
+    """`Plan.pieced`, from the rows of a plan and whether its photos lie in shards."""
+    own = rows["partition"].drop_null() if in_shards else rows["partition"].filter(pc.is_valid(rows["piece"]))
+    return frozenset(pc.unique(own).to_pylist())
 
 
 @dataclass(frozen=True)

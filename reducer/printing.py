@@ -43,7 +43,8 @@ def print_forecast(job: Job, spec: ClusterSpec, sample: int) -> None:
     if found.shards:
         click.echo(f"shards:         {found.shards:,}, of which {size} are to be read")
     if found.photos_known:
-        click.echo(f"known already:  {found.photos_known:,} of them, not read where they are unchanged (--reuse)")
+        of_them = "photos in shards that are" if found.shards else "of them, not read where they are"
+        click.echo(f"known already:  {found.photos_known:,} {of_them} unchanged (--reuse)")
     more = " or more: the cluster's worker threads decide" if found.threads is None else ""
     if found.photos:
         click.echo(f"partitions:     {found.partitions:,}{more}")
@@ -54,7 +55,7 @@ def print_forecast(job: Job, spec: ClusterSpec, sample: int) -> None:
         raise TooManyFailuresError(
             f"all {found.sampled} photos of the sample have failed: check IMAGES, --path-template or --path-column"
         )
-    if found.shards and sample and not found.sampled:
+    if found.shards and sample and found.bytes_to_read and not found.sampled:
         click.echo("sample:         the first files of the first shard are not wanted, so the time is not known")
     if found.thread_seconds is not None:
         if found.threads is None:

@@ -10,11 +10,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from reducer.config import Job
 from reducer.errors import InputError
 from reducer.lock import holder
 from reducer.places import Place
-from reducer.plan import Plan
+from reducer.plan import pieced_partitions
 from reducer.session import so_far
 from reducer.store import RunFolder
 from reducer.summary import failure_kinds
@@ -80,12 +79,12 @@ def status(run: Path | str, *, storage_options: Mapping[str, Any] | None = None)
     names, footers, reports = folder.done_partitions(), folder.footers(), folder.piece_reports()
     done = {number: footers[name][1] for number, name in names.items() if name in footers}
     errors = folder.ledger(["error"])["error"]
-    pieced: frozenset[int] = frozenset()
+    pieced: frozenset[int] | None = None
     partitions = len(names)
-    if saved is not None:
-        plan = Plan(Job(**summary["job"]), saved[0], {}, shards or None, saved[1]["is_listed"])
-        pieced, partitions = plan.pieced, pc.count_distinct(saved[0]["partition"]).as_py()
-    unranked = reports and not (pieced and pieced <= done.keys())
+    if saved is not None and saved[1]["is_listed"]:
+        pieced = pieced_partitions(saved[0], bool(shards))
+        partitions = pc.count_distinct(saved[0]["partition"]).as_py()
+    unranked = reports and not (pieced is not None and pieced <= done.keys())
     tally = so_far(done, {number: report.tally for number, report in reports.items()}, pieced)
     if unranked:
         errors = pa.chunked_array([*errors.chunks, *folder.hashes()["error"].chunks], pa.string())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -13,9 +14,12 @@ from reducer.config import Job
 from reducer.environment import Environment, compare_with
 from reducer.errors import InputError
 from reducer.fingerprint import Fingerprint
+from reducer.pieces import stem_of
 from reducer.rules import flag
-from reducer.schemas import FLAT, HASHES_SCHEMA, KNOWN_SCHEMA, PLACE_SCHEMA
+from reducer.schemas import FLAT, KNOWN_SCHEMA, PLACE_SCHEMA
+from reducer.shards import member_keys
 from reducer.store import RunFolder
+from reducer.tables import with_column
 from reducer.types import MemberKeys, Shard
 
 log = logging.getLogger("reducer")
@@ -49,7 +53,7 @@ class Reuse:
     def __init__(self, job: Job) -> None:
         self.job = job
         where = f"--reuse {job.reuse}"
-        folder = RunFolder(job.reuse_place)
+        self.folder = folder = RunFolder(job.reuse_place)
         try:
             summary = folder.summary()
         except InputError as error:
@@ -82,15 +86,13 @@ class Reuse:
         self.known = as_known(ledger)
         self.ledger = ledger
         self.shards = {shard.path: shard for shard in folder.read_shards() or ()}
-        if (
-            job.manifest is None
-            and self.shards
-            and (summary["job"]["manifest"], theirs["label_field"])
-            != (
-                None,
-                job.label_field,
-            )
-        ):
+        own = summary["job"]
+        told_by = {name: own[name] for name in ("manifest", "path_column", "path_template")}
+        then = member_keys(replace(job, **told_by, label_field=None, manifest_storage_options={}))
+        #: What photos were looked for by in the shards; None for all that they hold.
+        self.looked_for = None if then is MemberKeys.SAMPLE else plan["path"].combine_chunks()
+        self.keys_then = then
+        if self.shards and job.manifest is None and (own["manifest"], own["label_field"]) != (None, job.label_field):
             raise InputError(
                 f"{where} did not take its labels from its shards as this run does (--manifest, --label-field): leave "
                 "--reuse out"
@@ -98,16 +100,8 @@ class Reuse:
         if summary["status"] != "done":
             log.warning("%s is not finished: what it has hashed so far is taken", where)
 
-    def is_unchanged(self, shard: Shard) -> bool:
-        """Whether a shard is as it was then, and was checked against the same MD5 sum if it is to be checked."""
-        then = self.shards.get(shard.path)
-        if then is None or (shard.md5 is not None and shard.md5 != then.md5):
-            return False
-        state = "mtime_ns" if shard.etag is None else "etag"
-        return then.bytes == shard.bytes and getattr(then, state) == getattr(shard, state)
-
-    def found(self, shards: Sequence[Shard], keys: MemberKeys) -> pa.Table:
-        """What is known of the photos in shards that are as they were.
+    def pieces(self, shards: Sequence[Shard], keys: MemberKeys) -> dict[int, pa.Table]:
+        """What is known of shards that are as they were.
 
         Parameters
         ----------
@@ -118,19 +112,46 @@ class Reuse:
 
         Returns
         -------
-        pyarrow.Table
-            `HASHES_SCHEMA` rows, in the order of the shards.
+        dict of int to pyarrow.Table
+            `HASHES_SCHEMA` rows by the number that the shard has now; of shards that were whole, and checked against
+            the same MD5 sum if they are to be checked.
         """
-        same = [shard.path for shard in shards if self.is_unchanged(shard)]
-        place = pc.index_in(self.ledger["shard"], value_set=pa.array(same, pa.string()))
-        good = pc.and_(pc.is_valid(place), pc.is_null(self.ledger["error"]))
-        rows = self.ledger.append_column("place", place).filter(good)
-        rows = rows.sort_by([("place", "ascending"), ("offset", "ascending")])
-        columns = {field.name: rows[field.name] for field in HASHES_SCHEMA if field.name in rows.column_names}
-        columns["key"] = rows["path" if keys is MemberKeys.PATH else "id"]
-        columns["flat"] = pc.if_else(pc.is_valid(rows["hash"]), pc.equal(rows["reason"], FLAT), None)
-        columns["reused"] = pa.array([True] * rows.num_rows, pa.bool_())
-        return pa.table([columns[field.name] for field in HASHES_SCHEMA], schema=HASHES_SCHEMA)
+        reports = self.folder.piece_reports()
+        ranged = self.ledger.filter(pc.and_(pc.is_valid(self.ledger["hash"]), pc.is_valid(self.ledger["shard"])))
+        found = {}
+        for shard in shards:
+            then = self.shards.get(shard.path)
+            report = None if then is None else reports.get(then.number)
+            if then is None or report is None or report.damage is not None or report.wrong_md5:
+                continue
+            unchecked = shard.md5 is None  # then it does not matter against what it was checked before
+            if replace(then, number=shard.number, md5=None if unchecked else then.md5) != shard:
+                continue
+            rows = _with_ledger(self.folder.read_piece(then.number)[0], ranged)
+            if keys is not MemberKeys.SAMPLE:
+                paths = rows["path"].to_pylist()
+                key = paths if keys is MemberKeys.PATH else list(map(stem_of, paths))
+                rows = with_column(rows, "key", pa.array(key, pa.string()))
+                rows = with_column(rows, "label", pa.nulls(rows.num_rows, pa.string()))
+            # What failed is read again, where it can be.
+            error = pc.if_else(pc.equal(rows["bytes"], 0), rows["error"], pa.scalar(None, pa.string()))
+            rows = with_column(rows, "error", error)
+            found[shard.number] = with_column(rows, "reused", pa.array([True] * rows.num_rows, pa.bool_()))
+        return found
+
+    def may_hold(self, unknown: pa.ChunkedArray, keys: MemberKeys) -> bool:
+        """Whether shards that are as they were may hold photos that this run did not find in them.
+
+        Parameters
+        ----------
+        unknown : pyarrow.ChunkedArray of string
+            What the photos are told by.
+        keys : MemberKeys
+            Of which kind that is.
+        """
+        if self.looked_for is None or not len(unknown):
+            return False
+        return keys is not self.keys_then or not pc.all(pc.is_in(unknown, value_set=self.looked_for)).as_py()
 
     def check_environment(self, now: Environment) -> None:
         """Refuse hashes of workers that hash otherwise.
@@ -145,6 +166,23 @@ class Reuse:
         )
         if differs is not None:
             raise InputError(f"{differs}, or leave --reuse out")
+
+
+def _with_ledger(rows: pa.Table, ledger: pa.Table) -> pa.Table:
+    """What was found in a shard, with the hashes of photos that were read from it later."""
+    place = pc.index_in(_places(rows), value_set=_places(ledger))
+    late = pc.and_(pc.is_null(rows["hash"]), pc.is_valid(place))
+    for name in ("width", "height", "format", "hash"):
+        rows = with_column(rows, name, pc.if_else(late, ledger[name].take(place), rows[name]))
+    is_flat = pc.equal(ledger["reason"], FLAT).take(place)
+    return with_column(rows, "flat", pc.if_else(late, is_flat, rows["flat"]))
+
+
+def _places(table: pa.Table) -> pa.Array:
+    large = pa.large_string()
+    columns = (table["shard"].cast(large), table["offset"].cast(pa.string()).cast(large))
+    joined = pc.binary_join_element_wise(*columns, pa.scalar("\0", large))
+    return joined.combine_chunks()
 
 
 def ledger_columns() -> list[str]:

@@ -72,7 +72,7 @@ HASHES_SCHEMA = pa.schema(
     ]
 )
 
-#: `RUN/shards.parquet`: the shards, as they were when the run began.
+#: `RUN/shards.parquet`: the shards, as they were when the run began, or when they were to be read again.
 SHARDS_SCHEMA = pa.schema(
     [
         _field("number", pa.int32(), "place in the order of the paths; names the file of hashes"),
@@ -101,8 +101,8 @@ LEDGER_SCHEMA = pa.schema(
         _field("width", pa.int32(), "width as stored, before any EXIF rotation", "pixels"),
         _field("height", pa.int32(), "height as stored, before any EXIF rotation", "pixels"),
         _field("format", pa.string(), "file format that Pillow found, whatever the file's name says"),
-        _field("mtime", pa.timestamp("ns", tz="UTC"), "time of the file's last change"),
-        _field("etag", pa.string(), "entity tag of an object in a store; null for local files"),
+        _field("mtime", pa.timestamp("ns", tz="UTC"), "time of the last change of the file, or of the shard"),
+        _field("etag", pa.string(), "entity tag of an object in a store, or of the shard; null for local files"),
         *PLACE_SCHEMA,
         _field("hash", pa.string(), "perceptual hash in hex, as str() of imagehash's; null if not hashed"),
         _field("rank", pa.int32(), "place in the order of its label, the first is 0; null if not ranked"),

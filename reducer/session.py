@@ -20,8 +20,9 @@ from reducer.clusterspec import ClusterSpec
 from reducer.crosslabel import cross_label_table
 from reducer.cutting import apply_filters
 from reducer.dispatch import Dispatch, InProcess
+from reducer.environment import Environment
 from reducer.errand import Errand, ShardErrand
-from reducer.errors import BudgetError, LostLockError, ReducerError, TooManyFailuresError
+from reducer.errors import BudgetError, ListingError, LostLockError, ReducerError, TooManyFailuresError
 from reducer.found import merged
 from reducer.pipeline import ledger_rows
 from reducer.plan import Plan
@@ -30,7 +31,7 @@ from reducer.schemas import FAILED, from_ipc
 from reducer.store import RunFolder
 from reducer.summary import outcome, plan_figures, shard_figures
 from reducer.todo import Todo
-from reducer.types import PartitionResult, Piece, PiecesResult, Tally
+from reducer.types import PartitionResult, Piece, PieceReport, PiecesResult, Tally
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -57,8 +58,8 @@ class Session:
         What each partition that is done has come to, also in earlier sessions.
     hashed : dict of int to Tally
         The same of each piece and shard.
-    pieced : frozenset of int
-        Partitions whose photos are hashed in pieces, or by the shard, first.
+    pieced : frozenset of int or None
+        Partitions whose photos are hashed in pieces, or by the shard, first; None before that is known.
     own : Tally
         What this session has done.
     worker_seconds : float
@@ -79,7 +80,7 @@ class Session:
     progress: bool
     done: dict[int, Tally] = field(default_factory=dict)
     hashed: dict[int, Tally] = field(default_factory=dict)
-    pieced: frozenset[int] = frozenset()
+    pieced: frozenset[int] | None = None
     own: Tally = field(default_factory=Tally)
     worker_seconds: float = 0.0
     peak_memory: int = 0
@@ -132,7 +133,8 @@ class Session:
         return {
             "partitions": len(self.done),
             "photos_read": total.read,
-            "photos_read_this_time": self.own.read,
+            # A photo that several shards hold is read more than once.
+            "photos_read_this_time": min(self.own.read, total.read),
             "photos_reused": total.reused,
             "photos_failed": total.failed,
             "bytes_read": total.bytes_read,
@@ -144,7 +146,7 @@ class Session:
         }
 
 
-def so_far(done: Mapping[int, Tally], hashed: Mapping[int, Tally], pieced: frozenset[int]) -> Tally:
+def so_far(done: Mapping[int, Tally], hashed: Mapping[int, Tally], pieced: frozenset[int] | None) -> Tally:
     """What a run has come to; a photo that is hashed and not yet ranked counts too.
 
     Parameters
@@ -153,12 +155,12 @@ def so_far(done: Mapping[int, Tally], hashed: Mapping[int, Tally], pieced: froze
         Of each partition that is done.
     hashed : dict of int to Tally
         Of each piece and shard that is done.
-    pieced : frozenset of int
-        Partitions whose photos those tell of.
+    pieced : frozenset of int or None
+        Partitions whose photos those tell of; None before that is known.
     """
-    if not hashed or (pieced and pieced <= done.keys()):  # the partitions count also what no shard held
+    if not hashed or (pieced is not None and pieced <= done.keys()):  # partitions count also what no shard held
         return sum(done.values(), Tally())
-    whole = (tally for number, tally in done.items() if number not in pieced)
+    whole = (tally for number, tally in done.items() if number not in (pieced or ()))
     return sum([*whole, *hashed.values()], Tally())
 
 
@@ -177,15 +179,22 @@ class Workers:
     client: Client | None
     spec: ClusterSpec
 
-    def take(self, errand: Errand | ShardErrand) -> InProcess | Dispatch:
+    def take(self, errand: Errand | ShardErrand, environment: Environment | None = None) -> InProcess | Dispatch:
         """Get ready to do something.
+
+        Parameters
+        ----------
+        errand : Errand or ShardErrand
+            What is to be done.
+        environment : Environment, optional
+            What decides hashes on all workers, where that has been looked into.
 
         Raises
         ------
         InputError
             If workers differ in what decides hashes, or some of them cannot read the photos.
         """
-        return InProcess(errand) if self.client is None else Dispatch(self.client, errand, self.spec)
+        return InProcess(errand) if self.client is None else Dispatch(self.client, errand, self.spec, environment)
 
 
 @dataclass
@@ -234,6 +243,11 @@ class Run:
         """
         session, folder = self.session, self.folder
         session.begun = time.perf_counter()
+        session.pieced = self.plan.pieced if self.plan.is_listed else None
+        for number in sorted(self.todo.spared - folder.done_pieces().keys()):
+            found = self.todo.reused[number]
+            session.hashed[number] = Tally(reused=found.num_rows - found["hash"].null_count)
+            folder.write_piece(number, found, PieceReport(session.hashed[number]))
         with session.timing("hash"):
             self._hash_and_rank(work)
         open_cluster.close()  # the rest needs no workers
@@ -245,6 +259,8 @@ class Run:
                 session.done = {index: tallies[name] for index, name in folder.done_partitions().items()}
             folder.write_reduced(job.id_column, job.label_column, job.format)
             found = outcome(plan, folder)
+            if plan.shards is not None:
+                found["shards"] = shard_figures(plan, folder)
         if job.cross_label:
             with session.timing("cross_label"):
                 pairs = cross_label_table(folder.ledger(["id", "label", "path", "hash"]), job.hash_size**2)
@@ -256,28 +272,29 @@ class Run:
     def _hash_and_rank(self, work: InProcess | Dispatch) -> None:
         if isinstance(work.errand, ShardErrand) or work.errand.is_pieces:
             self._hash(work)
-            work = self._workers_for_partitions()
+            work = self._on_to_partitions(work.environment)
         elif not self.plan.is_listed:
-            work = self._workers_for_partitions()
+            work = self._on_to_partitions(work.environment)
         errand = work.errand
         assert isinstance(errand, Errand)
         self._rank(errand, work)
 
-    def _workers_for_partitions(self) -> InProcess | Dispatch:
+    def _on_to_partitions(self, environment: Environment) -> InProcess | Dispatch:
         if not self.plan.is_listed:
+            self.folder.remove_parts()  # ranked by an earlier list
             self.todo = replace(self.todo, plan=self.todo.listed())
             self.folder.write_plan(self.plan.rows, self.terms | {"is_listed": True})
             self.summary |= plan_figures(self.plan)
         self.session.pieced = self.plan.pieced
         errand = self.todo.partitions()
-        return self.workers.take(errand) if errand.rows else InProcess(errand)
+        return self.workers.take(errand, environment) if errand.rows else InProcess(errand)
 
     def _hash(self, work: InProcess | Dispatch) -> None:
         """Write what is found in each shard or piece as it comes."""
         errand, folder, session = work.errand, self.folder, self.session
-        in_shards = isinstance(errand, ShardErrand)
+        in_shards, any_wrong = isinstance(errand, ShardErrand), False
         size = errand.bytes if isinstance(errand, ShardErrand) else errand.photos
-        done = folder.done_pieces() if self.todo.again else {}
+        done, read = folder.done_pieces(), 0
         with self._working(work, size, "B" if in_shards else " photos") as (results, bar):
             for result in results:
                 assert isinstance(result, PiecesResult)
@@ -285,17 +302,20 @@ class Run:
                     found = from_ipc(piece.found)
                     if piece.number in done:
                         found = merged(folder.read_piece(piece.number)[0], found)
+                    elif piece.number in self.todo.reused:
+                        found = merged(self.todo.reused[piece.number], found)
                     folder.write_piece(piece.number, found, piece.report)
                     self._warn(piece)
                 session.add_pieces(result)
                 if isinstance(errand, ShardErrand):
-                    bar.update(sum(shard.bytes for shard in errand.groups[result.index]))
-                    self._check_matches(bar.n / max(1, size), result)
+                    own = sum(shard.bytes for shard in errand.groups[result.index])
+                    self._warn_of_no_match(read / max(1, size), (read + own) / max(1, size), result)
                 else:
-                    bar.update(errand.rows[result.index].num_rows)
-                self._noted(bar, give_up=True)
-        if in_shards:
-            self.summary["shards"] = shard_figures(self.plan, folder)
+                    own = errand.rows[result.index].num_rows
+                read += own
+                bar.update(own)
+                any_wrong = any_wrong or any(piece.report.wrong_md5 for piece in result.pieces)
+                self._noted(bar, give_up=not self.todo.again and not any_wrong)
 
     def _warn(self, piece: Piece) -> None:
         """Of a shard that is not as it should be, with progress bar and without."""
@@ -310,19 +330,29 @@ class Run:
                     "shard %s has the MD5 sum %s, not the published one: its photos %s", path, report.md5, taken
                 )
 
-    def _check_matches(self, share: float, result: PiecesResult) -> None:
-        """Give up where photos are looked for in shards by other names than theirs."""
-        own = self.session.own
+    def _warn_of_no_match(self, before: float, now: float, result: PiecesResult) -> None:
+        """Say so once where photos are looked for in shards, it seems, by other names than theirs.
+
+        Parameters
+        ----------
+        before, now : float
+            Shares of the shards that had been read before this result, and have been with it.
+        result : PiecesResult
+            The result.
+        """
+        wanted = self.plan.read.num_rows
         example = next((piece.report.example for piece in result.pieces if piece.report.example), None)
-        if own.read or example is None or not self.plan.is_listed or self.todo.reuse is not None:
+        # So many would have been there if they were spread evenly, which they need not be.
+        if not before * wanted < ALL_FAILED <= now * wanted or example is None or self.session.total.read:
             return
-        if share * self.plan.read.num_rows >= ALL_FAILED:
-            looked_for = self.plan.read["path"][0].as_py()
-            raise TooManyFailuresError(
-                f"the shards read so far hold no photo of the manifest, so the run was given up. One file in them is "
-                f"{example!r}, the first photo is looked for by {looked_for!r}. Check IMAGES, --manifest, --id-column, "
-                "and --path-template or --path-column (without them a photo is told by its file's name without the "
-                "extension)"
+        looked_for = self.plan.read["path"][0].as_py()
+        with logging_redirect_tqdm([log]):
+            log.warning(
+                "the shards read so far hold no photo of the manifest. They hold %r, and the first photo is looked for "
+                "by %r: check IMAGES, --manifest, --id-column, and --path-template or --path-column (without them a "
+                "photo is told by its file's name without the extension)",
+                example,
+                looked_for,
             )
 
     def _rank(self, errand: Errand, work: InProcess | Dispatch) -> None:
@@ -333,12 +363,13 @@ class Run:
                 assert isinstance(result, PartitionResult)
                 rows = errand.rows[result.index]
                 ledger, tally = ledger_rows(rows, result), result.tally
-                if result.index in self.todo.failed:
+                if result.index in self.todo.failed and not self.todo.again:
                     ledger, tally = self._merged(result, ledger)
                 folder.write_part(result.index, ledger, tally)
-                session.add(result, tally, _told_before(rows) if result.index in session.pieced else Tally())
+                told = _told_before(rows) if result.index in (session.pieced or ()) else Tally()
+                session.add(result, tally, told)
                 bar.update(rows.num_rows)
-                self._noted(bar, give_up=not self.todo.failed)
+                self._noted(bar, give_up=not self.todo.failed and self.plan.shards is None)
 
     @contextmanager
     def _working(self, work: InProcess | Dispatch, total: int, unit: str) -> Iterator[tuple[Iterator[Any], tqdm[Any]]]:
@@ -411,8 +442,9 @@ def noting_a_stop(folder: RunFolder, summary: dict[str, Any], session: Session) 
     except BaseException as stop:
         with suppress(ReducerError):  # a full disk has no room for it either, and is what is reported
             folder.write_summary(summary | session.figures() | {"status": "stopped"})
-        if isinstance(stop, BudgetError):
-            advice = f"run again with more, another --output and --reuse {folder.path}"
+        if isinstance(stop, BudgetError | ListingError):
+            more = "more" if isinstance(stop, BudgetError) else "other options"
+            advice = f"run again with {more}, another --output and --reuse {folder.path}"
             stop.args = (f"{stop}. All photos are hashed: to read none of them again, {advice}",)
         elif isinstance(stop, ReducerError) and not isinstance(stop, TooManyFailuresError | LostLockError):
             stop.args = (f"{stop}. What was hashed so far is kept. To go on: reducer resume {folder.path}",)

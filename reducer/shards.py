@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import posixpath
 import re
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
@@ -18,6 +20,8 @@ from reducer.objects import nanoseconds
 from reducer.places import Place, absolute, explained, is_url
 from reducer.tables import EXAMPLES, read_lines
 from reducer.types import MemberKeys, Shard
+
+log = logging.getLogger("reducer")
 
 EXTENSION = ".tar"
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".tgz", ".tbz2", ".txz")
@@ -73,34 +77,36 @@ def member_keys(job: Job) -> MemberKeys:
 
 def _local_files(images: str) -> list[Shard] | None:
     if os.path.isdir(images):
-        names = _names_of_shards(entry.name if entry.is_file() else f"{entry.name}/" for entry in os.scandir(images))
-        paths = None if names is None else [os.path.join(images, name) for name in names]
+        names = (f"{entry.name}/" if entry.is_dir() else entry.name for entry in os.scandir(images))
+        found = _names_of_shards(images, names)
+        paths = None if found is None else [os.path.join(images, name) for name in found]
     elif glob.has_magic(images):
-        paths = _checked(images, glob.glob(images, recursive=True))
-    elif images.lower().endswith((EXTENSION, *COMPRESSED)) and os.path.exists(images):
+        paths = _checked(images, [path for path in glob.glob(images, recursive=True) if not os.path.isdir(path)])
+    elif _is_shard(images) and os.path.exists(images):
         paths = _checked(images, [images])
     else:
         return None  # what is wrong with it is told where folders are looked into
     if paths is None:
         return None
-    found = [(path, os.stat(path)) for path in map(absolute, paths)]
-    return [Shard(0, path, state.st_size, state.st_mtime_ns) for path, state in found]
+    states = [(path, os.stat(path)) for path in map(absolute, paths)]
+    return [Shard(0, path, state.st_size, state.st_mtime_ns) for path, state in states]
 
 
 def _remote_files(place: Place) -> list[Shard] | None:
     system, root = place.open()
-    name = posixpath.basename(root)
-    if glob.has_magic(root):
-        details = system.glob(root, detail=True)
-        paths = _checked(place.path, [path for path, known in details.items() if known["type"] == "file"])
-    elif name.lower().endswith((EXTENSION, *COMPRESSED)) and system.isfile(root):
-        paths = _checked(place.path, [root])
+    if _is_shard(root) and system.isfile(root):
         details = {root: system.info(root)}
+        paths = _checked(place.path, [root])
+    elif glob.has_magic(root) and not system.isdir(root):
+        details = system.glob(root, detail=True)
+        files = [path for path, known in details.items() if known["type"] == "file"]
+        paths = _checked(place.path, [path for path in files if not posixpath.basename(path).startswith(".")])
     else:
-        if _names_of_shards(_first_names(place)) is None:
+        if _names_of_shards(place.path, _first_names(place)) is None:
             return None
-        details = {known["name"]: known for known in system.ls(root, detail=True)}
-        paths = [path for path in details if path.lower().endswith(EXTENSION)]
+        details = {known["name"]: known for known in system.ls(root, detail=True) if known["type"] == "file"}
+        names = {posixpath.basename(path): path for path in details}
+        paths = [names[name] for name in _names_of_shards(place.path, names) or ()]
     return [_remote_shard(system.unstrip_protocol(path), details[path]) for path in paths]
 
 
@@ -119,22 +125,39 @@ def _first_names(place: Place) -> list[str]:
 
 
 def _remote_shard(path: str, known: dict[str, Any]) -> Shard:
+    if known["size"] is None:
+        raise InputError(f"IMAGES: the size of {path} is not told there, so it cannot be read as a shard")
     changed, etag = known.get("LastModified"), known.get("ETag")
     mtime_ns = nanoseconds(changed) if isinstance(changed, datetime) else None
     return Shard(0, path, known["size"], mtime_ns, etag and etag.strip('"'))
 
 
-def _names_of_shards(names: Iterator[str] | list[str]) -> list[str] | None:
+def _is_shard(name: str) -> bool:
+    """Whether a file is called as tars are, compressed ones too, which are refused then."""
+    return name.lower().endswith((EXTENSION, *COMPRESSED))
+
+
+def _names_of_shards(images: str, names: Iterable[str]) -> list[str] | None:
     """Names of the shards in a folder, given all of its names; None if it holds photos or folders, or no shard."""
-    shards = []
+    shards, single = [], False
     for name in names:
         if name.startswith(".") or not name:
             continue
         if name.endswith("/") or is_photo(name):
-            return None
-        if name.lower().endswith(EXTENSION):
+            single = True
+        elif _is_shard(name):
             shards.append(name)
-    return shards or None
+    if single and shards:
+        log.warning(
+            "IMAGES %s holds %d tar files, %s say, beside photos or folders: it is taken for a folder of single files. "
+            "If the tars are meant, give a glob of them, such as '%s/*%s'",
+            images,
+            len(shards),
+            shards[0],
+            images.rstrip("/"),
+            EXTENSION,
+        )
+    return None if single or not shards else _checked(images, shards)
 
 
 def _checked(images: str, paths: list[str]) -> list[str]:
@@ -152,15 +175,22 @@ def _checked(images: str, paths: list[str]) -> list[str]:
 def _with_sums(job: Job, shards: list[Shard]) -> list[Shard]:
     """The shards with the sums that were published of them."""
     sums = _published(job)
-    missing = [shard.path for shard in shards if _stem(shard.path) not in sums]
+    stems = [_stem(shard.path) for shard in shards]
+    missing = [shard.path for shard, stem in zip(shards, stems, strict=True) if stem not in sums]
     if missing:
         shown = ", ".join(missing[:EXAMPLES]) + (" ..." if len(missing) > EXAMPLES else "")
         raise InputError(f"--md5 {job.md5} has no sum of {len(missing)} of {len(shards)} shards: {shown}")
-    return [replace(shard, md5=sums[_stem(shard.path)]) for shard in shards]
+    twice = [stem for stem, count in Counter(stems).items() if count > 1 or len(sums[stem]) > 1]
+    if twice:
+        raise InputError(
+            f"--md5 {job.md5}: shards are told by their names, and more than one is called {twice[0]}: give those of "
+            "one folder at a time"
+        )
+    return [replace(shard, md5=min(sums[stem])) for shard, stem in zip(shards, stems, strict=True)]
 
 
-def _published(job: Job) -> dict[str, str]:
-    """Sums by the stems of the shards' names."""
+def _published(job: Job) -> dict[str, set[str]]:
+    """Sums by the stems of the shards' names; more than one where they contradict each other."""
     where = f"--md5 {job.md5}"
     place = Place(job.md5 or "", job.storage_options if is_url(job.md5 or "") else {})
     with explained(place, f"{where} cannot be read"):
@@ -172,13 +202,13 @@ def _published(job: Job) -> dict[str, str]:
             contents = {path: content.decode() for path, content in system.cat(files).items()}
         else:
             contents = {root: "\n".join(read_lines(where, place))}
-    sums = {}
+    sums: defaultdict[str, set[str]] = defaultdict(set)
     for path, text in contents.items():
         for line in filter(None, map(str.strip, text.splitlines())):
             found = BSD_MD5.fullmatch(line) or MD5SUM.fullmatch(line)
             if found is None:
                 raise InputError(f"{where}: {path} holds {line[:80]!r}: expected what md5sum writes (a sum and a name)")
-            sums[_stem(found["name"] or _shard_of(path))] = found["sum"].lower()
+            sums[_stem(found["name"] or _shard_of(path))].add(found["sum"].lower())
     return sums
 
 

@@ -30,9 +30,12 @@ MOST_BYTES_A_PIXEL = 8
 LEAST_LIMIT = 2**30
 #: Photos that are read and not yet hashed take at most so many bytes of a worker's memory, beside the next one.
 READ_AHEAD_BYTES = 256 * 2**20
-#: A shard is read in blocks of so many bytes, from a disk and from a store, and of the latter at most so many are under
-#: way for a worker thread: enough that a round trip of 100 ms costs nothing at the speed of hashing.
-DISK_BLOCK, STORE_BLOCK, BLOCKS_AHEAD = 2**20, 4 * 2**20, 8
+#: A shard is read in blocks of so many bytes, from a disk and from a store, and of a disk so many bytes are asked for
+#: ahead.
+DISK_BLOCK, STORE_BLOCK, DISK_AHEAD = 2**20, 4 * 2**20, 16 * 2**20
+#: A block of a store is under way in the place of so many photos (`Source.read_ahead`): by default 8 of them, enough
+#: that a round trip of 100 ms costs nothing at the speed of hashing.
+PHOTOS_A_BLOCK = 4
 
 
 def paths_by_rule(rule: PathRule, ids: pa.ChunkedArray, labels: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -126,6 +129,8 @@ def read_photo(ref: PhotoRef, *, max_pixels: int) -> PhotoFile:
         with open(path, "rb", buffering=0) as file:
             if isinstance(ref, str):
                 return PhotoFile(file.readall(), found.st_mtime_ns)
+            if ref.mtime_ns not in (None, found.st_mtime_ns):
+                raise changed(ref.path)
             file.seek(ref.offset)
             return PhotoFile(file.read(size), found.st_mtime_ns)
 
@@ -207,7 +212,10 @@ def _read_ahead(
         try:
             if not is_url(file_of(ref)):
                 return await asyncio.to_thread(read_photo, ref, max_pixels=max_pixels)
-            return await _persistently(lambda: fetch(ref, source, room))
+            file = await _persistently(lambda: fetch(ref, source, room))
+            if isinstance(ref, ByteRange) and ref.etag is not None and file.etag not in (None, ref.etag):
+                raise changed(ref.path)
+            return file
         except PhotoError as error:
             await give_back(number)
             return error
@@ -278,7 +286,7 @@ class Shards:
         if self._blocks is None or self._left or self._next != number:  # the one before was not read to its end
             self.close()
             refs = (ref for other in self.shards[number:] for ref in _blocks_of(other))
-            under_way = min(BLOCKS_AHEAD, self.source.read_ahead)
+            under_way = max(1, self.source.read_ahead // PHOTOS_A_BLOCK)
             self._blocks = _read_ahead(refs, self.source, self.max_pixels, under_way)
         self._next, self._left = number + 1, len(_blocks_of(shard))
         for ref in _blocks_of(shard):
@@ -287,11 +295,9 @@ class Shards:
             if isinstance(block, PhotoError):
                 self._left += 1  # lest the others are waited for
                 raise block
-            if shard.etag is not None and block.etag is not None and block.etag != shard.etag:
-                raise _changed(shard)
             yield block.content
             if len(block.content) < ref.bytes:
-                raise _changed(shard)
+                raise changed(shard.path)
 
     def close(self) -> None:
         """Give up what is under way."""
@@ -302,20 +308,26 @@ class Shards:
 
 def _blocks_of(shard: Shard) -> list[ByteRange]:
     starts = range(0, shard.bytes, STORE_BLOCK)
-    return [ByteRange(shard.path, start, min(STORE_BLOCK, shard.bytes - start)) for start in starts]
+    return [
+        ByteRange(shard.path, start, min(STORE_BLOCK, shard.bytes - start), shard.mtime_ns, shard.etag)
+        for start in starts
+    ]
 
 
-def _changed(shard: Shard) -> PhotoError:
-    return PhotoError("changed", "it is not what it was when the run began")
+def changed(path: str) -> PhotoError:
+    """The failure of a shard, or a photo in it, that is not what it was."""
+    return PhotoError("changed", f"{path} is not what it was when the run began")
 
 
 def _disk_blocks(shard: Shard, offset: int) -> Generator[bytes]:
     with _disk_failures(), open(shard.path, "rb", buffering=0) as file:
         found = os.fstat(file.fileno())
         if (found.st_size, found.st_mtime_ns) != (shard.bytes, shard.mtime_ns):
-            raise _changed(shard)
+            raise changed(shard.path)
         file.seek(offset)
         while block := file.read(DISK_BLOCK):
+            if hasattr(os, "posix_fadvise"):  # a disk is to be read while photos are hashed
+                os.posix_fadvise(file.fileno(), file.tell(), DISK_AHEAD, os.POSIX_FADV_WILLNEED)
             yield block
 
 

@@ -144,10 +144,14 @@ class RunFolder(Files):
                 system.makedirs(f"{root}/{IMAGES}", exist_ok=True)
             self.remove_leftovers()
             self._remove([name for name in OWN_FILES if name in self._names()])
-            self._remove([f"{IMAGES}/{part}" for part in self.parts()])
+            self.remove_parts()
             self._remove([f"{HASHES}/{name}" for name in self.done_pieces().values()])
         except (OSError, ReducerError) as error:
             raise InputError(f"--output {self.path} cannot be used: {error}") from None
+
+    def remove_parts(self) -> None:
+        """Take out the ledger: then nothing is ranked."""
+        self._remove([f"{IMAGES}/{part}" for part in self.parts()])
 
     def remove_leftovers(self) -> None:
         """Take out files that a killed run was about to write."""

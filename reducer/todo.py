@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from reducer.errand import Errand, ShardErrand
+from reducer.errors import InputError, ListingError
 from reducer.found import beside_plan, missing_error, rows_with, unread_ledger, without_errors
 from reducer.manifest import samples
 from reducer.pieces import wanted_keys
@@ -20,7 +21,7 @@ from reducer.schemas import FAILED, HASHES_SCHEMA, KNOWN_SCHEMA, TASK_SCHEMA
 from reducer.shards import member_keys
 from reducer.store import RunFolder
 from reducer.tables import with_column
-from reducer.types import MemberKeys, Shard
+from reducer.types import MemberKeys
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Todo:
     failed : tuple of int
         Partitions of which the photos that have failed are to be tried again.
     again : frozenset of int
-        Shards that are to be read again.
+        Shards that are to be read again; all labels are ranked anew then.
     is_begun : bool
         Whether what is in the folder is of this run; or of an earlier one that is still to be taken out.
     """
@@ -61,6 +62,27 @@ class Todo:
         """What photos in shards are told by; None for single files."""
         return None if self.plan.shards is None else member_keys(self.plan.job)
 
+    @property
+    def is_retry(self) -> bool:
+        """Whether what has failed is tried again."""
+        return bool(self.failed or self.again)
+
+    @cached_property
+    def reused(self) -> dict[int, pa.Table]:
+        """What an earlier run tells of shards, by their numbers."""
+        if self.reuse is None or self.plan.shards is None or self.keys is None:
+            return {}
+        return self.reuse.pieces(self.plan.shards, self.keys)
+
+    @cached_property
+    def spared(self) -> frozenset[int]:
+        """Shards that need not be read, since an earlier run tells all of them."""
+        if self.reuse is not None and self.keys is not None and self.plan.is_listed and self.reused:
+            known = beside_plan(self.plan, pa.concat_tables(self.reused.values()), self.keys)
+            if self.reuse.may_hold(self.plan.rows["path"].filter(pc.is_null(known["key"])), self.keys):
+                return frozenset()
+        return frozenset(self.reused)
+
     def first(self) -> Errand | ShardErrand:
         """What is to be done first."""
         return self.pieces() or self.partitions()
@@ -73,50 +95,48 @@ class Todo:
             known = None if self.reuse is None else beside(self.plan.read, self.reuse.known)
             rows = {number: rows for number, rows in self.plan.pieces(known).items() if number not in done}
             return Errand(job, rows, is_pieces=True) if rows else None
-        left = [shard for shard in self._to_be_read(self.plan.shards) if shard.number not in done]
+        left = [shard for shard in self.plan.shards if shard.number not in done and shard.number not in self.spared]
         left += [shard for shard in self.plan.shards if shard.number in self.again & done.keys()]
         if not left:
             return None
         wanted = None
-        if self.plan.is_listed:
-            known = self._reused()
-            has_hash = pc.is_valid(beside_plan(self.plan, known, self.keys)["hash"]).to_numpy()
-            wanted = wanted_keys(self.plan.rows["path"].to_pylist(), self.plan.is_read & ~has_hash)
+        if self.keys is not MemberKeys.SAMPLE:
+            hashed = self.plan.is_read
+            if self.reused:
+                known = beside_plan(self.plan, pa.concat_tables(self.reused.values()), self.keys)
+                hashed = hashed & pc.is_null(known["hash"]).to_numpy()
+            wanted = wanted_keys(self.plan.rows["path"].to_pylist(), hashed)
         return ShardErrand.of(job, left, wanted, self.threads)
 
-    def _to_be_read(self, shards: Sequence[Shard]) -> list[Shard]:
-        """Those that hold more than what an earlier run tells of them."""
-        if self.reuse is None:
-            return list(shards)
-        if self.plan.is_listed and beside_plan(self.plan, self._reused(), self.keys)["key"].null_count:
-            return list(shards)  # any may hold the rest
-        return [shard for shard in shards if not self.reuse.is_unchanged(shard)]
-
-    def _reused(self) -> pa.Table:
-        """What an earlier run tells of shards that are as they were."""
-        if self.reuse is None or self.plan.shards is None or self.keys is None:
-            return HASHES_SCHEMA.empty_table()
-        return self.reuse.found(self.plan.shards, self.keys)
-
     def found(self) -> pa.Table:
-        """All that was found in shards and pieces."""
-        reused = self._reused()
-        hashed = self.folder.hashes() if self.is_begun else HASHES_SCHEMA.empty_table()
-        if not reused.num_rows or self.plan.shards is None:
-            return hashed
-        # In the order of the shards, for the last of those with one key holds. Of one shard what is new comes last.
-        rows = pa.concat_tables([reused, hashed])
-        number = pc.index_in(rows["shard"], value_set=pa.array([shard.path for shard in self.plan.shards]))
+        """All that was found in shards and pieces, and that an earlier run tells of shards that are spared."""
+        done = self.folder.done_pieces() if self.is_begun else {}
+        tables = [self.folder.hashes()] if done else [HASHES_SCHEMA.empty_table()]
+        tables += [self.reused[number] for number in self.spared - done.keys()]
+        rows = pa.concat_tables(tables)
+        if len(tables) == 1:
+            return rows
+        # In the order of the shards: of rows with one key the last holds.
+        number = pc.index_in(rows["shard"], value_set=pa.array([shard.path for shard in self.plan.shards or ()]))
         return rows.take(pa.array(np.argsort(number.to_numpy(), kind="stable")))
 
     def listed(self) -> Plan:
-        """The plan of photos that only the shards could tell."""
-        return plan_of(self.plan.job, samples(self.found()), self.plan.shards).numbered(self.threads)
+        """The plan of photos that only the shards could tell.
+
+        Raises
+        ------
+        ListingError
+            If the options do not fit them.
+        """
+        try:
+            return plan_of(self.plan.job, samples(self.found()), self.plan.shards).numbered(self.threads)
+        except InputError as error:
+            raise ListingError(str(error)) from None
 
     def partitions(self) -> Errand:
         """The partitions that are left, and of those with failures the labels that have them."""
         plan = self.plan
-        names = self.folder.done_partitions() if self.is_begun else {}
+        names = self.folder.done_partitions() if self.is_begun and not self.again else {}
         rows = plan.read if self.reuse is None or plan.shards is not None else beside(plan.read, self.reuse.known)
         pieced: frozenset[int] = frozenset()
         if plan.is_listed and (plan.shards is not None or plan.rows["piece"].null_count < plan.rows.num_rows):
@@ -124,17 +144,19 @@ class Todo:
             pieced = plan.pieced
             if plan.shards is not None:
                 rows = rows_with(plan, found, self.missing)
+                if self.is_retry:
+                    rows = without_errors(rows)
             else:
                 is_pieced = pc.is_valid(plan.rows["piece"]).filter(pa.array(plan.is_read))
                 rows = _with_known(rows, rows_with(plan, found, self.missing), is_pieced)
         partitions = plan.partitions(rows)
         left = {number: own for number, own in partitions.items() if number not in names}
-        for number in self.failed:
+        for number in () if self.again else self.failed:
             ledger, _ = self.folder.read_part(names[number])
             labels = pc.unique(ledger.filter(pc.equal(ledger["reason"], FAILED))["label"])
             own = partitions[number].filter(pc.is_in(partitions[number]["label"], value_set=labels))
             before = beside(own.select(TASK_SCHEMA.names), as_known(ledger))
-            own = without_errors(own) if plan.shards is not None else own.select(TASK_SCHEMA.names)
+            own = own if plan.shards is not None else own.select(TASK_SCHEMA.names)
             left[number] = _with_known(own, before, pc.is_valid(before["known_hash"]))
         return Errand(plan.job, left, pieced | frozenset(self.failed), avoid=self.avoid)
 

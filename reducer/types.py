@@ -70,7 +70,7 @@ class PartitionTask:
 
 @dataclass(frozen=True)
 class Shard:
-    """A tar shard, as it was when the run began.
+    """A tar shard, as it was when the run began, or when it was to be read again.
 
     Attributes
     ----------
@@ -422,7 +422,7 @@ class PieceReport:
     skipped : dict of str to int
         Members that were left out though they may have been meant, counted by why.
     example : str or None
-        The first of them that looks like a photo.
+        Path of one of its files that might have been wanted.
     damage : str or None
         Why it may hold more photos than were found.
     md5 : str or None

@@ -8,6 +8,8 @@ Examples:
     python scripts/bench.py fidelity PHOTOS        # bits by which --decode fast differs from exact; a folder a label
     python scripts/bench.py quality PHOTOS         # what each strategy keeps, against random; a folder a label
     python scripts/bench.py s3                     # photos on S3 against a local folder; needs the extra "test"
+    python scripts/bench.py tar                    # the same photos as single files and in tar shards; likewise
+    python scripts/bench.py shards                 # peak memory of one worker that reads 8 GB of tar; likewise
     python scripts/bench.py flat PHOTOS            # hashes of photos without contrast; a folder a label
     python scripts/bench.py cut SIZES              # cutting a large ranked run, comparing its labels; SIZES: a TSV file
                                                    # with the columns images_in_class and n_classes
@@ -28,6 +30,7 @@ import random
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import tracemalloc
@@ -444,6 +447,151 @@ def plan_one(folder: str, name: str) -> tuple[int, int, float, float]:
     return planned.read.num_rows, len(tasks), time.perf_counter() - start, peak_memory() / 2**20
 
 
+def small_photos(folder: Path, photos: int) -> int:
+    """So many photos of about 63 KB, in a folder a label below train/; their bytes in all."""
+    by_label: dict[str, list[Path]] = defaultdict(list)
+    write_sample(str(folder / "sample"), labels=20, images=min(photos, 600))
+    for i, path in enumerate(itertools.islice(itertools.cycle(sorted((folder / "sample").rglob("*.jpg"))), photos)):
+        label = folder / "train" / str(i % 30)
+        label.mkdir(parents=True, exist_ok=True)
+        copy = label / f"{i:06}.jpg"
+        if i < 600:
+            Image.open(path).save(copy, quality=70)
+        else:
+            os.link(by_label[str(i % 30)][i // 30 % 20], copy)
+        by_label[label.name].append(copy)
+    return sum(path.stat().st_size for paths in by_label.values() for path in paths)
+
+
+def pack(photos: list[Path], shards: Path, count: int) -> None:
+    """Photos dealt out to so many tar shards, under their names."""
+    shards.mkdir()
+    for number in range(count):
+        with tarfile.open(shards / f"images_{number:03}.tar", "w") as shard:
+            for photo in photos[number::count]:
+                shard.add(photo, photo.name)
+
+
+def tar(photos: int) -> None:
+    """The same photos as single files and in tar shards, on disk and on a real S3 server, with and without 40 ms."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+    from faultproxy import FaultProxy
+    from s3server import S3Server
+
+    shards = 12
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        size = small_photos(folder, photos)
+        paths = sorted((folder / "train").rglob("*.jpg"))
+        with open(folder / "train.csv", "w") as manifest:
+            manifest.write("id,landmark_id\n" + "".join(f"{path.stem},{path.parent.name}\n" for path in paths))
+        random.Random(0).shuffle(paths)
+        pack(paths, folder / "tars", shards)
+        with S3Server(folder / "server") as server:
+            server.make_bucket("photos")
+            server.upload_folder(folder / "train", "photos", "train/")
+            server.upload_folder(folder / "tars", "photos", "tars/")
+            with FaultProxy(server.endpoint) as proxy:
+
+                def rate(images: str, endpoint: str | None = None, **options: object) -> float:
+                    if endpoint:
+                        keys = {"key": server.key, "secret": server.secret, "endpoint_url": endpoint}
+                        options["storage_options"] = keys
+                    if images.endswith("train"):
+                        options["path_template"] = "{label}/{id}.jpg"
+                    job = Job(
+                        images, str(folder / "run"), manifest=str(folder / "train.csv"), overwrite=True, **options
+                    )
+                    summary = reduce_images(job, ClusterSpec(workers=PROCESSES), progress=False).summary
+                    assert (summary["photos_read"], summary["photos_failed"]) == (photos, 0)
+                    return float(summary["photos_per_second"])
+
+                base = rate(str(folder / "train"))
+                rows.append(["single files on disk", round(base), 1.0, "", ""])
+                local = rate(str(folder / "tars"))
+                rows.append(["tar shards on disk", round(local), local / base, local / base, ""])
+                for reader in READER_NAMES:
+                    for where, endpoint in (("S3", server.endpoint), ("S3 through a proxy", proxy.endpoint)):
+                        proxy.delay_get = 0.0
+                        single, shard = (
+                            rate(f"s3://photos/{kind}", endpoint, reader=reader) for kind in ("train", "tars")
+                        )
+                        rows.append([f"single files on {where}, {reader}", round(single), single / base, "", ""])
+                        rows.append(
+                            [f"tar shards on {where}, {reader}", round(shard), shard / base, shard / single, ""]
+                        )
+                    proxy.delay_get = 0.04
+                    late = rate("s3://photos/tars", proxy.endpoint, reader=reader)
+                    rows.append([f"the same, 40 ms on every GET, {reader}", round(late), late / base, "", late / shard])
+    print(
+        f"{photos} photos of {size / photos / 1e3:.0f} KB on average, or {shards} shards of {size / shards / 1e6:.0f} "
+        f"MB, {PROCESSES} workers, server on the same machine, {machine()}\n"
+    )
+    table(["photos lie in", "photos/s", "of single files on disk", "of single files there", "of 0 ms"], rows)
+
+
+def shards(gigabytes: float) -> None:
+    """Peak memory of one worker that reads so much tar, on disk and from S3, most of its photos in the manifest."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+    from s3server import S3Server
+
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_sample(str(folder / "sample"), labels=60, images=2000)
+        originals = sorted((folder / "sample" / "train").rglob("*.jpg"))
+        (folder / "tars").mkdir()
+        written, number, ids = 0, 0, []
+        while written < gigabytes * 1e9:
+            path = folder / "tars" / f"images_{number:03}.tar"
+            with tarfile.open(path, "w") as shard:
+                while shard.offset < min(1e9, gigabytes * 1e9 - written):
+                    ids.append(f"{len(ids):016x}")
+                    shard.add(
+                        originals[len(ids) % len(originals)], f"{ids[-1][0]}/{ids[-1][1]}/{ids[-1][2]}/{ids[-1]}.jpg"
+                    )
+            written += path.stat().st_size
+            number += 1
+        wanted = [photo for i, photo in enumerate(ids) if i % 5]
+        lines = "".join(f"{photo},{i % max(1, len(wanted) // 150)}\n" for i, photo in enumerate(wanted))
+        (folder / "train.csv").write_text("id,landmark_id\n" + lines)
+        with S3Server(folder / "server") as server:
+            server.make_bucket("photos")
+            client = server.client()
+            for path in sorted((folder / "tars").iterdir()):
+                s3_put(client, path, "photos", f"tars/{path.name}")
+            keys = {"key": server.key, "secret": server.secret, "endpoint_url": server.endpoint}
+            places: list[tuple[str, dict[str, object]]] = [(str(folder / "tars"), {})]
+            places += [("s3://photos/tars", {"storage_options": keys, "reader": reader}) for reader in READER_NAMES]
+            for images, options in places:
+                job = Job(images, str(folder / "run"), manifest=str(folder / "train.csv"), overwrite=True, **options)
+                summary = reduce_images(job, ClusterSpec(workers=1)).summary
+                assert summary["photos_read"] == len(wanted)
+                rate = written / 1e6 / summary["timings"]["hash_seconds"]
+                peak = summary["worker_peak_memory_bytes"] / 2**20
+                where = f"S3, {options['reader']}" if options else "disk"
+                rows.append([where, summary["photos_per_second"], round(rate), round(peak)])
+    print(
+        f"{written / 1e9:.1f} GB in {number} shards, {len(ids)} photos, {len(wanted)} of them in the manifest, one "
+        f"worker, server on the same machine, {machine()}\n"
+    )
+    table(["shards lie on", "photos/s", "MB of tar/s", "peak worker memory, MiB"], rows)
+
+
+def s3_put(client: object, path: Path, bucket: str, key: str) -> None:
+    """Put a large file in parts."""
+    part = 64 * 2**20
+    upload = client.create_multipart_upload(Bucket=bucket, Key=key)["UploadId"]
+    where = {"Bucket": bucket, "Key": key, "UploadId": upload}
+    tags = []
+    with open(path, "rb") as file:
+        while block := file.read(part):
+            answer = client.upload_part(**where, PartNumber=len(tags) + 1, Body=block)
+            tags.append({"ETag": answer["ETag"], "PartNumber": len(tags) + 1})
+    client.complete_multipart_upload(**where, MultipartUpload={"Parts": tags})
+
+
 def s3(photos: int) -> None:
     """Photos on a real S3 server against the local folder, each reader, with and without 40 ms on every GET."""
     sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -453,18 +601,7 @@ def s3(photos: int) -> None:
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        by_label: dict[str, list[Path]] = defaultdict(list)
-        write_sample(str(folder / "sample"), labels=20, images=min(photos, 600))
-        for i, path in enumerate(itertools.islice(itertools.cycle(sorted((folder / "sample").rglob("*.jpg"))), photos)):
-            label = folder / "train" / str(i % 30)
-            label.mkdir(parents=True, exist_ok=True)
-            copy = label / f"{i:06}.jpg"
-            if i < 600:
-                Image.open(path).save(copy, quality=70)
-            else:
-                os.link(by_label[str(i % 30)][i // 30 % 20], copy)
-            by_label[label.name].append(copy)
-        size = sum(path.stat().st_size for paths in by_label.values() for path in paths) / photos / 1e3
+        size = small_photos(folder, photos) / photos / 1e3
         with S3Server(folder / "server") as server:
             server.make_bucket("photos")
             server.upload_folder(folder / "train", "photos", "train/")
@@ -684,7 +821,7 @@ def machine() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     subparsers = parser.add_subparsers(dest="command", required=True)
-    for command, default in ((speed, 30_000), (memory, 20_000), (plan, 1_580_470), (s3, 3_000)):
+    for command, default in ((speed, 30_000), (memory, 20_000), (plan, 1_580_470), (s3, 3_000), (tar, 3_000)):
         subparsers.add_parser(command.__name__, help=command.__doc__).add_argument(
             "--photos", type=int, default=default
         )
@@ -692,11 +829,13 @@ def main() -> None:
         subparsers.add_parser(command.__name__, help=command.__doc__).add_argument("photos")
     candidates = subparsers.add_parser("ranking", help=ranking.__doc__).add_argument
     candidates("sizes", metavar="candidates", type=int, nargs="*", default=[1_000, 6_272, 20_000])
+    read = subparsers.add_parser("shards", help=shards.__doc__).add_argument
+    read("--gigabytes", type=float, default=8.0, help="10^9 bytes, in shards of one")
     large_run = subparsers.add_parser("cut", help=cut.__doc__).add_argument
     large_run("sizes", help="TSV file: images_in_class, and n_classes for how many labels have so many")
     large_run("--keep-in", metavar="DIR", help="leave the generated run here (default: a temporary directory)")
     options = vars(parser.parse_args())
-    commands = {f.__name__: f for f in (speed, memory, plan, fidelity, quality, flat, ranking, s3, cut)}
+    commands = {f.__name__: f for f in (speed, memory, plan, fidelity, quality, flat, ranking, s3, tar, shards, cut)}
     commands[options.pop("command")](**options)
 
 

@@ -366,7 +366,7 @@ def test_a_stopped_run_ends_soon_and_says_what_is_kept(
     text = log.read_text()
     assert "Traceback" not in text
     assert re.search(
-        r"Stopped\. The photos hashed so far \(\d+ of 14\d\d\d\) are kept in .*run/images; the reduced list is not "
+        r"Stopped\. The photos hashed so far \(\d+ of 14\d\d\d\) are kept in .*run; the reduced list is not "
         r"written yet\. To go on: reducer resume \S+/run\n",
         text,
     )
