@@ -218,7 +218,7 @@ def resume(
         fingerprint.check_settings(job, avoid)
         session = Session(job.hash_size**2, progress)
         with session.timing("plan"):
-            plan = Plan(job, rows, summary["manifest"], folder.read_shards(), terms["is_listed"])
+            plan = Plan(job, rows, terms["manifest"], folder.read_shards(), terms["is_listed"])
             if rank_all and not plan.is_listed:  # nothing is known yet that could be read later
                 job = replace(job, rank_all=True)
                 plan = replace(plan, job=job)
@@ -416,5 +416,6 @@ def _terms(summary: dict[str, Any], plan: Plan, fingerprint: Fingerprint) -> dic
         "run": summary["run"],
         "rank_all": plan.job.rank_all,
         "is_listed": plan.is_listed,
+        "manifest": dict(plan.manifest),
         "fingerprint": fingerprint.as_dict(),
     }

@@ -283,7 +283,8 @@ class Run:
         if not self.plan.is_listed:
             self.folder.remove_parts()  # ranked by an earlier list
             self.todo = replace(self.todo, plan=self.todo.listed())
-            self.folder.write_plan(self.plan.rows, self.terms | {"is_listed": True})
+            now = {"is_listed": True, "manifest": dict(self.plan.manifest)}
+            self.folder.write_plan(self.plan.rows, self.terms | now)
             self.summary |= plan_figures(self.plan)
         self.session.pieced = self.plan.pieced
         errand = self.todo.partitions()

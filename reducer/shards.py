@@ -153,7 +153,7 @@ def _names_of_shards(images: str, names: Iterable[str]) -> list[str] | None:
             "If the tars are meant, give a glob of them, such as '%s/*%s'",
             images,
             len(shards),
-            shards[0],
+            min(shards),
             images.rstrip("/"),
             EXTENSION,
         )

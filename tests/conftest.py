@@ -7,12 +7,16 @@ import logging
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from deployments import DaskProcesses
 from s3server import S3Server
+from shardjobs import SHARDS, run_of
+from tarfiles import packed, photos_below, thumbnail, write_tars
 
 from reducer import ClusterSpec, Job, reduce_images
 from reducer.job import Result
@@ -141,3 +145,59 @@ def when_begun(run: Path, act: Callable[[], object]) -> threading.Thread:
     thread = threading.Thread(target=wait_and_act)
     thread.start()
     return thread
+
+
+# Tar shards
+
+
+@pytest.fixture(scope="session")
+def tiny(collection: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The collection in thumbnails: train/, train.csv. Hashing them takes next to no time."""
+    folder = tmp_path_factory.mktemp("tiny")
+    for path in (collection / "train").rglob("*.jpg"):
+        target = folder / path.relative_to(collection)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(thumbnail(path.read_bytes()))
+    (folder / "train.csv").write_bytes((collection / "train.csv").read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photos(tiny: Path) -> dict[str, bytes]:
+    return photos_below(tiny / "train")
+
+
+@pytest.fixture(scope="session")
+def labels(tiny: Path) -> dict[str, str]:
+    """Labels by id."""
+    table = pd.read_csv(tiny / "train.csv", dtype=str)
+    return dict(zip(table["id"], table["landmark_id"], strict=True))
+
+
+@pytest.fixture(scope="session")
+def single(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on the thumbnails as single files."""
+    run = tmp_path_factory.mktemp("single") / "run"
+    run_on(tiny, run)
+    return run
+
+
+@pytest.fixture
+def tars(photos: dict[str, bytes], tmp_path: Path) -> Path:
+    """The thumbnails in six tars, of this test's own."""
+    return write_tars(tmp_path / "tars", packed(photos, SHARDS))
+
+
+@pytest.fixture(scope="session")
+def whole(photos: dict[str, bytes], tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on such tars that nothing has disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    run_of(write_tars(folder / "tars", packed(photos, SHARDS)), folder / "run", tiny / "train.csv")
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def some(photos: dict[str, bytes], labels: dict[str, str]) -> list[bytes]:
+    """Photos that differ."""
+    largest = Counter(labels.values()).most_common(1)[0][0]
+    return [photos[name] for name in sorted(photos) if labels[name] == largest]

@@ -51,7 +51,7 @@ OPTIONS = {option for command in main.commands.values() for param in command.par
 
 
 def test_options_that_the_readme_names_exist() -> None:
-    assert set(re.findall(r"--[a-z]+(?:-[a-z]+)*", README)) <= OPTIONS
+    assert set(re.findall(r"--[a-z][a-z0-9]*(?:-[a-z0-9]+)*", README)) <= OPTIONS
 
 
 @pytest.mark.parametrize("block", [block for kind, block in BLOCKS if kind == "yaml"])
