@@ -184,7 +184,7 @@ def _of_shards(plan: Plan, reuse: Reuse | None, threads: int | None, sample: int
     """A forecast from the beginning of the first shard that has to be read."""
     todo = Todo(plan, RunFolder(plan.job.output_place), threads or 1, reuse=reuse, is_begun=False)
     errand = todo.pieces()
-    known = [rows["hash"] for rows in todo.reused.values()]
+    known = [rows["hash"] for rows, _ in todo.reused.values()]
     size = errand.bytes if isinstance(errand, ShardErrand) else 0
     sampler = _Sampler(sample)
     seconds = None

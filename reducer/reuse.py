@@ -20,7 +20,7 @@ from reducer.schemas import FLAT, KNOWN_SCHEMA, PLACE_SCHEMA
 from reducer.shards import member_keys
 from reducer.store import RunFolder
 from reducer.tables import with_column
-from reducer.types import MemberKeys, Shard
+from reducer.types import MemberKeys, PieceReport, Shard, Tally
 
 log = logging.getLogger("reducer")
 
@@ -100,7 +100,7 @@ class Reuse:
         if summary["status"] != "done":
             log.warning("%s is not finished: what it has hashed so far is taken", where)
 
-    def pieces(self, shards: Sequence[Shard], keys: MemberKeys) -> dict[int, pa.Table]:
+    def pieces(self, shards: Sequence[Shard], keys: MemberKeys) -> dict[int, tuple[pa.Table, PieceReport]]:
         """What is known of shards that are as they were.
 
         Parameters
@@ -112,9 +112,9 @@ class Reuse:
 
         Returns
         -------
-        dict of int to pyarrow.Table
-            `HASHES_SCHEMA` rows by the number that the shard has now; of shards that were whole, and checked against
-            the same MD5 sum if they are to be checked.
+        dict of int to (pyarrow.Table, PieceReport)
+            `HASHES_SCHEMA` rows and what came of them, by the number that the shard has now; of shards that were whole,
+            and checked against the same MD5 sum if they are to be checked.
         """
         reports = self.folder.piece_reports()
         ranged = self.ledger.filter(pc.and_(pc.is_valid(self.ledger["hash"]), pc.is_valid(self.ledger["shard"])))
@@ -136,7 +136,9 @@ class Reuse:
             # What failed is read again, where it can be.
             error = pc.if_else(pc.equal(rows["bytes"], 0), rows["error"], pa.scalar(None, pa.string()))
             rows = with_column(rows, "error", error)
-            found[shard.number] = with_column(rows, "reused", pa.array([True] * rows.num_rows, pa.bool_()))
+            rows = with_column(rows, "reused", pa.array([True] * rows.num_rows, pa.bool_()))
+            tally = Tally(reused=rows.num_rows - rows["hash"].null_count)
+            found[shard.number] = rows, replace(report, tally=tally)
         return found
 
     def may_hold(self, unknown: pa.ChunkedArray, keys: MemberKeys) -> bool:

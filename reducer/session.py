@@ -31,7 +31,7 @@ from reducer.schemas import FAILED, from_ipc
 from reducer.store import RunFolder
 from reducer.summary import outcome, plan_figures, shard_figures
 from reducer.todo import Todo
-from reducer.types import PartitionResult, Piece, PieceReport, PiecesResult, Tally
+from reducer.types import PartitionResult, Piece, PiecesResult, Tally
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -245,9 +245,9 @@ class Run:
         session.begun = time.perf_counter()
         session.pieced = self.plan.pieced if self.plan.is_listed else None
         for number in sorted(self.todo.spared - folder.done_pieces().keys()):
-            found = self.todo.reused[number]
-            session.hashed[number] = Tally(reused=found.num_rows - found["hash"].null_count)
-            folder.write_piece(number, found, PieceReport(session.hashed[number]))
+            found, report = self.todo.reused[number]
+            session.hashed[number] = report.tally
+            folder.write_piece(number, found, report)
         with session.timing("hash"):
             self._hash_and_rank(work)
         open_cluster.close()  # the rest needs no workers
@@ -301,10 +301,12 @@ class Run:
                 assert isinstance(result, PiecesResult)
                 for piece in result.pieces:
                     found = from_ipc(piece.found)
-                    if piece.number in done:
+                    if piece.report.wrong_md5:
+                        pass  # what another look gave was of another shard
+                    elif piece.number in done:
                         found = merged(folder.read_piece(piece.number)[0], found)
                     elif piece.number in self.todo.reused:
-                        found = merged(self.todo.reused[piece.number], found)
+                        found = merged(self.todo.reused[piece.number][0], found)
                     folder.write_piece(piece.number, found, piece.report)
                     self._warn(piece)
                 session.add_pieces(result)

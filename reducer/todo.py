@@ -21,7 +21,7 @@ from reducer.schemas import FAILED, HASHES_SCHEMA, KNOWN_SCHEMA, TASK_SCHEMA
 from reducer.shards import member_keys
 from reducer.store import RunFolder
 from reducer.tables import with_column
-from reducer.types import MemberKeys
+from reducer.types import MemberKeys, PieceReport
 
 
 @dataclass(frozen=True)
@@ -68,17 +68,21 @@ class Todo:
         return bool(self.failed or self.again)
 
     @cached_property
-    def reused(self) -> dict[int, pa.Table]:
+    def reused(self) -> dict[int, tuple[pa.Table, PieceReport]]:
         """What an earlier run tells of shards, by their numbers."""
         if self.reuse is None or self.plan.shards is None or self.keys is None:
             return {}
         return self.reuse.pieces(self.plan.shards, self.keys)
 
+    def _known(self) -> pa.Table:
+        """What an earlier run tells of the photos of the plan."""
+        return beside_plan(self.plan, pa.concat_tables([rows for rows, _ in self.reused.values()]), self.keys)
+
     @cached_property
     def spared(self) -> frozenset[int]:
         """Shards that need not be read, since an earlier run tells all of them."""
         if self.reuse is not None and self.keys is not None and self.plan.is_listed and self.reused:
-            known = beside_plan(self.plan, pa.concat_tables(self.reused.values()), self.keys)
+            known = self._known()
             if self.reuse.may_hold(self.plan.rows["path"].filter(pc.is_null(known["key"])), self.keys):
                 return frozenset()
         return frozenset(self.reused)
@@ -103,8 +107,7 @@ class Todo:
         if self.keys is not MemberKeys.SAMPLE:
             hashed = self.plan.is_read
             if self.reused:
-                known = beside_plan(self.plan, pa.concat_tables(self.reused.values()), self.keys)
-                hashed = hashed & pc.is_null(known["hash"]).to_numpy()
+                hashed = hashed & pc.is_null(self._known()["hash"]).to_numpy()
             wanted = wanted_keys(self.plan.rows["path"].to_pylist(), hashed)
         return ShardErrand.of(job, left, wanted, self.threads)
 
@@ -112,7 +115,7 @@ class Todo:
         """All that was found in shards and pieces, and that an earlier run tells of shards that are spared."""
         done = self.folder.done_pieces() if self.is_begun else {}
         tables = [self.folder.hashes()] if done else [HASHES_SCHEMA.empty_table()]
-        tables += [self.reused[number] for number in self.spared - done.keys()]
+        tables += [self.reused[number][0] for number in self.spared - done.keys()]
         rows = pa.concat_tables(tables)
         if len(tables) == 1:
             return rows
