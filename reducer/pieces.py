@@ -317,9 +317,12 @@ class _Reading:
                 raise PhotoError("unreadable", self.unreadable)
 
     def _look_later(self) -> None:
-        looks = self.looker.at_all([photo.ref for photo in self.later], self.task.settings, self.task.source)
-        for photo, look in zip(self.later, looks, strict=True):
-            photo.look = look
+        # A link leads to where another photo lies, which may have been looked at.
+        seen = {photo.ref: photo.look for photo in self.seen if photo.look is not None}
+        refs = [ref for ref in dict.fromkeys(photo.ref for photo in self.later) if ref not in seen]
+        seen |= zip(refs, self.looker.at_all(refs, self.task.settings, self.task.source), strict=True)
+        for photo in self.later:
+            photo.look = seen[photo.ref]
 
     def _labelled(self) -> list[_Seen]:
         for photo in self.seen:

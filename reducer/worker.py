@@ -61,7 +61,8 @@ def work_off(work: Work, shared: NDArray[np.uint8] | None = None) -> PartitionRe
     looker = _CarefulLooker(worker, work, beat)
     try:
         if isinstance(task, ShardTask):
-            return run_shards(task, None if shared is None else shared.view(np.uint64).reshape(-1), looker)
+            with memory_bound(None if looker.apart else looker.bound):  # once, and not for each photo
+                return run_shards(task, None if shared is None else shared.view(np.uint64).reshape(-1), looker)
         if task.is_piece:
             return run_piece(task, looker)
         return run_partition(task, shared, looker.at_all)

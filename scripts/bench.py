@@ -467,7 +467,8 @@ def pack(photos: list[Path], shards: Path, count: int) -> None:
     """Photos dealt out to so many tar shards, under their names."""
     shards.mkdir()
     for number in range(count):
-        with tarfile.open(shards / f"images_{number:03}.tar", "w") as shard:
+        # Photos that are hard links to one file are files of their own in a shard.
+        with tarfile.open(shards / f"images_{number:03}.tar", "w", dereference=True) as shard:
             for photo in photos[number::count]:
                 shard.add(photo, photo.name)
 
