@@ -94,20 +94,22 @@ def _local_files(images: str) -> list[Shard] | None:
 
 def _remote_files(place: Place) -> list[Shard] | None:
     system, root = place.open()
-    if _is_shard(root) and system.isfile(root):
-        details = {root: system.info(root)}
-        paths = _checked(place.path, [root])
-    elif glob.has_magic(root) and not system.isdir(root):
+    if glob.has_magic(root) and not system.isdir(root):
         details = system.glob(root, detail=True)
         files = [path for path, known in details.items() if known["type"] == "file"]
         paths = _checked(place.path, [path for path in files if not posixpath.basename(path).startswith(".")])
+    elif _is_shard(root) and system.isfile(root):
+        details = {root: system.info(root)}
+        paths = _checked(place.path, [root])
     else:
         if _names_of_shards(place.path, _first_names(place)) is None:
             return None
         details = {known["name"]: known for known in system.ls(root, detail=True) if known["type"] == "file"}
         names = {posixpath.basename(path): path for path in details}
         paths = [names[name] for name in _names_of_shards(place.path, names) or ()]
-    return [_remote_shard(system.unstrip_protocol(path), details[path]) for path in paths]
+    # Not all listings tell sizes: those of web servers do not.
+    known = {path: details[path] if details[path]["size"] is not None else system.info(path) for path in paths}
+    return [_remote_shard(system.unstrip_protocol(path), known[path]) for path in paths]
 
 
 def _first_names(place: Place) -> list[str]:
