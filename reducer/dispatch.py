@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from reducer.cluster import check_alike, check_sight
 from reducer.clusterspec import ClusterSpec
-from reducer.environment import Environment, compare_with, environment
+from reducer.environment import compare_with, environment
 from reducer.errand import Errand, ShardErrand
 from reducer.errors import ClusterError
 from reducer.pieces import run_piece, run_shards
@@ -88,8 +88,9 @@ class Dispatch:
         The partitions, pieces or shards; there are some.
     spec : ClusterSpec
         Of the cluster. Workers that hang are restarted where it is ours.
-    known : Environment, optional
-        What decides hashes on all workers, where that has been looked into: there may be none just now.
+    before : Dispatch, optional
+        What this one goes on from: what that one knows of the workers is not asked again, for now there may be none, or
+        some that hang.
 
     Attributes
     ----------
@@ -103,16 +104,20 @@ class Dispatch:
     """
 
     def __init__(
-        self, client: Client, errand: Errand | ShardErrand, spec: ClusterSpec, known: Environment | None = None
+        self, client: Client, errand: Errand | ShardErrand, spec: ClusterSpec, before: Dispatch | None = None
     ) -> None:
         self.client, self.errand, self.rules = client, errand, spec.rules
         self.may_restart = spec.address is None
-        self.environment = known or check_alike(client, errand.job.photo_settings)
-        self.terms = Terms(
+        if before is None:
+            self.environment = check_alike(client, errand.job.photo_settings)
+            seen = check_sight(client, errand.job, errand.probes(), self.rules.wait)
+        else:
+            self.environment, seen = before.environment, before.terms.seen
+        self.terms: Terms = Terms(
             run_token=uuid.uuid4().hex,
             code=code_digest(),
             environment=self.environment.digest,
-            seen=check_sight(client, errand.job, errand.probes(), self.rules.wait),
+            seen=seen,
             beat=min(MOST_BEAT, self.rules.stall / 4),
             patience=self.rules.stall,
         )
@@ -122,7 +127,7 @@ class Dispatch:
         #: When which worker last told of each partition and attempt. Signs may come before `sent` knows of them.
         self.signs: dict[tuple[int, int], tuple[float, str]] = {}
         #: Workers that get nothing more from us, and why.
-        self.left_out: dict[str, str] = {}
+        self.left_out: dict[str, str] = {} if before is None else dict(before.left_out)
         self.threads: dict[str, int] = {}
         self.windows = 0
         self.wake: queue.SimpleQueue[object] = queue.SimpleQueue()

@@ -20,7 +20,6 @@ from reducer.clusterspec import ClusterSpec
 from reducer.crosslabel import cross_label_table
 from reducer.cutting import apply_filters
 from reducer.dispatch import Dispatch, InProcess
-from reducer.environment import Environment
 from reducer.errand import Errand, ShardErrand
 from reducer.errors import BudgetError, ListingError, LostLockError, ReducerError, TooManyFailuresError
 from reducer.found import merged
@@ -179,22 +178,24 @@ class Workers:
     client: Client | None
     spec: ClusterSpec
 
-    def take(self, errand: Errand | ShardErrand, environment: Environment | None = None) -> InProcess | Dispatch:
+    def take(self, errand: Errand | ShardErrand, before: InProcess | Dispatch | None = None) -> InProcess | Dispatch:
         """Get ready to do something.
 
         Parameters
         ----------
         errand : Errand or ShardErrand
             What is to be done.
-        environment : Environment, optional
-            What decides hashes on all workers, where that has been looked into.
+        before : InProcess or Dispatch, optional
+            What this goes on from.
 
         Raises
         ------
         InputError
             If workers differ in what decides hashes, or some of them cannot read the photos.
         """
-        return InProcess(errand) if self.client is None else Dispatch(self.client, errand, self.spec, environment)
+        if self.client is None:
+            return InProcess(errand)
+        return Dispatch(self.client, errand, self.spec, before if isinstance(before, Dispatch) else None)
 
 
 @dataclass
@@ -272,14 +273,14 @@ class Run:
     def _hash_and_rank(self, work: InProcess | Dispatch) -> None:
         if isinstance(work.errand, ShardErrand) or work.errand.is_pieces:
             self._hash(work)
-            work = self._on_to_partitions(work.environment)
+            work = self._on_to_partitions(work)
         elif not self.plan.is_listed:
-            work = self._on_to_partitions(work.environment)
+            work = self._on_to_partitions(work)
         errand = work.errand
         assert isinstance(errand, Errand)
         self._rank(errand, work)
 
-    def _on_to_partitions(self, environment: Environment) -> InProcess | Dispatch:
+    def _on_to_partitions(self, before: InProcess | Dispatch) -> InProcess | Dispatch:
         if not self.plan.is_listed:
             self.folder.remove_parts()  # ranked by an earlier list
             self.todo = replace(self.todo, plan=self.todo.listed())
@@ -288,7 +289,7 @@ class Run:
             self.summary |= plan_figures(self.plan)
         self.session.pieced = self.plan.pieced
         errand = self.todo.partitions()
-        return self.workers.take(errand, environment) if errand.rows else InProcess(errand)
+        return self.workers.take(errand, before) if errand.rows else InProcess(errand)
 
     def _hash(self, work: InProcess | Dispatch) -> None:
         """Write what is found in each shard or piece as it comes."""
