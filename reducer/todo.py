@@ -74,6 +74,7 @@ class Todo:
             return {}
         return self.reuse.pieces(self.plan.shards, self.keys)
 
+    @cached_property
     def _known(self) -> pa.Table:
         """What an earlier run tells of the photos of the plan."""
         return beside_plan(self.plan, pa.concat_tables([rows for rows, _ in self.reused.values()]), self.keys)
@@ -82,7 +83,7 @@ class Todo:
     def spared(self) -> frozenset[int]:
         """Shards that need not be read, since an earlier run tells all of them."""
         if self.reuse is not None and self.keys is not None and self.plan.is_listed and self.reused:
-            known = self._known()
+            known = self._known
             if self.reuse.may_hold(self.plan.rows["path"].filter(pc.is_null(known["key"])), self.keys):
                 return frozenset()
         return frozenset(self.reused)
@@ -107,7 +108,7 @@ class Todo:
         if self.keys is not MemberKeys.SAMPLE:
             hashed = self.plan.is_read
             if self.reused:
-                hashed = hashed & pc.is_null(self._known()["hash"]).to_numpy()
+                hashed = hashed & pc.is_null(self._known["hash"]).to_numpy()
             wanted = wanted_keys(self.plan.rows["path"].to_pylist(), hashed)
         return ShardErrand.of(job, left, wanted, self.threads)
 
@@ -143,7 +144,7 @@ class Todo:
         rows = plan.read if self.reuse is None or plan.shards is not None else beside(plan.read, self.reuse.known)
         pieced: frozenset[int] = frozenset()
         if plan.is_listed and (plan.shards is not None or plan.rows["piece"].null_count < plan.rows.num_rows):
-            found = beside_plan(plan, self.found(), self.keys)
+            found = self._found_beside
             pieced = plan.pieced
             if plan.shards is not None:
                 rows = rows_with(plan, found, self.missing)
@@ -163,7 +164,12 @@ class Todo:
             left[number] = _with_known(own, before, pc.is_valid(before["known_hash"]))
         return Errand(plan.job, left, pieced | frozenset(self.failed), avoid=self.avoid)
 
-    @property
+    @cached_property
+    def _found_beside(self) -> pa.Table:
+        """What was found of each row of the plan; asked for only when all shards and pieces are done."""
+        return beside_plan(self.plan, self.found(), self.keys)
+
+    @cached_property
     def missing(self) -> str:
         """The error of photos that no shard holds."""
         return missing_error(self.folder.piece_reports() if self.is_begun else {})
@@ -172,7 +178,7 @@ class Todo:
         """`LEDGER_SCHEMA` rows of the photos that are not read."""
         if self.plan.shards is None:
             return self.plan.unread
-        return unread_ledger(self.plan, beside_plan(self.plan, self.found(), self.keys), self.missing)
+        return unread_ledger(self.plan, self._found_beside, self.missing)
 
 
 def _with_known(rows: pa.Table, known: pa.Table, where: pa.ChunkedArray) -> pa.Table:
