@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from reducer.config import near_copy_bits
+from reducer.hashing import all_from_hex
 from reducer.ranking import Hashes, Positions
 from reducer.schemas import CROSS_LABEL_SCHEMA
 from reducer.tables import text_ranks
@@ -43,10 +44,6 @@ HELD_PAIRS = 2**22
 EDGES = 2**12
 #: Rows of the table that are gathered at a time; as a whole their text may be more than one Arrow array holds.
 GATHERED_ROWS = 2**20
-#: Hashes that are parsed at a time.
-PARSED_ROWS = 2**16
-#: What stands for a character that is no hexadecimal digit.
-NO_DIGIT = 255
 
 
 def cross_label_pairs(
@@ -152,7 +149,7 @@ def cross_label_table(ledger: pa.Table, bits: int) -> pa.Table:
         photos.append_column("number", pa.array(labels)),
         sort_keys=[(name, "ascending") for name in ("number", "id", "path", "hash")],
     ).to_numpy()
-    hashes = _from_hex(photos["hash"], bits)[order]
+    hashes = all_from_hex(photos["hash"], bits)[order]
     first, second, distance = cross_label_pairs(hashes, labels[order], bits)
     parts = []
     for start in range(0, len(first), GATHERED_ROWS):
@@ -161,33 +158,6 @@ def cross_label_table(ledger: pa.Table, bits: int) -> pa.Table:
         columns = [side[name] for side in sides for name in names]
         parts.append(pa.table([*columns, pa.array(distance[share].astype(np.float64))], schema=CROSS_LABEL_SCHEMA))
     return pa.concat_tables(parts) if parts else CROSS_LABEL_SCHEMA.empty_table()
-
-
-def _from_hex(texts: pa.ChunkedArray, bits: int) -> Hashes:
-    """`reducer.hashing.from_hex` of many at a time."""
-    digits = -(-bits // 4)
-    if pc.any(pc.not_equal(pc.binary_length(texts), digits)).as_py():
-        raise ValueError(f"not all hashes have {digits} hexadecimal digits, as those of {bits} bits have")
-    value = np.full(256, NO_DIGIT, dtype=np.uint8)
-    for digit, characters in enumerate(zip("0123456789abcdef", "0123456789ABCDEF", strict=True)):
-        value[[ord(character) for character in characters]] = digit
-    packed = np.empty((len(texts), -(-bits // 8)), dtype=np.uint8)
-    padding = -bits % 8
-    for start in range(0, len(texts), PARSED_ROWS):
-        share = texts.slice(start, PARSED_ROWS)
-        text = np.frombuffer("".join(share.to_pylist()).encode(), dtype=np.uint8).reshape(len(share), digits)
-        half_bytes = value[text]
-        if (half_bytes == NO_DIGIT).any():
-            raise ValueError("not all hashes are hexadecimal digits")
-        number = np.pad(half_bytes, ((0, 0), (digits % 2, 0)))
-        number = np.bitwise_or(number[:, 0::2] << 4, number[:, 1::2])
-        if padding:
-            # The text is a number, aligned right; packed bits are aligned left.
-            if (number[:, 0] >> (8 - padding)).any():
-                raise ValueError(f"not all hashes have {bits} bits")
-            number = np.bitwise_or(number << padding, np.pad(number[:, 1:], ((0, 0), (0, 1))) >> (8 - padding))
-        packed[start : start + PARSED_ROWS] = number
-    return packed
 
 
 def _flat(hashes: Hashes, bits: int) -> NDArray[np.bool_]:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import imagehash
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
@@ -56,6 +58,10 @@ DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 #: is to be seen. Of photos whose contrast is lowered so far, more than a quarter are no near copies of themselves any
 #: more; the flattest of 1,669 real photos has 8.2 (`scripts/bench.py flat`).
 FLAT_DEVIATION = 4.0
+#: Hashes that are parsed at a time.
+PARSED_ROWS = 2**16
+#: What stands for a character that is no hexadecimal digit.
+NO_DIGIT = 255
 #: How a photo is to be turned or mirrored for each EXIF orientation (EXIF 2.32, tag 274).
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -126,6 +132,50 @@ def from_hex(text: str, bits: int) -> bytes:
     if len(text) != -(-bits // 4) or not 0 <= value < 1 << bits:
         raise ValueError(f"{text!r} is no hash of {bits} bits: expected {-(-bits // 4)} hexadecimal digits")
     return (value << -bits % 8).to_bytes(-(-bits // 8))
+
+
+def all_from_hex(texts: pa.ChunkedArray, bits: int) -> NDArray[np.uint8]:
+    """`from_hex` of many at a time.
+
+    Parameters
+    ----------
+    texts : pyarrow.ChunkedArray of string, shape (n,)
+        Hashes in hex, none of them null.
+    bits : int
+        Bits of a hash.
+
+    Returns
+    -------
+    ndarray of uint8, shape (n, hash bytes)
+
+    Raises
+    ------
+    ValueError
+        If one is no hash of so many bits.
+    """
+    digits = -(-bits // 4)
+    if pc.any(pc.not_equal(pc.binary_length(texts), digits)).as_py():
+        raise ValueError(f"not all hashes have {digits} hexadecimal digits, as those of {bits} bits have")
+    value = np.full(256, NO_DIGIT, dtype=np.uint8)
+    for digit, characters in enumerate(zip("0123456789abcdef", "0123456789ABCDEF", strict=True)):
+        value[[ord(character) for character in characters]] = digit
+    packed = np.empty((len(texts), -(-bits // 8)), dtype=np.uint8)
+    padding = -bits % 8
+    for start in range(0, len(texts), PARSED_ROWS):
+        share = texts.slice(start, PARSED_ROWS)
+        text = np.frombuffer("".join(share.to_pylist()).encode(), dtype=np.uint8).reshape(len(share), digits)
+        half_bytes = value[text]
+        if (half_bytes == NO_DIGIT).any():
+            raise ValueError("not all hashes are hexadecimal digits")
+        number = np.pad(half_bytes, ((0, 0), (digits % 2, 0)))
+        number = np.bitwise_or(number[:, 0::2] << 4, number[:, 1::2])
+        if padding:
+            # The text is a number, aligned right; packed bits are aligned left.
+            if (number[:, 0] >> (8 - padding)).any():
+                raise ValueError(f"not all hashes have {bits} bits")
+            number = np.bitwise_or(number << padding, np.pad(number[:, 1:], ((0, 0), (0, 1))) >> (8 - padding))
+        packed[start : start + PARSED_ROWS] = number
+    return packed
 
 
 class _PillowSettings:
@@ -199,7 +249,7 @@ def grey_deviation(image: Image.Image) -> float:
     return float(np.asarray(small).std(dtype=np.float64))
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation(image: Image.Image) -> int:
     """A photo's EXIF orientation, 1 to 8; 1 where there is none, or none that can be read."""
     try:
         found = image.getexif().get(ExifTags.Base.Orientation, 1)
@@ -233,33 +283,58 @@ def hash_photo(content: bytes, settings: PhotoSettings) -> PhotoHash:
     PhotoError
         For anything that Pillow or the limit refuses, `MemoryError` included.
     """
+    kind = HASHES[settings.hash]
+    with opened_photo(content, settings.max_pixels) as opened:
+        image = opened
+        width, height = image.size
+        jpeg = opened.format in JPEG_FORMATS
+        if settings.exif_orientation:
+            if not jpeg:  # some formats tell it behind the pixels only
+                image.load()
+            turn = orientation(image)
+        else:
+            turn = 1
+        if settings.decode == "fast" and jpeg:
+            columns, rows = kind.grid(settings.hash_size)
+            if turn >= 5:  # stored lying on its side
+                columns, rows = rows, columns
+            opened.draft("L", (DRAFT_FLOOR * columns, DRAFT_FLOOR * rows))
+        if turn != 1:
+            image = image.transpose(TURNS[turn])
+        flat = settings.drop_flat and grey_deviation(image) < FLAT_DEVIATION
+        bits: NDArray[np.bool_] = getattr(imagehash, kind.function)(image, hash_size=settings.hash_size).hash
+        return PhotoHash(np.packbits(bits).tobytes(), width, height, opened.format or "unknown", flat)
+
+
+@contextmanager
+def opened_photo(content: bytes, max_pixels: int) -> Iterator[Image.Image]:
+    """A photo to be decoded; whatever goes wrong with it meanwhile is its own failure.
+
+    Parameters
+    ----------
+    content : bytes
+        The whole file.
+    max_pixels : int
+        As for `hash_photo`.
+
+    Yields
+    ------
+    PIL.Image.Image
+        Not decoded yet.
+
+    Raises
+    ------
+    PhotoError
+        For anything that Pillow or the limit refuses, `MemoryError` included.
+    """
     if not content:
         raise PhotoError("empty", "the file has 0 bytes")
-    kind, max_pixels = HASHES[settings.hash], settings.max_pixels
     try:
-        with Image.open(io.BytesIO(content)) as opened:
-            image: Image.Image = opened
-            width, height = image.size
+        with Image.open(io.BytesIO(content)) as image:
             for columns, rows in (image.size, _tile_size(image)):
                 if columns * rows > max_pixels:
                     raise PhotoError("too large", f"{columns} x {rows} pixels, over --max-pixels {max_pixels}")
-            jpeg = opened.format in JPEG_FORMATS
-            if settings.exif_orientation:
-                if not jpeg:  # some formats tell it behind the pixels only
-                    image.load()
-                orientation = _orientation(image)
-            else:
-                orientation = 1
-            if settings.decode == "fast" and jpeg:
-                columns, rows = kind.grid(settings.hash_size)
-                if orientation >= 5:  # stored lying on its side
-                    columns, rows = rows, columns
-                image.draft("L", (DRAFT_FLOOR * columns, DRAFT_FLOOR * rows))
-            if orientation != 1:
-                image = image.transpose(TURNS[orientation])
-            flat = settings.drop_flat and grey_deviation(image) < FLAT_DEVIATION
-            bits: NDArray[np.bool_] = getattr(imagehash, kind.function)(image, hash_size=settings.hash_size).hash
-            return PhotoHash(np.packbits(bits).tobytes(), width, height, opened.format or "unknown", flat)
+            yield image
     except PhotoError:
         raise
     except Image.DecompressionBombError as error:

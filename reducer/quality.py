@@ -15,10 +15,13 @@ from numpy.typing import NDArray
 from reducer.config import PhotoSettings, near_copy_bits
 from reducer.draw import RANDOM_ORDER, draw_order
 from reducer.hashing import from_hex
-from reducer.ranking import Hashes, Positions, as_words, distances_to, nearest_kept
+from reducer.ranking import Hashes, Positions, as_words, nearest_kept
 from reducer.schemas import LEDGER_SCHEMA
 from reducer.tables import with_column
 from reducer.types import Certificate, Quality, Spread
+
+#: Pairs of photos that are compared at a time.
+COMPARED_PAIRS = 2**18
 
 
 def spread(hashes: Hashes, bits: int, nearest: NDArray[np.float64]) -> Spread:
@@ -50,12 +53,7 @@ def spread(hashes: Hashes, bits: int, nearest: NDArray[np.float64]) -> Spread:
     )
     if count == 1:
         return covered
-    words = as_words(hashes)
-    # Counts of pairs by distance: enough for all the figures, and small whatever k is.
-    histogram = np.zeros(bits + 1, dtype=np.int64)
-    for i in range(count - 1):
-        later = words[:, i:]
-        histogram += np.bincount(distances_to(later, later[:, 0])[1:], minlength=len(histogram))
+    histogram = pair_histogram(hashes, bits)
     distances = np.arange(len(histogram))
     return covered + Spread(
         labels_with_pairs=1,
@@ -64,6 +62,42 @@ def spread(hashes: Hashes, bits: int, nearest: NDArray[np.float64]) -> Spread:
         distance_sum=int(histogram @ distances),
         smallest_sum=int(np.flatnonzero(histogram)[0]),
     )
+
+
+def pair_histogram(hashes: Hashes, bits: int) -> NDArray[np.int64]:
+    """How many pairs of photos are how far apart: small whatever their number is, and enough for all figures.
+
+    Parameters
+    ----------
+    hashes : ndarray of uint8, shape (k, hash bytes)
+        Packed hashes.
+    bits : int
+        Bits of a hash.
+
+    Returns
+    -------
+    ndarray of int64, shape (bits + 1,)
+        Pairs that are 0, 1, ... bits apart; they sum up to k (k - 1) / 2.
+    """
+    words = as_words(hashes)
+    count = len(hashes)
+    histogram = np.zeros(bits + 1, dtype=np.int64)
+    rows = max(1, COMPARED_PAIRS // max(1, count))
+    for start in range(0, count, rows):
+        end = min(start + rows, count)
+        block, rest = words[:, start:end], words[:, end:]
+        own = _histogram(block, block, bits)
+        own[0] -= end - start  # of each with itself
+        histogram += own // 2 + _histogram(block, rest, bits)
+    return histogram
+
+
+def _histogram(one: NDArray[np.uint64], other: NDArray[np.uint64], bits: int) -> NDArray[np.int64]:
+    """Distances of all of one to all of another, counted."""
+    distance = np.zeros((one.shape[1], other.shape[1]), dtype=np.int64)
+    for its, others in zip(one, other, strict=True):
+        distance += np.bitwise_count(its[:, None] ^ others[None, :])
+    return np.bincount(distance.ravel(), minlength=bits + 1)
 
 
 def counting_bound(hashes: Hashes, bits: int, keep: int) -> int:

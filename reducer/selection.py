@@ -111,7 +111,7 @@ def select(ledger: pa.Table, rules: CutRules, always_keep: NDArray[np.bool_]) ->
         code[candidates[~far]] = _MIN_DISTANCE
         candidates = candidates[far]
     if rules.keep is not None:
-        beyond = _place_in_group(label[candidates]) >= rules.keep
+        beyond = place_in_group(label[candidates]) >= rules.keep
         code[candidates[beyond]] = _BEYOND_KEEP
         candidates = candidates[~beyond]
     reached = None
@@ -166,7 +166,7 @@ def _fit(
     """Which photos a budget has room for; photos are sorted by (label, rank)."""
     budget = rules.total if rules.total is not None else rules.max_bytes
     assert isinstance(budget, int)
-    fits = (_place_in_group(label) < rules.guaranteed) | always_keep
+    fits = (place_in_group(label) < rules.guaranteed) | always_keep
     least = int(size[fits].sum())
     if least > budget:
         flag = "--total" if rules.total is not None else "--max-bytes"
@@ -185,7 +185,7 @@ def _fit(
     return fits, float(effective[rest[room - 1]]) if room else None
 
 
-def _place_in_group(group: NDArray[np.int64]) -> NDArray[np.int64]:
+def place_in_group(group: NDArray[np.int64]) -> NDArray[np.int64]:
     """Place of each row in its group, the first is 0; equal groups stand together."""
     own = np.arange(len(group))
     starts = np.flatnonzero(np.concatenate([[True], group[1:] != group[:-1]])) if len(group) else own
@@ -199,7 +199,7 @@ def _running_minimum(group: NDArray[np.int64], values: NDArray[np.float64]) -> N
     it.
     """
     found = values.copy()
-    place = _place_in_group(group)
+    place = place_in_group(group)
     step = 1
     while step <= (place.max() if len(place) else 0):
         earlier = np.flatnonzero(place >= step)
