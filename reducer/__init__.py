@@ -10,8 +10,10 @@ from reducer.errors import ClusterError, InputError, ReducerError, TooManyFailur
 
 if TYPE_CHECKING:
     from reducer.cutting import CutResult, cut
-    from reducer.job import Result, reduce_images, resume
+    from reducer.job import reduce_images, resume
     from reducer.progress import Status, status
+    from reducer.report import write_report
+    from reducer.result import Result
     from reducer.story import Story, explain
 
 __version__ = "0.1.0"
@@ -20,7 +22,7 @@ __version__ = "0.1.0"
 #: ``reducer --help`` does without them. No module may have the name of a function: importing it would hide that one.
 _LATER = {
     "CutResult": "cutting",
-    "Result": "job",
+    "Result": "result",
     "Status": "progress",
     "Story": "story",
     "cut": "cutting",
@@ -28,6 +30,7 @@ _LATER = {
     "reduce_images": "job",
     "resume": "job",
     "status": "progress",
+    "write_report": "report",
 }
 
 __all__ = [
@@ -49,6 +52,7 @@ __all__ = [
     "reduce_images",
     "resume",
     "status",
+    "write_report",
 ]
 
 

@@ -13,6 +13,7 @@ from reducer.config import (
     DECODE_NAMES,
     DEFAULT_KEEP,
     FORMATS,
+    GALLERY_PHOTOS,
     GLDV2_TEMPLATE,
     HASH_NAMES,
     READER_NAMES,
@@ -26,6 +27,7 @@ from reducer.flags import (
     exit_codes,
     how_much_is_told,
     log_to_stderr,
+    on_which_cluster,
     parsed_storage,
     source_of,
     spec_of,
@@ -179,6 +181,9 @@ def main() -> None:
     show_default=True,
     help="Reduced lists to write.",
 )
+@click.option(
+    "--report/--no-report", default=True, help="Draw report.html at the end, or leave that to `reducer report RUN`."
+)
 @what_opens_photos
 @what_opens_the_run
 @click.option(
@@ -216,7 +221,7 @@ def run(
 
     IMAGES is the folder of the photos, or a URL such as s3://bucket/photos; or tar shards: a folder of nothing else, or
     a glob such as 's3://google-landmark/train/images_*.tar'. RUN gets reduced.csv (drops in for the
-    manifest), reduced.parquet, the ledger images/ and summary.json.
+    manifest), reduced.parquet, the ledger images/, summary.json and report.html.
 
     Exit codes: 0 done; 2 something is wrong with the input; 3 too many photos failed; 130 Ctrl-C; 143 SIGTERM; 1
     anything else.
@@ -260,6 +265,7 @@ def run(
 @click.option("--reader", type=click.Choice(READER_NAMES), help="As for `reducer run`.  [default: that of the run]")
 @click.option("--read-ahead", type=int, help="As for `reducer run`.  [default: that of the run]")
 @click.option("--max-failures", type=float, help="As for `reducer run`.  [default: that of the run]")
+@click.option("--report/--no-report", default=None, help="As for `reducer run`.  [default: that of the run]")
 @click.option("--break-lock", is_flag=True, help="Take RUN from a run that seems to be at work on it.")
 @how_much_is_told
 @exit_codes
@@ -322,6 +328,60 @@ def cut(run: str, output: str, quiet: bool, **options: Any) -> None:
     result = cut_run(run, output, **options, storage_options=storage)
     if not quiet:
         print_cut(result, output)
+
+
+@main.command(epilog="Example: reducer report run --labels 6044,18")
+@click.argument("run", metavar="RUN")
+@click.option("--labels", metavar="A,B,C", help="Show the photos of these labels too.")
+@click.option(
+    "--gallery-photos",
+    default=GALLERY_PHOTOS,
+    show_default=True,
+    metavar="N",
+    help="Pictures of photos at most; only so many photos are read. 0 reads none.",
+)
+@click.option("--workers", type=int, help="Read photos in so many worker processes.  [default: in this process]")
+@click.option("--threads", type=int, help="Threads a worker.  [default: 1]")
+@on_which_cluster
+@what_opens_photos
+@what_opens_the_run
+@how_much_is_told
+@exit_codes
+def report(
+    run: str,
+    labels: str | None,
+    gallery_photos: int,
+    address: str | None,
+    cluster: ClusterSpec | None,
+    workers: int | None,
+    threads: int | None,
+    quiet: bool,
+    log_level: str,
+    **options: Any,
+) -> None:
+    """Draw the report of a finished run anew: RUN/report.html, one file to look at.
+
+    It shows what the run came to, images per label before and after, how different the kept photos are, photos of some
+    labels, and failures. `reducer run` draws it at its end, unless --no-report.
+    """
+    log_to_stderr(log_level, quiet)
+    if workers is None and threads is not None:
+        raise click.UsageError("--threads goes with --workers")
+    spec = spec_of(cluster, address, workers, threads)
+    storage = parsed_storage(options)
+    from reducer.report import write_report
+
+    path = write_report(
+        run,
+        labels=() if labels is None else _parse_labels(labels),
+        gallery_photos=gallery_photos,
+        cluster=None if spec == ClusterSpec() else spec,
+        storage_options=storage["storage_options"],
+        output_storage_options=storage["output_storage_options"],
+        progress=not quiet,
+    )
+    if not quiet:
+        click.echo(f"Report: {path}")
 
 
 @main.command(epilog="Example: reducer explain run 6e158a47eb2ca3f6")

@@ -23,6 +23,8 @@ STORAGE_OPTIONS = ("storage_options", "manifest_storage_options", "output_storag
 READER_NAMES = ("s3fs", "obstore")
 #: Photos kept a label, where nothing else bounds the reduced list.
 DEFAULT_KEEP = 25
+#: Pictures of photos in a report.
+GALLERY_PHOTOS = 400
 #: Photos that a dry run reads to estimate the time.
 SAMPLE_PHOTOS = 64
 GLDV2_TEMPLATE = "{id[0]}/{id[1]}/{id[2]}/{id}.jpg"
@@ -151,6 +153,8 @@ class Job:
         Share of the photos read that may fail, 0 to 1.
     format : {"csv", "parquet", "both"}
         Which reduced lists are written.
+    report : bool
+        Draw ``report.html`` at the end.
     overwrite : bool
         Replace an earlier run in ``output``.
     break_lock : bool
@@ -205,6 +209,7 @@ class Job:
     max_pixels: int = 200_000_000
     max_failures: float = 0.1
     format: str = "both"
+    report: bool = True
     overwrite: bool = False
     break_lock: bool = False
     storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)

@@ -28,6 +28,7 @@ INDIFFERENT = (
     "md5",  # told by the shards
     "max_failures",
     "format",
+    "report",
     "reuse",
     "cross_label",
     "overwrite",

@@ -118,7 +118,7 @@ def _stopped(kwargs: dict[str, Any]) -> str:
         return "Stopped before the first photo was hashed; nothing was written."
     found = folder.read_summary()
     if found.get("status") == "done":
-        return f"Stopped; the run in {folder.path} is an earlier one and whole."
+        return f"Stopped; the run in {folder.path} is whole."
     of_all = "" if found.get("photos_to_read") is None else f" of {found['photos_to_read']}"
     return (
         f"Stopped. The photos hashed so far ({found.get('photos_read', 0)}{of_all}) are kept in {folder.path}; the "
@@ -131,6 +131,14 @@ def where_it_runs(command: Command) -> Command:
     for option in (
         click.option("--threads", type=int, help="Threads a worker.  [default: 1]"),
         click.option("--workers", type=int, help="Worker processes; 0 runs in this process.  [default: usable CPUs]"),
+    ):
+        command = option(command)
+    return on_which_cluster(command)
+
+
+def on_which_cluster(command: Command) -> Command:
+    """The options that name a cluster."""
+    for option in (
         click.option(
             "--cluster",
             metavar="FILE",

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
@@ -24,12 +23,13 @@ from reducer.lock import locked
 from reducer.manifest import check_images
 from reducer.places import Place
 from reducer.plan import Plan, make_plan
+from reducer.result import Result
 from reducer.reuse import Reuse
 from reducer.schemas import FAILED, PLAN_SCHEMA
 from reducer.session import Run, Session, Workers, noting_a_stop
 from reducer.shards import find_shards
-from reducer.store import RunFolder
-from reducer.summary import cluster_figures, job_figures, opening, plan_figures
+from reducer.store import REPORT, RunFolder
+from reducer.summary import check_storage_options, cluster_figures, job_figures, job_of, opening, plan_figures
 from reducer.tables import EXAMPLES
 from reducer.todo import Todo
 from reducer.types import PieceReport
@@ -38,36 +38,6 @@ if TYPE_CHECKING:
     from distributed import Client
 
 log = logging.getLogger("reducer")
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run has made.
-
-    Attributes
-    ----------
-    output : Path or str
-        The run folder; text where it is a URL.
-    summary : dict
-        ``summary.json``.
-    """
-
-    output: Path | str
-    summary: dict[str, Any] = field(repr=False)
-    _folder: RunFolder = field(repr=False)
-
-    @property
-    def reduced(self) -> pd.DataFrame:
-        """The reduced list: the rows and columns of ``reduced.parquet``."""
-        job = self.summary["job"]
-        frame: pd.DataFrame = self._folder.reduced(job["id_column"], job["label_column"]).to_pandas()
-        return frame
-
-    @property
-    def images(self) -> pd.DataFrame:
-        """The ledger: one row a photo of the manifest, in its order."""
-        frame: pd.DataFrame = self._folder.ledger().to_pandas()
-        return frame
 
 
 def reduce_images(job: Job, cluster: ClusterSpec | None = None, *, progress: bool = True) -> Result:
@@ -133,7 +103,8 @@ def reduce_images(job: Job, cluster: ClusterSpec | None = None, *, progress: boo
                     folder.write_shards(plan.shards)
                 folder.write_plan(plan.rows, terms, avoid)
                 run = Run(replace(todo, is_begun=True), session, summary, workers, terms)
-                run.carry_out(work, open_cluster)
+                left_out = run.carry_out(work, open_cluster)
+            _draw_report(folder, job, session, client, left_out)
     return _result(folder, job, session)
 
 
@@ -150,6 +121,7 @@ def resume(
     reader: str | None = None,
     read_ahead: int | None = None,
     max_failures: float | None = None,
+    report: bool | None = None,
     progress: bool = True,
 ) -> Result:
     """Go on with a run from what it has written.
@@ -166,7 +138,7 @@ def resume(
         Also read the photos that have failed again, and rank their labels anew.
     break_lock
         As for `Job`.
-    reader, read_ahead, max_failures
+    reader, read_ahead, max_failures, report
         As for `Job`; None leaves what the run began with.
     storage_options, manifest_storage_options, output_storage_options
         As for `Job`: a run folder does not keep them.
@@ -198,12 +170,12 @@ def resume(
         "manifest_storage_options": manifest_storage_options or {},
         "output_storage_options": output_storage_options or {},
     }
-    asked = {"reader": reader, "read_ahead": read_ahead, "max_failures": max_failures}
+    asked = {"reader": reader, "read_ahead": read_ahead, "max_failures": max_failures, "report": report}
     changes |= {name: value for name, value in asked.items() if value is not None}
     summary = folder.summary()
     if not _is_planned(folder, summary):
         # It was stopped before it had a plan, so before the first photo.
-        job = _job_of(summary, changes)
+        job = job_of(summary, changes)
         job = replace(job, rank_all=job.rank_all or rank_all, overwrite=True)
         return reduce_images(job, cluster, progress=progress)
     with locked(folder.place, break_lock=break_lock) as folder.check_ours, ExitStack() as open_cluster:
@@ -213,7 +185,7 @@ def resume(
             raise InputError(f"the run in {run} was begun anew meanwhile: look with reducer status {run}")
         rows, terms = saved
         avoid = folder.read_avoid()
-        job = replace(_job_of(summary, changes), rank_all=terms["rank_all"])
+        job = replace(job_of(summary, changes), rank_all=terms["rank_all"])
         fingerprint = Fingerprint.from_dict(terms["fingerprint"])
         fingerprint.check_settings(job, avoid)
         session = Session(job.hash_size**2, progress)
@@ -234,13 +206,15 @@ def resume(
         whole = sum(count for count, _ in footers.values()) == plan.rows.num_rows
         again: frozenset[int] = frozenset()
         if plan.shards is not None and (needed or retry_failed):
-            _check_options(summary, job)
+            check_storage_options(summary, job)
             plan, again = _look_at_shards(plan, reports, retry=retry_failed, ranges=bool(grows))
             needed = needed or bool(again)
         if not needed and whole and summary["status"] == "done":
+            if not folder.has(REPORT):  # it was stopped while that was drawn
+                _draw_report(folder, job, session)
             return _result(folder, job, session)
         if needed:
-            _check_options(summary, job)
+            check_storage_options(summary, job)
             if plan.shards is None:
                 check_images(job)
             reuse = None if job.reuse is None else _reuse_again(job)
@@ -277,7 +251,9 @@ def resume(
                 folder.write_plan(plan.rows, terms)
             folder.remove_leftovers()
             folder.remove_unread()
-            Run(todo, session, summary, workers, terms).carry_out(work, open_cluster)
+            folder.remove_report()
+            left_out = Run(todo, session, summary, workers, terms).carry_out(work, open_cluster)
+        _draw_report(folder, job, session, client, left_out)
     return _result(folder, job, session)
 
 
@@ -351,24 +327,6 @@ def _is_planned(folder: RunFolder, summary: dict[str, Any]) -> bool:
     return False
 
 
-def _job_of(summary: dict[str, Any], changes: dict[str, Any]) -> Job:
-    """The job of a run, from its summary."""
-    try:
-        return Job(**summary["job"] | changes)
-    except TypeError as error:
-        raise InputError(f"summary.json is of another version of Reducer: {error}") from None
-
-
-def _check_options(summary: dict[str, Any], job: Job) -> None:
-    """Options that open the photos are not kept: refuse to try without."""
-    names = summary["job"]["storage_options"]
-    if names and not job.storage_options:
-        raise InputError(
-            f"IMAGES {job.images} was opened with --storage-option {', '.join(names)}, which a run folder does not "
-            "keep: give them again"
-        )
-
-
 def _reuse_again(job: Job) -> Reuse | None:
     """The run whose hashes are taken may be gone by now: then photos are read."""
     try:
@@ -391,6 +349,22 @@ def _threads(client: Client | None, spec: ClusterSpec) -> int:
     return 1 if client is None else expected_threads(client, spec)
 
 
+def _draw_report(
+    folder: RunFolder, job: Job, session: Session, client: Client | None = None, left_out: Collection[str] = ()
+) -> None:
+    """The run is done: whatever goes wrong with its report does not undo it."""
+    if not job.report:
+        return
+    from reducer.report import draw_report  # which imports matplotlib
+
+    try:
+        check_storage_options(folder.summary(), job)
+        draw_report(folder, job, client=client, avoid=left_out, progress=session.progress)
+    except Exception as error:
+        log.debug("the report", exc_info=True)
+        log.warning("the report was not drawn: %s. To try again: reducer report %s", error, folder.path)
+
+
 def _result(folder: RunFolder, job: Job, session: Session) -> Result:
     total, summary = session.total, folder.read_summary()
     failed = summary["reasons"].get(FAILED, 0)
@@ -407,7 +381,7 @@ def _result(folder: RunFolder, job: Job, session: Session) -> Result:
             f"Everything is written to {job.output}; the column error of images/ says why. The first: "
             f"{first['path']}: {first['error']}"
         )
-    return Result(job.output if job.output_place.remote else Path(job.output), summary, folder)
+    return Result(job.output if job.output_place.remote else Path(job.output), summary, folder, job)
 
 
 def _terms(summary: dict[str, Any], plan: Plan, fingerprint: Fingerprint) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def print_forecast(job: Job, spec: ClusterSpec, sample: int) -> None:
 
 def print_result(place: Place, quiet: bool) -> None:
     """What a run has come to, if it is done."""
-    from reducer.store import RunFolder
+    from reducer.store import REPORT, RunFolder
 
     output = place.path
     summary = RunFolder(place).read_summary()
@@ -99,8 +99,25 @@ def print_result(place: Place, quiet: bool) -> None:
             f"{as_duration(timings['hash_seconds'])} ({summary['photos_per_second'] or 0:,} photos/s); starting the "
             f"cluster took {as_duration(timings['cluster_start_seconds'])}"
         )
+    for remark in remarks(summary, output):
+        click.echo(remark)
+    report = ", report.html" if RunFolder(place).has(REPORT) else ""
+    click.echo(f"Results: {output}{os.sep} ({lists}, images{os.sep}, summary.json{report})")
+
+
+def remarks(summary: dict[str, Any], output: str) -> list[str]:
+    """What there is to say of a run beside its figures, a line each.
+
+    Parameters
+    ----------
+    summary : dict
+        Of a finished run.
+    output : str
+        Its folder.
+    """
+    said = []
     if summary["photos_reused"]:
-        click.echo(f"Not read again, since they are as they were: {summary['photos_reused']:,} photos")
+        said.append(f"Not read again, since they are as they were: {summary['photos_reused']:,} photos")
     left_out = {
         "min-distance": "too near to others (--min-distance)",
         "budget": "beyond the budget",
@@ -109,53 +126,53 @@ def print_result(place: Place, quiet: bool) -> None:
     }
     for reason, what in left_out.items():
         if summary["reasons"].get(reason):
-            click.echo(f"Not kept, {what}: {summary['reasons'][reason]:,} photos (reason {reason!r})")
+            said.append(f"Not kept, {what}: {summary['reasons'][reason]:,} photos (reason {reason!r})")
     if summary["failures"]:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in summary["failures"].items())
-        click.echo(
+        said.append(
             f"Failed: {kinds} (the column error of {output}/images says more; reducer resume "
             f"{output} --retry-failed reads them again)"
         )
     manifest = summary["manifest"]
     if manifest["duplicate_rows"]:
-        click.echo(f"Duplicate rows of the manifest left out: {manifest['duplicate_rows']:,}")
+        said.append(f"Duplicate rows of the manifest left out: {manifest['duplicate_rows']:,}")
     if manifest["ids_under_several_labels"]:
         shown = ", ".join(manifest["ids_under_several_labels_examples"])
-        click.echo(
+        said.append(
             f"Ids under more than one label (kept under each): {manifest['ids_under_several_labels']:,}: {shown}"
         )
     for why, count in manifest["skipped_files"].items():
-        click.echo(f"Skipped in IMAGES: {count:,} x {why}")
+        said.append(f"Skipped in IMAGES: {count:,} x {why}")
     if "shards" in summary:
-        _print_shards(summary["shards"], output)
+        said += _of_shards(summary["shards"], output)
     for what, name in (
         ("To be kept always, but failed", "always_keep_failed"),
         ("Labels left with no photo", "labels_without_photos"),
         ("Labels with fewer than --keep photos though some were not drawn (raise --candidates)", "labels_short"),
     ):
         if names := summary[name]:
-            click.echo(f"{what}: {len(names):,}: {', '.join(names[:5])}{' ...' if names[5:] else ''}")
+            said.append(f"{what}: {len(names):,}: {', '.join(names[:5])}{' ...' if names[5:] else ''}")
     if "cross_label_pairs" in summary:
-        click.echo(
+        said.append(
             f"Near copies under different labels: {summary['cross_label_pairs']:,} pairs (cross_label.parquet), in "
-            f"{as_duration(timings['cross_label_seconds'])}"
+            f"{as_duration(summary['timings']['cross_label_seconds'])}"
         )
-    click.echo(f"Results: {output}{os.sep} ({lists}, images{os.sep}, summary.json)")
+    return said
 
 
-def _print_shards(shards: dict[str, Any], output: str) -> None:
+def _of_shards(shards: dict[str, Any], output: str) -> list[str]:
     """What there is to say of shards that are not as they should be."""
-    for why, count in shards["skipped"].items():
-        click.echo(f"Skipped in the shards: {count:,} x {why}")
+    said = [f"Skipped in the shards: {count:,} x {why}" for why, count in shards["skipped"].items()]
     damaged = [f"{path}: {damage}" for path, damage in shards["damaged"].items()]
     for what, paths in (
         ("Damaged shards, whose photos up to the damage are taken", damaged),
         ("Shards with another MD5 sum than the published one", shards["wrong_md5"]),
     ):
         if paths:
-            click.echo(f"{what}: {len(paths):,}: {'; '.join(paths[:5])}{' ...' if paths[5:] else ''}")
+            said.append(f"{what}: {len(paths):,}: {'; '.join(paths[:5])}{' ...' if paths[5:] else ''}")
     if damaged or shards["wrong_md5"]:
-        click.echo(f"When they are mended: reducer resume {output} --retry-failed reads them again")
+        said.append(f"When they are mended: reducer resume {output} --retry-failed reads them again")
+    return said
 
 
 def _print_budget(rules: CutRules, photos: int, size: int, reached: float | None) -> None:
@@ -227,9 +244,23 @@ def print_status(status: Status) -> None:
 
 
 def _print_quality(quality: dict[str, Any]) -> None:
-    selection, random = quality["selection"], quality["random"]
-    if not selection["pairs"]:
+    if not quality["selection"]["pairs"]:
         return
+    click.echo(f"{'Distances in bits, of ' + str(quality['bits']):<48}{'kept':>10}{'random':>10}")
+    for what, kept, random in quality_rows(quality):
+        click.echo(f"  {what:<46}{kept:>10}{random:>10}")
+    if certificate := certificate_line(quality):
+        click.echo(certificate)
+
+
+def quality_rows(quality: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """What the kept photos are worth: what is measured, of them, and of a random choice.
+
+    Parameters
+    ----------
+    quality : dict
+        Of a summary; of at least one pair of photos.
+    """
     lines = [
         ("smallest pair distance, mean over labels", "mean_smallest_pair_distance"),
         ("mean pair distance", "mean_pair_distance"),
@@ -238,17 +269,24 @@ def _print_quality(quality: dict[str, Any]) -> None:
         ("the largest such distance, mean over labels", "mean_coverage_radius"),
         ("the largest such distance of all", "worst_coverage_radius"),
     ]
-    title = f"Distances in bits, of {quality['bits']}"
-    click.echo(f"{title:<48}{'kept':>10}{'random':>10}")
+    sides = [quality["selection"], quality["random"]]
+    rows = []
     for what, name in lines:
         digits = ",.1f" if name.startswith("mean") else ",d"
-        click.echo(f"  {what:<46}{selection[name]:>10{digits}}{random[name]:>10{digits}}")
+        kept, random = (format(side[name], digits) for side in sides)
+        rows.append((what, kept, random))
+    return rows
+
+
+def certificate_line(quality: dict[str, Any]) -> str | None:
+    """What is promised of the smallest pair distance; None where nothing is."""
     found = quality["certificate"]
-    if found:
-        click.echo(
-            f"Certificate: the smallest pair distance is at least {_percent(found['mean'])} of what any choice of the "
-            f"photos read could reach (mean over {found['labels']:,} labels; the worst {_percent(found['worst'])})"
-        )
+    if not found:
+        return None
+    return (
+        f"Certificate: the smallest pair distance is at least {_percent(found['mean'])} of what any choice of the "
+        f"photos read could reach (mean over {found['labels']:,} labels; the worst {_percent(found['worst'])})"
+    )
 
 
 def _percent(share: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -232,15 +232,20 @@ class Run:
         """The run folder."""
         return self.todo.folder
 
-    def carry_out(self, work: InProcess | Dispatch, open_cluster: ExitStack) -> None:
-        """Do what is left to do, and write all that follows from the ledger.
+    def carry_out(self, work: InProcess | Dispatch, open_cluster: ExitStack) -> Collection[str]:
+        """Do what is left to do, and write all that follows from the ledger, but for the report.
 
         Parameters
         ----------
         work : InProcess or Dispatch
             Does what comes first.
         open_cluster : ExitStack
-            Closed when all photos are hashed.
+            Closed when all photos are hashed, unless a report is to be drawn.
+
+        Returns
+        -------
+        collection of str
+            Addresses of workers that are to get no more work.
         """
         session, folder = self.session, self.folder
         session.begun = time.perf_counter()
@@ -250,9 +255,10 @@ class Run:
             session.hashed[number] = report.tally
             folder.write_piece(number, found, report)
         with session.timing("hash"):
-            self._hash_and_rank(work)
-        open_cluster.close()  # the rest needs no workers
+            work = self._hash_and_rank(work)
         plan, job = self.plan, self.plan.job
+        if not job.report:  # the rest needs no workers
+            open_cluster.close()
         with session.timing("write"):
             folder.write_unread(self.todo.unread())
             if job.has_filters:
@@ -269,8 +275,9 @@ class Run:
             found["cross_label_pairs"] = pairs.num_rows
         session.timings["total_seconds"] = time.time() - session.started
         folder.write_summary(self.summary | found | session.figures() | {"status": "done"})
+        return work.left_out if isinstance(work, Dispatch) else ()
 
-    def _hash_and_rank(self, work: InProcess | Dispatch) -> None:
+    def _hash_and_rank(self, work: InProcess | Dispatch) -> InProcess | Dispatch:
         if isinstance(work.errand, ShardErrand) or work.errand.is_pieces:
             self._hash(work)
             work = self._on_to_partitions(work)
@@ -279,6 +286,7 @@ class Run:
         errand = work.errand
         assert isinstance(errand, Errand)
         self._rank(errand, work)
+        return work
 
     def _on_to_partitions(self, before: InProcess | Dispatch) -> InProcess | Dispatch:
         if not self.plan.is_listed:

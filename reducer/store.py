@@ -38,8 +38,9 @@ FORMAT_VERSION = 3
 ROW_GROUP = 100_000
 SUMMARY, CSV, PARQUET, IMAGES, HASHES = "summary.json", "reduced.csv", "reduced.parquet", "images", "hashes"
 PLAN, SHARDS, AVOID, CROSS_LABEL = "plan.parquet", "shards.parquet", "avoid.parquet", "cross_label.parquet"
+REPORT = "report.html"
 #: Files that a run writes beside its summary, its ledger and its hashes.
-OWN_FILES = (PLAN, SHARDS, AVOID, CSV, PARQUET, CROSS_LABEL)
+OWN_FILES = (PLAN, SHARDS, AVOID, CSV, PARQUET, CROSS_LABEL, REPORT)
 #: Part files of photos that are not read begin so; they are made anew from the plan.
 UNREAD = "part-unread-"
 #: On S3 each takes some requests.
@@ -61,6 +62,7 @@ class RunFolder(Files):
         super().__init__(place)
         #: Path or URL, to show.
         self.images = self.place.below(IMAGES).path
+        self.report = self.place.below(REPORT).path
 
     def check_free(self, *, overwrite: bool, break_lock: bool = False) -> None:
         """Refuse a folder that holds something, unless it is a run folder that may be replaced.
@@ -361,17 +363,30 @@ class RunFolder(Files):
         """Write ``cross_label.parquet``."""
         self._write(CROSS_LABEL, _parquet(pairs))
 
+    def read_cross_label(self) -> pa.Table | None:
+        """The near copies under different labels; None where they were not looked for."""
+        return self._read_parquet(CROSS_LABEL) if self.has(CROSS_LABEL) else None
+
     def cross_label_of(self, photo: str) -> list[tuple[str, dict[str, Any]]]:
         """Near copies of a photo under other labels: its own label, and ``id``, ``label`` and ``distance`` of each."""
-        if not self.has(CROSS_LABEL):
+        pairs = self.read_cross_label()
+        if pairs is None:
             return []
-        pairs = self._read_parquet(CROSS_LABEL)
         found = []
         for own, other in (("", "other_"), ("other_", "")):
             for pair in pairs.filter(pc.equal(pairs[f"{own}id"], photo)).to_pylist():
                 its = {name: pair[f"{other}{name}"] for name in ("id", "label")}
                 found.append((pair[f"{own}label"], {**its, "distance": pair["distance"]}))
         return sorted(found, key=lambda pair: (pair[1]["distance"], pair[1]["label"], pair[1]["id"]))
+
+    def write_report(self, page: bytes) -> None:
+        """Write ``report.html``."""
+        self._write(REPORT, page)
+
+    def remove_report(self) -> None:
+        """Take out a report that does not hold any more."""
+        if self.has(REPORT):
+            self._remove([REPORT])
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write ``summary.json``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -14,6 +15,7 @@ import pyarrow.compute as pc
 
 from reducer.clusterspec import ClusterSpec
 from reducer.config import STORAGE_OPTIONS, Job
+from reducer.errors import InputError
 from reducer.fingerprint import Fingerprint
 from reducer.places import absolute
 from reducer.plan import Plan
@@ -86,6 +88,44 @@ def job_figures(job: Job) -> dict[str, Any]:
             found[name] = absolute(found[name])
     # Names only: values may be secrets.
     return found | {name: sorted(getattr(job, name)) for name in STORAGE_OPTIONS}
+
+
+def job_of(summary: Mapping[str, Any], changes: Mapping[str, Any]) -> Job:
+    """The job of a run, from its summary.
+
+    Parameters
+    ----------
+    summary : mapping
+        ``summary.json``.
+    changes : mapping
+        What is not as it says; storage options, which it does not hold, among them.
+
+    Raises
+    ------
+    InputError
+        If another version of Reducer has written it.
+    """
+    options: dict[str, Any] = {name: {} for name in STORAGE_OPTIONS}
+    try:
+        return Job(**summary["job"] | options | changes)
+    except TypeError as error:
+        raise InputError(f"summary.json is of another version of Reducer: {error}") from None
+
+
+def check_storage_options(summary: Mapping[str, Any], job: Job) -> None:
+    """Options that open the photos are not kept: refuse to try without.
+
+    Raises
+    ------
+    InputError
+        If the run had some, and the job has none.
+    """
+    names = summary["job"]["storage_options"]
+    if names and not job.storage_options:
+        raise InputError(
+            f"IMAGES {job.images} was opened with --storage-option {', '.join(names)}, which a run folder does not "
+            "keep: give them again"
+        )
 
 
 def cluster_figures(spec: ClusterSpec) -> dict[str, Any]:

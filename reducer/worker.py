@@ -77,9 +77,7 @@ class _CarefulLooker:
         self.limit = _memory_limit(worker)
         self.apart = work.apart or _deaths(worker) > 0
         self.patience, self.alive = work.terms.patience, beat.alive
-        # A worker that is a thread of the client must not limit the client.
-        own_process = worker.thread_id == threading.main_thread().ident
-        self.bound = int(MEMORY_SHARE * self.limit) if self.limit is not None and own_process else None
+        self.bound = memory_for_photos(worker)
 
     def at_all(self, refs: Sequence[PhotoRef], settings: PhotoSettings, source: Source) -> Iterator[Look]:
         if self.apart:
@@ -153,6 +151,14 @@ def _memory_limit(worker: Worker) -> int | None:
     from distributed.system import MEMORY_LIMIT
 
     return int(worker.memory_manager.memory_limit or MEMORY_LIMIT) or None
+
+
+def memory_for_photos(worker: Worker) -> int | None:
+    """Bytes that its process may take while photos are looked at; None for no limit."""
+    limit = _memory_limit(worker)
+    # A worker that is a thread of the client must not limit the client.
+    own_process = worker.thread_id == threading.main_thread().ident
+    return int(MEMORY_SHARE * limit) if limit is not None and own_process else None
 
 
 _fitness: dict[str, Unfit | None] = {}

@@ -13,6 +13,7 @@ Examples:
     python scripts/bench.py flat PHOTOS            # hashes of photos without contrast; a folder a label
     python scripts/bench.py cut SIZES              # cutting a large ranked run, comparing its labels; SIZES: a TSV file
                                                    # with the columns images_in_class and n_classes
+    python scripts/bench.py report SIZES           # the report of such a run
 """
 
 from __future__ import annotations
@@ -49,19 +50,23 @@ from PIL import Image
 
 from reducer import ClusterSpec, Job, reduce_images
 from reducer.config import DECODE_NAMES, HASH_NAMES, READER_NAMES, STORAGE_OPTIONS, near_copy_bits
+from reducer.crosslabel import cross_label_table
+from reducer.environment import versions
 from reducer.errand import Errand
 from reducer.hashing import FLAT_DEVIATION, JPEG_FORMATS, grey_deviation, hash_photo
-from reducer.job import Result
 from reducer.manifest import path_rule, read_manifest
 from reducer.partition import assign, partition_count
 from reducer.pipeline import Look, look_at_all, peak_memory
 from reducer.plan import make_plan
-from reducer.quality import certificate, figures, spread
+from reducer.quality import certificate, figures, judge_again, spread
 from reducer.ranking import STRATEGIES, nearest_kept
+from reducer.result import Result
 from reducer.sample import label_sizes, write_sample
-from reducer.schemas import BEYOND_KEEP, KEPT, LEDGER_SCHEMA, NOT_SAMPLED
+from reducer.schemas import BEYOND_KEEP, FAILED, KEPT, LEDGER_SCHEMA, NOT_SAMPLED
 from reducer.sources import paths_by_rule
 from reducer.store import RunFolder
+from reducer.summary import counts, failure_kinds
+from reducer.tables import with_column
 from reducer.types import Certificate, Quality, Spread
 
 NUM_SAMPLES_TO_COMPARE = 1000
@@ -174,7 +179,12 @@ def linked_collection(folder: Path, photos: int) -> tuple[Path, dict[str, dict[s
 def run_job(folder: Path, manifest: Path, name: str, workers: int = PROCESSES, **options: object) -> Result:
     shutil.rmtree(folder / name, ignore_errors=True)
     job = Job(
-        str(folder / "train"), str(folder / name), manifest=str(manifest), path_template="{label}/{id}.jpg", **options
+        str(folder / "train"),
+        str(folder / name),
+        manifest=str(manifest),
+        path_template="{label}/{id}.jpg",
+        report=False,
+        **options,
     )
     environment = dict(os.environ)
     try:
@@ -502,7 +512,12 @@ def tar(photos: int) -> None:
                     if images.endswith("train"):
                         options["path_template"] = "{label}/{id}.jpg"
                     job = Job(
-                        images, str(folder / "run"), manifest=str(folder / "train.csv"), overwrite=True, **options
+                        images,
+                        str(folder / "run"),
+                        manifest=str(folder / "train.csv"),
+                        overwrite=True,
+                        report=False,
+                        **options,
                     )
                     summary = reduce_images(job, ClusterSpec(workers=PROCESSES), progress=False).summary
                     assert (summary["photos_read"], summary["photos_failed"]) == (photos, 0)
@@ -566,7 +581,8 @@ def shards(gigabytes: float) -> None:
             places: list[tuple[str, dict[str, object]]] = [(str(folder / "tars"), {})]
             places += [("s3://photos/tars", {"storage_options": keys, "reader": reader}) for reader in READER_NAMES]
             for images, options in places:
-                job = Job(images, str(folder / "run"), manifest=str(folder / "train.csv"), overwrite=True, **options)
+                given = {"manifest": str(folder / "train.csv"), "overwrite": True, "report": False, **options}
+                job = Job(images, str(folder / "run"), **given)
                 summary = reduce_images(job, ClusterSpec(workers=1)).summary
                 assert summary["photos_read"] == len(wanted)
                 rate = written / 1e6 / summary["timings"]["hash_seconds"]
@@ -612,7 +628,7 @@ def s3(photos: int) -> None:
                     if endpoint:
                         keys = {"key": server.key, "secret": server.secret, "endpoint_url": endpoint}
                         options["storage_options"] = keys
-                    job = Job(images, str(folder / "run"), overwrite=True, **options)
+                    job = Job(images, str(folder / "run"), overwrite=True, report=False, **options)
                     summary = reduce_images(job, ClusterSpec(workers=PROCESSES), progress=False).summary
                     assert summary["photos_read"] == photos
                     return float(summary["photos_per_second"])
@@ -755,8 +771,7 @@ def generate_run(folder: Path, sizes: np.ndarray) -> None:
 
 def cut(sizes: str, keep_in: str | None) -> None:
     """Time and peak memory of `reducer cut`, and of comparing all photos across labels, on a run made for it."""
-    counts = pa.csv.read_csv(sizes, parse_options=pa.csv.ParseOptions(delimiter="\t"))
-    of_label = np.repeat(counts["images_in_class"].to_numpy(), counts["n_classes"].to_numpy())
+    of_label = sizes_of(sizes)
     if keep_in and Path(keep_in).exists() and any(Path(keep_in).iterdir()):
         sys.exit(f"--keep-in {keep_in} is not empty: give another folder")
     rows = []
@@ -784,6 +799,85 @@ def cut(sizes: str, keep_in: str | None) -> None:
     table(["in one process", "pairs", "seconds", "peak memory, MiB"], compared)
 
 
+def sizes_of(path: str) -> np.ndarray:
+    """Photos of each label, from a TSV file."""
+    found = pa.csv.read_csv(path, parse_options=pa.csv.ParseOptions(delimiter="\t"))
+    return np.repeat(found["images_in_class"].to_numpy(), found["n_classes"].to_numpy())
+
+
+def complete_run(folder: Path, photos: list[str]) -> None:
+    """Give a generated run what a report shows: quality, failures, near copies across labels, photos behind the paths.
+
+    Parameters
+    ----------
+    folder : Path
+        The run, from `generate_run`.
+    photos : list of str
+        Paths of photos; the photos of the run are these, in turn.
+    """
+    run = RunFolder(str(folder))
+    summary = run.read_summary()
+    settings = Job("-", "-", keep=summary["job"]["keep"]).photo_settings
+    total = Quality()
+    for name in run.parts():
+        rows, tally = run.read_part(name)
+        paths = pa.array(photos).take(pa.array(rows["row"].to_numpy() % len(photos)))
+        rows = with_column(rows, "path", paths)
+        if rows["hash"].null_count == rows.num_rows:
+            broken = pc.equal(pc.bit_wise_and(rows["row"], 7), 0)  # one in eight of those that were not drawn
+            rows = with_column(rows, "reason", pc.if_else(broken, FAILED, rows["reason"]))
+            rows = with_column(rows, "error", pc.if_else(broken, "broken: OSError: image file is truncated", None))
+        else:
+            rows, found = judge_again(rows, np.zeros(rows.num_rows, dtype=bool), settings)
+            total += found
+        run.replace_part(name, rows, tally)
+    run.write_cross_label(cross_label_table(run.ledger(["id", "label", "path", "hash"]), settings.bits))
+    ledger = run.ledger(["kept", "bytes", "rank", "reason", "error", "label"])
+    pairs = run.read_cross_label()
+    run.write_summary(
+        summary
+        | {
+            "started": "2026-01-01T00:00:00+00:00",
+            "labels_ranked": pc.count_distinct(ledger.filter(pc.is_valid(ledger["rank"]))["label"]).as_py(),
+            "labels_without_photos": [],
+            "labels_short": [],
+            "always_keep_failed": [],
+            "reasons": counts(ledger["reason"]),
+            "failures": failure_kinds(ledger["error"]),
+            "bytes_read": pc.sum(ledger["bytes"]).as_py() or 0,
+            "photos_per_second": None,
+            "photos_reused": 0,
+            "quality": figures(total, settings.bits),
+            "cross_label_pairs": 0 if pairs is None else pairs.num_rows,
+            "timings": {"cross_label_seconds": 0.0},
+            "versions": versions(),
+            "manifest": summary["manifest"] | {"skipped_files": {}},
+        }
+    )
+
+
+def report(sizes: str) -> None:
+    """Time, peak memory and size of `reducer report`, on a run made for it."""
+    of_label = sizes_of(sizes)
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        run = Path(temporary) / "run"
+        print(f"generating a run of {of_label.sum()} photos ...", file=sys.stderr)
+        write_sample(str(Path(temporary) / "sample"), labels=60, images=2000)
+        photos = sorted(map(str, (Path(temporary) / "sample" / "train").rglob("*.jpg")))
+        generate_run(run, of_label)
+        complete_run(run, photos)
+        for given in ("", "--gallery-photos 0", "--gallery-photos 2000"):
+            command = [sys.executable, "-m", "reducer", "report", str(run), "--quiet", *given.split()]
+            told = subprocess.check_output([sys.executable, "-c", LAUNCHER, *command], text=True).split()
+            size = (run / "report.html").stat().st_size
+            pictures = (run / "report.html").read_text().count("<img")
+            shown = f"`reducer report RUN {given}`".replace(" `", "`")
+            rows.append([shown, pictures, float(told[0]), round(kibibytes(told[1]) / 2**10), size / 1e6])
+    print(f"{of_label.sum()} photos of {len(of_label)} labels, in the page cache, {machine()}\n")
+    table(["command", "pictures", "seconds", "peak memory, MiB", "MB"], rows)
+
+
 def photos_listed(path: Path) -> int:
     """Photos of a reduced list."""
     if path.suffix == ".parquet":
@@ -798,8 +892,6 @@ def kibibytes(maxrss: str) -> int:
 
 
 def compare_across_labels(folder: str) -> list[list[object]]:
-    from reducer.crosslabel import cross_label_table
-
     start = time.perf_counter()
     ledger = RunFolder(folder).ledger(["id", "label", "path", "hash"])
     rows = [["reading the ledger", "", time.perf_counter() - start, round(peak_memory() / 2**20)]]
@@ -835,8 +927,11 @@ def main() -> None:
     large_run = subparsers.add_parser("cut", help=cut.__doc__).add_argument
     large_run("sizes", help="TSV file: images_in_class, and n_classes for how many labels have so many")
     large_run("--keep-in", metavar="DIR", help="leave the generated run here (default: a temporary directory)")
+    reported = subparsers.add_parser("report", help=report.__doc__).add_argument
+    reported("sizes", help="as for cut")
     options = vars(parser.parse_args())
-    commands = {f.__name__: f for f in (speed, memory, plan, fidelity, quality, flat, ranking, s3, tar, shards, cut)}
+    measured = (speed, memory, plan, fidelity, quality, flat, ranking, s3, tar, shards, cut, report)
+    commands = {f.__name__: f for f in measured}
     commands[options.pop("command")](**options)
 
 

@@ -19,7 +19,7 @@ from shardjobs import SHARDS, run_of
 from tarfiles import packed, photos_below, thumbnail, write_tars
 
 from reducer import ClusterSpec, Job, reduce_images
-from reducer.job import Result
+from reducer.result import Result
 from reducer.sample import write_sample
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,7 +86,8 @@ def s3(collection: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
 
 
 def job_on(collection: Path, output: Path, **options: object) -> Job:
-    settings: dict[str, object] = {"keep": 8, "manifest": str(collection / "train.csv"), **options}
+    """A job; its report, which takes a second to draw, is left to tests/test_report.py."""
+    settings: dict[str, object] = {"keep": 8, "manifest": str(collection / "train.csv"), "report": False, **options}
     return Job(str(collection / "train"), str(output), **settings)  # type: ignore[arg-type]
 
 

@@ -20,7 +20,8 @@ SHARDS = 6
 
 
 def run_of(images: Path | str, output: Path, manifest: Path | str | None, spec: ClusterSpec = SERIAL, **others: Any):
-    settings: dict[str, Any] = {"keep": 8, "manifest": None if manifest is None else str(manifest), **others}
+    settings: dict[str, Any] = {"keep": 8, "manifest": None if manifest is None else str(manifest), "report": False}
+    settings |= others
     return reduce_images(Job(str(images), str(output), **settings), spec, progress=False)
 
 
@@ -110,5 +111,7 @@ main(sys.argv[1:])
 
 def killed_before(name: str, time: int, *arguments: object) -> None:
     given = [str(argument) for argument in (name, time, *arguments)]
+    if "run" in given and name != "report.html":
+        given.append("--no-report")
     process = subprocess.run([sys.executable, "-c", KILLED_BEFORE, *given], check=False, capture_output=True)
     assert process.returncode == -signal.SIGKILL, process.stderr.decode()

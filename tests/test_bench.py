@@ -24,7 +24,7 @@ def by_label(collection: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
-@pytest.mark.parametrize("command", ["quality", "fidelity", "flat", "ranking", "plan", "cut"])
+@pytest.mark.parametrize("command", ["quality", "fidelity", "flat", "ranking", "plan", "cut", "report"])
 def test_a_benchmark_prints_its_tables(command: str, by_label: Path, tmp_path: Path) -> None:
     sizes = tmp_path / "sizes.tsv"
     sizes.write_text("images_in_class\tn_classes\tstatus\n2\t9\texact\n5\t4\texact\n30\t3\texact\n1200\t1\texact\n")
@@ -32,6 +32,7 @@ def test_a_benchmark_prints_its_tables(command: str, by_label: Path, tmp_path: P
         "ranking": ["60", "130"],
         "plan": ["--photos", "3000"],
         "cut": [str(sizes), "--keep-in", str(tmp_path / "run")],
+        "report": [str(sizes)],
     }.get(command, [str(by_label)])
     program = [sys.executable, str(ROOT / "scripts" / "bench.py"), command, *arguments]
     out = subprocess.check_output(program, text=True)
@@ -49,6 +50,11 @@ def test_a_benchmark_prints_its_tables(command: str, by_label: Path, tmp_path: P
             "`reducer cut RUN --output total.csv --total 500000 --min-per-label 2`",
             "`reducer cut RUN --output keep.parquet --keep 25`",
             "`cross_label_table`",
+        ],
+        "report": [
+            "`reducer report RUN`",
+            "`reducer report RUN --gallery-photos 0`",
+            "`reducer report RUN --gallery-photos 2000`",
         ],
     }[command]
     assert set(expected) <= set(first_cells)

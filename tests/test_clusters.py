@@ -575,7 +575,7 @@ IN_THIS_PROCESS = {
 
 def command(*arguments: object) -> tuple[int, str, str]:
     """``reducer run``: its exit code, and what it printed and complained of."""
-    done = CliRunner().invoke(main, ["run", *map(str, arguments)])
+    done = CliRunner().invoke(main, ["run", "--no-report", *map(str, arguments)])
     assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
     return done.exit_code, done.stdout, done.stderr
 
@@ -594,7 +594,7 @@ def test_the_job_of_a_cluster_file_on_s3(collection: Path, s3: S3Server, tmp_pat
     labels = (collection / "train.csv").read_text().split()[1::60]
     chosen = sorted({line.partition(",")[2] for line in labels})
     assert len(chosen) > 1
-    job = {"keep": 3, "rank_all": True, "manifest": "s3://trial/train.csv"}
+    job = {"keep": 3, "rank_all": True, "manifest": "s3://trial/train.csv", "report": False}
     job |= {name: storage(s3) for name in ("storage_options", "manifest_storage_options")}
     serial = Job("s3://trial/train", str(tmp_path / "serial"), labels=tuple(chosen), candidates=None, **job)
     reduce_images(serial, ClusterSpec(workers=0), progress=False)

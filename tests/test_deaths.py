@@ -20,7 +20,7 @@ from deployments import DaskProcesses
 
 from reducer import ClusterError, ClusterSpec, WorkerRules
 from reducer.dispatch import Dispatch, _Sent
-from reducer.job import Result
+from reducer.result import Result
 
 KILLER = str(Path(__file__).parent / "killer")
 

@@ -370,13 +370,14 @@ def test_malformed_files_on_real_workers(trial_files: Path, tmp_path: Path) -> N
     assert not failed["error"].str.startswith("killed").any()
     assert not failed["kept"].any()
     assert result.summary["photos_read"] == len(files)
+    assert (tmp_path / "run" / "report.html").exists()
 
 
 def test_near_copies_among_real_photos(trial_files: Path, tmp_path: Path) -> None:
     smallest, nearest = {}, {}
     spread_out = 0
     for strategy in STRATEGY_NAMES:
-        job = Job(str(trial_files / "photos"), str(tmp_path / strategy), strategy=strategy)
+        job = Job(str(trial_files / "photos"), str(tmp_path / strategy), strategy=strategy, report=False)
         result = reduce_images(job, ClusterSpec(workers=0), progress=False)
         images = result.images
         near = 0

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT
+from PIL import Image
 
 from reducer.cli import main
 from reducer.clusterspec import ClusterFile
@@ -37,12 +38,32 @@ def test_the_examples_run(tmp_path: Path) -> None:
     assert ran.count("python") >= 1
     for run in ("run", "trial", "listed", "templated", "run-python", "other"):
         assert (tmp_path / run / "reduced.csv").read_text().count("\n") > 2
+        assert (tmp_path / run / "report.html").exists()
     assert (tmp_path / "listed" / "reduced.csv").read_text().startswith("photo,class\n")
     assert (tmp_path / "few.csv").read_text().count("\n") == 301
     assert (tmp_path / "other" / "cross_label.parquet").exists()
+    for name in ("counts", "closest", "kept"):
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            assert picture.width > 300
 
 
-OPTIONS = {option for command in main.commands.values() for param in command.params for option in param.opts} | {
+def test_it_opens_with_a_picture_of_a_report() -> None:
+    first = README.split("\n\n")[1]
+    found = re.fullmatch(r"!\[(?P<alt>[^\]]{40,})\]\((?P<path>\.github/report\.png)\)", first)
+    assert found is not None
+    path = ROOT / found["path"]
+    assert path.stat().st_size < 300_000
+    with Image.open(path) as picture:
+        assert picture.format == "PNG"
+        assert picture.width >= 1000
+
+
+OPTIONS = {
+    option
+    for command in main.commands.values()
+    for param in command.params
+    for option in (*param.opts, *param.secondary_opts)
+} | {
     "--help",
     "--lowest",  # scripts/test
     "--photos",

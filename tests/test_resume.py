@@ -50,7 +50,7 @@ def assert_same(run: Path, whole: Path) -> None:
 
 def command(collection: Path, run: Path | str, *options: str, workers: int = 2) -> list[str]:
     paths = [str(collection / "train"), "--manifest", str(collection / "train.csv"), "--output", str(run)]
-    return [sys.executable, "-m", "reducer", "run", *paths, "--workers", str(workers), *FLAGS, *options]
+    return [sys.executable, "-m", "reducer", "run", *paths, "--workers", str(workers), "--no-report", *FLAGS, *options]
 
 
 def start(*arguments: str) -> subprocess.Popen[bytes]:
@@ -131,7 +131,7 @@ def test_a_client_that_is_killed_at_every_file_that_it_writes(
     collection: Path, tmp_path: Path, options: list[str]
 ) -> None:
     arguments = [str(collection / "train"), "--manifest", str(collection / "train.csv"), "--workers", "0", "--quiet"]
-    arguments += ["--partition-images", "80", *(options or ["--keep", "8"])]
+    arguments += ["--no-report", "--partition-images", "80", *(options or ["--keep", "8"])]
     assert invoke("run", *arguments, "--output", tmp_path / "whole")[0] == 0
     killed = 0
     for number in range(1, 30):
@@ -537,7 +537,11 @@ def test_photos_on_s3_need_their_options_again(s3: S3Server, tmp_path: Path) -> 
     job = {"keep": 8, "manifest": "s3://trial/train.csv", "partition_images": 30, "manifest_storage_options": opened}
     from reducer import Job
 
-    reduce_images(Job("s3://trial/train", str(tmp_path / "run"), storage_options=opened, **job), SERIAL, progress=False)
+    reduce_images(
+        Job("s3://trial/train", str(tmp_path / "run"), storage_options=opened, report=False, **job),
+        SERIAL,
+        progress=False,
+    )
     whole = reduced_files(tmp_path / "run")
     shorten(tmp_path / "run", 2)
     code, _, err = invoke("resume", tmp_path / "run", "--workers", 0)

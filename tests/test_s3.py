@@ -30,10 +30,10 @@ import reducer.sources
 import reducer.worker
 from reducer import ClusterError, ClusterSpec, InputError, Job, reduce_images
 from reducer.errand import Errand
-from reducer.job import Result
 from reducer.objects import PhotoFile
 from reducer.places import Place, Source, parse_options
 from reducer.plan import make_plan
+from reducer.result import Result
 from reducer.sources import read_all
 from reducer.store import RunFolder
 
@@ -59,6 +59,7 @@ def s3_run(s3: S3Server, output: Path | str, endpoint: str | None = None, **othe
     settings: dict[str, Any] = {
         "keep": 8,
         "manifest": "s3://trial/train.csv",
+        "report": False,
         "storage_options": opened,
         "manifest_storage_options": options(s3),
         **others,
@@ -538,7 +539,7 @@ def test_no_secret_is_shown_or_stored_and_workers_give_the_same(
     output = f"s3://{bucket}/run"
     command = [sys.executable, "-m", "reducer", "run", "s3://trial/train", "--manifest", "s3://trial/train.csv"]
     command += ["--output", output, "--keep", "8", "--workers", "2", "--partition-images", "40"]
-    command += ["--log-level", "debug"]
+    command += ["--no-report", "--log-level", "debug"]
     for prefix in ("--", "--manifest-", "--output-"):
         command += flags(planted(s3), f"{prefix}storage-option")
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=clean_env, cwd=tmp_path)

@@ -1,0 +1,158 @@
+"""What a ledger says of a whole run, in as few numbers as a plot needs. Pure; reads no photo."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from reducer.draw import RANDOM_ORDER, draw_order
+from reducer.hashing import all_from_hex
+from reducer.quality import pair_histogram
+
+Counts = NDArray[np.int64]
+
+#: Of a label with more kept photos than this so many are drawn, lest all pairs of a million photos are compared.
+MOST_COMPARED = 2000
+#: The spread over labels that is told of: 80 % of them lie between the first and the last.
+SHARES = (0.1, 0.5, 0.9)
+
+
+@dataclass(frozen=True)
+class LabelCounts:
+    """Photos a label, before and after.
+
+    Attributes
+    ----------
+    names : list of str
+        The labels, sorted as text.
+    photos, kept : ndarray of int64, shape (labels,)
+        Photos of each, and the kept ones.
+    """
+
+    names: list[str]
+    photos: Counts
+    kept: Counts
+
+    @property
+    def empty(self) -> list[str]:
+        """Labels of which no photo is kept."""
+        return [self.names[number] for number in np.flatnonzero(self.kept == 0).tolist()]
+
+    def without_largest(self, count: int) -> LabelCounts:
+        """Without so many labels that have the most photos, of equal ones those that come first as text."""
+        left = np.sort(np.argsort(-self.photos, kind="stable")[count:])
+        return LabelCounts([self.names[number] for number in left.tolist()], self.photos[left], self.kept[left])
+
+
+@dataclass(frozen=True)
+class InsertionCurve:
+    """How far each next photo is from all before it, over labels.
+
+    Attributes
+    ----------
+    labels : ndarray of int64, shape (ranks,)
+        Labels that have a photo of rank 1, 2, ...
+    distance : ndarray of float64, shape (3, ranks)
+        Its insertion distance in bits: what `SHARES` of these labels are at or under.
+    photos : ndarray of int64, shape (ranks,)
+        Photos that are left of all labels where each keeps at most 1, 2, ...; of labels that were not ranked, of all
+        their photos.
+    """
+
+    labels: Counts
+    distance: NDArray[np.float64]
+    photos: Counts
+
+
+def numbered(labels: pa.ChunkedArray) -> tuple[Counts, list[str]]:
+    """Labels as numbers in the order of their text, and what they are."""
+    found = labels.combine_chunks().dictionary_encode()
+    names = found.dictionary.to_pylist()
+    order = sorted(range(len(names)), key=names.__getitem__)
+    number = np.empty(len(names), dtype=np.int64)
+    number[order] = np.arange(len(names))
+    return number[found.indices.to_numpy()], [names[place] for place in order]
+
+
+def label_counts(ledger: pa.Table) -> LabelCounts:
+    """Count the photos of each label.
+
+    Parameters
+    ----------
+    ledger : pyarrow.Table
+        With the columns ``label`` and ``kept``.
+    """
+    number, names = numbered(ledger["label"])
+    kept = ledger["kept"].to_numpy()
+    return LabelCounts(names, _counted(number, len(names)), _counted(number[kept], len(names)))
+
+
+def _counted(numbers: Counts, count: int) -> Counts:
+    return np.bincount(numbers, minlength=count)
+
+
+def insertion_curve(ledger: pa.Table) -> InsertionCurve:
+    """How far the photos of each rank are from those before them.
+
+    Parameters
+    ----------
+    ledger : pyarrow.Table
+        With the columns ``label``, ``rank`` and ``insertion_distance``.
+    """
+    ranked = ledger.filter(pc.is_valid(ledger["insertion_distance"]))
+    rank = ranked["rank"].to_numpy().astype(np.int64)
+    distance = ranked["insertion_distance"].to_numpy()
+    order = np.lexsort((distance, rank))
+    distance = distance[order]
+    labels = np.bincount(rank, minlength=1)[1:]
+    starts = np.cumsum(labels) - labels
+    places = [starts + ((labels - 1) * share).round().astype(np.int64) for share in SHARES]
+    number, names = numbered(ledger["label"])
+    # Of a label that was ranked, photos without a rank cannot be kept.
+    has_rank = pc.is_valid(ledger["rank"]).to_numpy()
+    of_ranked, of_all = (_counted(number[rows], len(names)) for rows in (has_rank, slice(None)))
+    available = np.where(of_ranked > 0, of_ranked, of_all)
+    at_least = _counted(available, len(labels) + 1)[::-1].cumsum()[::-1]  # labels with so many photos or more
+    photos = at_least[1 : len(labels) + 1].cumsum()
+    return InsertionCurve(labels, np.stack([distance[place] for place in places]), photos)
+
+
+def pair_distances(ledger: pa.Table, bits: int, seed: int) -> tuple[Counts, Counts]:
+    """Distances of all pairs of photos of one label, for the kept photos and for a random choice of as many.
+
+    Parameters
+    ----------
+    ledger : pyarrow.Table
+        With the columns ``label``, ``id``, ``hash``, ``rank`` and ``kept``.
+    bits : int
+        Bits of a hash.
+    seed : int
+        Of the job: the random choice is the one that its quality was compared with.
+
+    Returns
+    -------
+    kept, random : ndarray of int64, shape (bits + 1,)
+        Pairs that are 0, 1, ... bits apart. Of a label with more than `MOST_COMPARED` kept photos so many are drawn.
+    """
+    ranked = ledger.select(["label", "id", "hash", "rank", "kept"])
+    ranked = ranked.filter(pc.is_valid(ranked["rank"])).combine_chunks()
+    hashes = all_from_hex(ranked["hash"], bits)
+    kept = ranked["kept"].to_numpy()
+    ids = ranked["id"].to_pylist()
+    of_kept, of_random = (np.zeros(bits + 1, dtype=np.int64) for _ in range(2))
+    number, names = numbered(ranked["label"])
+    ends = _counted(number, len(names)).cumsum()
+    for label, rows in zip(names, np.split(np.argsort(number, kind="stable"), ends[:-1]), strict=False):
+        chosen = rows[kept[rows]]
+        if len(chosen) < 2:
+            continue
+        drawn = rows[draw_order(RANDOM_ORDER, seed, label, [ids[row] for row in rows.tolist()])]
+        if len(chosen) > MOST_COMPARED:
+            chosen = drawn[kept[drawn]][:MOST_COMPARED]
+        of_kept += pair_histogram(hashes[chosen], bits)
+        of_random += pair_histogram(hashes[drawn[: len(chosen)]], bits)
+    return of_kept, of_random

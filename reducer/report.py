@@ -1,0 +1,383 @@
+"""``report.html``: what a run came to, to look at, in one file that needs no network."""
+
+from __future__ import annotations
+
+import base64
+import shlex
+import sys
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import fields
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from markupsafe import Markup
+from tqdm.auto import tqdm
+
+from reducer.clusterspec import ClusterSpec
+from reducer.config import GALLERY_PHOTOS, STORAGE_OPTIONS, Job
+from reducer.curves import InsertionCurve, LabelCounts, insertion_curve, label_counts, pair_distances
+from reducer.errors import InputError
+from reducer.galleries import (
+    LABEL_COLUMNS,
+    MOST_CROSS_LABEL,
+    Gallery,
+    Pair,
+    Photo,
+    cross_label_shown,
+    gallery,
+    in_nanoseconds,
+    labels_to_show,
+)
+from reducer.places import Place
+from reducer.plots import LARGEST, as_svg, counts_plot, insertion_plot, pairs_plot
+from reducer.printing import as_duration, as_size, certificate_line, quality_rows, remarks
+from reducer.rules import flag
+from reducer.schemas import FAILED
+from reducer.store import RunFolder
+from reducer.summary import check_storage_options, job_of
+from reducer.thumbnails import Thumbnail, Wanted, draw, draw_on
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+#: Pictures in a report at most, whatever is asked for.
+MOST_GALLERY_PHOTOS = 2000
+#: Labels that may be asked for.
+MOST_LABELS = 100
+#: A report stays under 15 MB: its pictures take at most so many bytes in all, before base64 makes four of three, and
+#: one of them at most so many.
+PICTURES_BYTES, PICTURE_BYTES = 9_000_000, 40_000
+#: Failures shown of each kind, and names of labels in a list.
+EXAMPLES, NAMED = 5, 20
+#: Of texts from outside so many characters are shown.
+SHOWN_CHARACTERS = 160
+#: Numbers of photos that the table to read K from has rows for, and at most so many of them.
+KS = (1, 2, 3, 5, 8, 10, 12, 15, 20, 25, 30, 40, 50, 75, 100, 150, 200, 300, 500, 750, 1000, 2000, 5000)
+#: The curve shows so many times as many photos as are kept a label, and at least so many.
+TIMES_KEPT, LEAST_RANKS = 4, 60
+
+Pictures = Mapping[tuple[Any, int], Thumbnail | str]
+
+
+def write_report(
+    run: Path | str,
+    *,
+    labels: Sequence[str] = (),
+    gallery_photos: int = GALLERY_PHOTOS,
+    cluster: ClusterSpec | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    output_storage_options: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> str:
+    """Draw the report of a run anew.
+
+    Parameters
+    ----------
+    run : path
+        The run folder, a local path or a URL. The run must be finished.
+    labels : sequence of str
+        Labels that are shown before those that the report chooses, at most `MOST_LABELS`.
+    gallery_photos : int
+        Pictures of photos at most, 0 to `MOST_GALLERY_PHOTOS`; only so many photos are read.
+    cluster : ClusterSpec, optional
+        Where photos are read; default in this process.
+    storage_options, output_storage_options : mapping, optional
+        As for `Job`: a run folder does not keep them.
+    progress : bool
+        Whether to show a progress bar.
+
+    Returns
+    -------
+    str
+        Path or URL of ``report.html``.
+
+    Raises
+    ------
+    InputError
+        If it is no finished run, has no such label, or its photos cannot be opened without storage options.
+
+    Examples
+    --------
+    >>> from reducer import write_report
+    >>> write_report("run", labels=["6044"])  # doctest: +SKIP
+    """
+    if not 0 <= gallery_photos <= MOST_GALLERY_PHOTOS:
+        raise InputError(f"--gallery-photos is {gallery_photos}: expected 0 to {MOST_GALLERY_PHOTOS}")
+    if isinstance(labels, str):
+        raise InputError("labels: give a list of labels, not one text")
+    asked = list(dict.fromkeys(map(str, labels)))
+    if len(asked) > MOST_LABELS:
+        raise InputError(f"--labels names {len(asked)} labels: a report shows at most {MOST_LABELS}")
+    folder = RunFolder(Place(str(run), output_storage_options or {}))
+    summary = folder.finished()
+    job = job_of(summary, {"output": str(run), "storage_options": storage_options or {}})
+    if gallery_photos:
+        check_storage_options(summary, job)
+    with ExitStack() as open_cluster:
+        client = None
+        if gallery_photos and cluster is not None and not cluster.serial:
+            from reducer.cluster import connect, refuse_import_of_main
+
+            refuse_import_of_main()
+            client = open_cluster.enter_context(connect(cluster))
+        draw_report(folder, job, asked, gallery_photos, client=client, progress=progress)
+    return folder.report
+
+
+def draw_report(
+    folder: RunFolder,
+    job: Job,
+    asked: Sequence[str] = (),
+    gallery_photos: int = GALLERY_PHOTOS,
+    *,
+    client: Client | None = None,
+    avoid: Collection[str] = (),
+    progress: bool = False,
+) -> None:
+    """Write ``report.html`` into the folder of a finished run.
+
+    Parameters
+    ----------
+    folder : RunFolder
+        The folder.
+    job : Job
+        Its job, with the storage options that open its photos.
+    asked, gallery_photos, progress
+        As ``labels``, ``gallery_photos`` and ``progress`` of `write_report`.
+    client : distributed.Client, optional
+        Of the cluster on which photos are read; None for this process.
+    avoid : collection of str
+        Addresses of workers that read none.
+    """
+    summary = folder.finished()
+    bits, near = summary["quality"]["bits"], summary["quality"]["near_copy_bits"]
+    ledger = folder.ledger(
+        list(dict.fromkeys(["id", "hash", "insertion_distance", "kept", "bytes", *LABEL_COLUMNS])),
+    )
+    if ledger.num_rows != summary["photos"]:
+        raise InputError(
+            f"the ledger of the run in {folder.path} has {ledger.num_rows:,} of {summary['photos']:,} photos: part "
+            f"files are missing. First: reducer resume {folder.path}"
+        )
+    chosen = labels_to_show(ledger, near, asked)
+    counts, curve = label_counts(ledger), insertion_curve(ledger)
+    context = {
+        "run": folder.path,
+        "name": Path(folder.path.rstrip("/")).name or folder.path,
+        "summary": summary,
+        "command": command_of(summary["job"]),
+        "bytes": _bytes(ledger),
+        "missing_labels": counts.empty,
+        "certificate": certificate_line(summary["quality"]),
+        "remarks": remarks(summary, folder.path),
+        "figures": _figures(counts, curve, ledger, job, bits, near),
+        "reading": _reading(curve, job.keep, near),
+        "near": near,
+        "bits": bits,
+        "largest": LARGEST,
+        "failures": _failures(folder) if summary["failures"] else [],
+    }
+    del ledger
+    like = _cross_label(folder, min(MOST_CROSS_LABEL, gallery_photos // 20)) if gallery_photos else []
+    each = (gallery_photos - 2 * len(like)) // max(1, len(chosen))
+    rows = in_nanoseconds(folder.ledger(where=pc.field("label").isin(list(chosen)))) if gallery_photos else None
+    galleries = (
+        []
+        if rows is None
+        else [gallery(rows.filter(pc.equal(rows["label"], label)), why, each, bits) for label, why in chosen.items()]
+    )
+    pictures = _pictures(_drawn(galleries, like), job, client, avoid, progress)
+    page = as_html(
+        "report.html",
+        **context,
+        galleries=galleries,
+        like=like,
+        named=NAMED,
+        picture=lambda photo: _picture(photo, pictures),
+    )
+    now = folder.finished()
+    if (now["run"], now["resumed"]) != (summary["run"], summary["resumed"]):
+        raise InputError(f"the run in {folder.path} has changed meanwhile: try again")
+    folder.write_report(page.encode("utf-8", "replace"))
+
+
+def command_of(job: Mapping[str, Any]) -> list[str]:
+    """The command that a run was begun with, in parts, as far as its summary tells: storage options are left out."""
+    parts = [["reducer", "run", job["images"]], ["--output", job["output"]]]
+    for field in fields(Job):
+        value, default = job.get(field.name, field.default), field.default
+        if field.name in ("images", "output", "overwrite", "break_lock", "report", *STORAGE_OPTIONS):
+            continue
+        if value == default:
+            continue
+        if value is True:
+            parts.append([flag(field.name)])
+        else:
+            shown = ",".join(value) if isinstance(value, list | tuple) else "all" if value is None else str(value)
+            parts.append([flag(field.name), shown])
+    return [shlex.join(part) for part in parts]
+
+
+def _bytes(ledger: pa.Table) -> dict[str, Any]:
+    """Bytes of all photos and of the kept ones, as far as they are known."""
+    kept = ledger.filter(ledger["kept"])["bytes"]
+    return {
+        "before": as_size(pc.sum(ledger["bytes"]).as_py() or 0),
+        "after": as_size(pc.sum(kept).as_py() or 0),
+        "unknown_before": ledger["bytes"].null_count,
+        "unknown_after": kept.null_count,
+    }
+
+
+def _figures(
+    counts: LabelCounts, curve: InsertionCurve, ledger: pa.Table, job: Job, bits: int, near: int
+) -> dict[str, Markup]:
+    """The plots, as elements of the page."""
+    found = {
+        "counts": as_svg(
+            counts_plot(counts),
+            "counts",
+            f"Histogram: how many of {len(counts.names):,} labels have how many images, before and after. Before at "
+            f"most {counts.photos.max(initial=0):,}, after at most {counts.kept.max(initial=0):,}.",
+        )
+    }
+    if len(counts.names) > LARGEST:
+        found["counts_rest"] = as_svg(
+            counts_plot(counts, largest=False),
+            "counts-rest",
+            f"The same histogram without the {LARGEST} largest labels.",
+        )
+    kept, random = pair_distances(ledger, bits, job.seed)
+    if kept.sum():
+        shares = [f"{100 * pairs[: near + 1].sum() / pairs.sum():.2g}" for pairs in (kept, random)]
+        found["pairs"] = as_svg(
+            pairs_plot(kept, random, near),
+            "pairs",
+            f"Distances of two photos of a label. At most {near} bits apart are {shares[0]} % of the pairs of kept "
+            f"photos and {shares[1]} % of those of a random choice.",
+        )
+    if len(curve.labels):
+        most = max(TIMES_KEPT * (job.keep or 0), LEAST_RANKS)
+        found["insertion"] = as_svg(
+            insertion_plot(curve, near, job.keep, most),
+            "insertion",
+            "Curve: how many bits the next photo of a label is away from those before it, by the number of those; its "
+            "median over labels, and between what 80 % of them lie. The table has the same figures.",
+        )
+    return {name: Markup(drawn) for name, drawn in found.items()}
+
+
+def _reading(curve: InsertionCurve, keep: int | None, near: int) -> dict[str, Any]:
+    """What K to choose, in words and as a table."""
+    ranks = len(curve.labels)
+    if not ranks:
+        return {"rows": [], "at": None, "copies_from": None}
+    wanted = sorted({k for k in (*KS, keep or 1) if k <= ranks})
+    rows = [
+        {
+            "k": k,
+            "next": curve.distance[1][k - 1],
+            "low": curve.distance[0][k - 1],
+            "high": curve.distance[2][k - 1],
+            "labels": int(curve.labels[k - 1]),
+            "photos": int(curve.photos[k - 1]),
+        }
+        for k in wanted
+    ]
+    copies = np.flatnonzero(curve.distance[1] <= near)
+    at = next((row for row in rows if row["k"] == keep), rows[-1])
+    return {"rows": rows, "at": at, "copies_from": int(copies[0]) + 1 if len(copies) else None}
+
+
+def _failures(folder: RunFolder) -> list[dict[str, Any]]:
+    """Photos that have failed, by kind, the most frequent first, with examples."""
+    failed = folder.ledger(["id", "label", "path", "error"], where=pc.field("reason") == FAILED)
+    kinds = pc.list_element(pc.split_pattern(failed["error"], ":", max_splits=1), 0)
+    found = [
+        {"kind": pair["values"], "count": pair["counts"], "examples": failed.filter(pc.equal(kinds, pair["values"]))}
+        for pair in pc.value_counts(kinds).to_pylist()
+    ]
+    for kind in found:
+        kind["examples"] = kind["examples"].slice(0, EXAMPLES).to_pylist()
+    return sorted(found, key=lambda kind: (-kind["count"], kind["kind"]))
+
+
+def _cross_label(folder: RunFolder, most: int) -> list[Pair]:
+    """Some near copies under different labels: one pair of each two labels before a second one."""
+    pairs = folder.read_cross_label()
+    if pairs is None or not most:
+        return []
+    both = pc.binary_join_element_wise(pairs["label"], pairs["other_label"], "\0").combine_chunks()
+    first = np.sort(np.unique(both.dictionary_encode().indices.to_numpy(), return_index=True)[1])
+    rest = np.setdiff1d(np.arange(pairs.num_rows), first)
+    pairs = pairs.take(pa.array(np.concatenate([first, rest])[:most]))
+    ids = pa.chunked_array([*pairs["id"].chunks, *pairs["other_id"].chunks], pa.string())
+    return cross_label_shown(pairs, in_nanoseconds(folder.ledger(where=pc.field("id").isin(ids.combine_chunks()))))
+
+
+def _drawn(galleries: Iterable[Gallery], like: Iterable[Pair]) -> list[Photo]:
+    photos = [photo for one in galleries for photo in one.drawn()]
+    return photos + [photo for pair in like for photo in (pair.first, pair.second)]
+
+
+def _pictures(
+    photos: Sequence[Photo], job: Job, client: Client | None, avoid: Collection[str], progress: bool
+) -> Pictures:
+    """Pictures of photos, each read once a size."""
+    # In the order of the shards and their offsets, which is that of the disk.
+    keys = sorted({(photo.ref, photo.side) for photo in photos}, key=lambda key: (str(key[0]), key[1]))
+    wanted = [Wanted(*key) for key in keys]
+    limits = {
+        "max_pixels": job.max_pixels,
+        "most_bytes": min(PICTURE_BYTES, PICTURES_BYTES // max(1, len(photos))),
+    }
+    drawing = (
+        draw(wanted, job.source, **limits)
+        if client is None
+        else draw_on(client, wanted, job.source, **limits, avoid=avoid)
+    )
+    found = {}
+    with closing(drawing), tqdm(total=len(wanted), unit=" pictures", disable=not progress, file=sys.stderr) as bar:
+        for number, picture in drawing:
+            found[keys[number]] = picture
+            bar.update()
+    return found
+
+
+def _picture(photo: Photo, pictures: Pictures) -> dict[str, Any]:
+    """What stands where a photo is shown: a picture, or why there is none."""
+    found = None if not photo.is_drawn else pictures[photo.ref, photo.side]
+    if not isinstance(found, Thumbnail):
+        return {"error": photo.row["error"] if found is None else found}
+    data = base64.b64encode(found.content).decode()
+    return {"error": None, "src": f"data:image/jpeg;base64,{data}", "width": found.width, "height": found.height}
+
+
+def as_html(template: str, **context: Any) -> str:
+    """One of our templates, filled in; whatever comes from outside is escaped."""
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "size": as_size,
+        "duration": as_duration,
+        "clip": _clip,
+        "number": _number,
+        "quality_rows": quality_rows,
+    }
+    return environment.from_string(files("reducer").joinpath("templates", template).read_text("utf-8")).render(context)
+
+
+def _clip(text: object, most: int = SHOWN_CHARACTERS) -> str:
+    shown = str(text)
+    return shown if len(shown) <= most else f"{shown[: most - 1]}…"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.1f}"

@@ -1,0 +1,170 @@
+"""What a run has made, for Python and notebooks."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+from PIL import Image
+
+from reducer.config import Job, choose, nearest
+from reducer.errors import InputError
+from reducer.places import PhotoRef
+from reducer.store import REPORT, RunFolder
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+#: Pixels of the longest side of a photo in a figure of many, and of two.
+SMALL_SIDE, LARGE_SIDE = 320, 1000
+#: A picture in a figure takes at most so many bytes: more than any needs.
+PICTURE_BYTES = 2**24
+#: Photos of a row of a figure.
+COLUMNS = 5
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run has made.
+
+    Attributes
+    ----------
+    output : Path or str
+        The run folder; text where it is a URL.
+    summary : dict
+        ``summary.json``.
+    """
+
+    output: Path | str
+    summary: dict[str, Any] = field(repr=False)
+    _folder: RunFolder = field(repr=False)
+    _job: Job = field(repr=False)
+
+    @property
+    def reduced(self) -> pd.DataFrame:
+        """The reduced list: the rows and columns of ``reduced.parquet``."""
+        frame: pd.DataFrame = self._folder.reduced(self._job.id_column, self._job.label_column).to_pandas()
+        return frame
+
+    @property
+    def images(self) -> pd.DataFrame:
+        """The ledger: one row a photo of the manifest, in its order."""
+        frame: pd.DataFrame = self._folder.ledger().to_pandas()
+        return frame
+
+    def plot_counts(self) -> Figure:
+        """How many labels have how many images, before and after, also without the 100 largest labels.
+
+        Returns
+        -------
+        matplotlib.figure.Figure
+            Two histograms, their counts on a logarithmic axis; one where there are no more than 100 labels.
+        """
+        from reducer.curves import label_counts
+        from reducer.plots import both_counts
+
+        return both_counts(label_counts(self._folder.ledger(["label", "kept"])))
+
+    def plot_pair(self, label: object, which: str = "closest") -> Figure:
+        """Two photos of a label side by side, titled with the distance of their hashes.
+
+        Parameters
+        ----------
+        label : str
+            The label.
+        which : {"closest", "farthest"}
+            Of all its photos that have a hash.
+
+        Returns
+        -------
+        matplotlib.figure.Figure
+
+        Raises
+        ------
+        InputError
+            If the run has no such label, or of it fewer than two photos have a hash.
+        """
+        from reducer.galleries import extreme_pairs
+        from reducer.plots import photos_plot
+
+        choose("which", which, ("closest", "farthest"))
+        pairs = extreme_pairs(self._rows(label), self._job.hash_size**2)
+        if not pairs:
+            raise InputError(f"fewer than two photos of the label {str(label)!r} have a hash: there is no pair to show")
+        pair = next(pair for pair in pairs if pair.which == which)
+        photos = (pair.first, pair.second)
+        pictures = self._pictures([photo.ref for photo in photos], LARGE_SIDE)
+        title = f"{label}, the {which} two: hash difference {pair.distance:g} of {self._job.hash_size**2} bits"
+        return photos_plot(title, list(zip((photo.row["id"] for photo in photos), pictures, strict=True)), 2)
+
+    def show(self, label: object, most: int = 25) -> Figure:
+        """The kept photos of a label in the order of their ranks, each with its insertion distance.
+
+        Parameters
+        ----------
+        label : str
+            The label.
+        most : int
+            Photos at most.
+
+        Returns
+        -------
+        matplotlib.figure.Figure
+
+        Raises
+        ------
+        InputError
+            If the run has no such label.
+        """
+        from reducer.galleries import as_photo
+        from reducer.plots import photos_plot
+
+        rows = self._rows(label)
+        kept = rows.filter(rows["kept"]).sort_by([("rank", "ascending"), ("id", "ascending")])
+        photos = [as_photo(row, SMALL_SIDE) for row in kept.slice(0, most).to_pylist()]
+        pictures = self._pictures([photo.ref for photo in photos], SMALL_SIDE)
+        shown = kept.num_rows if kept.num_rows <= most else f"the first {most} of {kept.num_rows:,}"
+        title = f"{label}: {shown} kept photos of {rows.num_rows:,}, by rank"
+        return photos_plot(title, [(_place(p.row), one) for p, one in zip(photos, pictures, strict=True)], COLUMNS)
+
+    def _rows(self, label: object) -> pa.Table:
+        from reducer.galleries import in_nanoseconds
+
+        rows = in_nanoseconds(self._folder.ledger(where=pc.field("label") == str(label)))
+        if not rows.num_rows:
+            known = pc.unique(self._folder.ledger(["label"])["label"]).to_pylist()
+            raise InputError(f"no photo of the run has the label {str(label)!r}{nearest(str(label), known)}")
+        return rows
+
+    def _pictures(self, refs: list[PhotoRef], side: int) -> list[np.ndarray[Any, Any] | str]:
+        """Pixels of photos, or why there are none; read in this process."""
+        from reducer.summary import check_storage_options
+        from reducer.thumbnails import Thumbnail, Wanted, draw
+
+        check_storage_options(self.summary, self._job)
+        wanted = [Wanted(ref, side) for ref in refs]
+        drawn = draw(wanted, self._job.source, max_pixels=self._job.max_pixels, most_bytes=PICTURE_BYTES)
+        return [
+            np.asarray(Image.open(io.BytesIO(found.content))) if isinstance(found, Thumbnail) else found
+            for _, found in drawn
+        ]
+
+    def _repr_html_(self) -> str:
+        from reducer.report import as_html
+
+        report = self._folder.report if self._folder.has(REPORT) else None
+        return as_html("result.html", summary=self.summary, run=str(self.output), report=report)
+
+
+def _place(row: dict[str, Any]) -> str:
+    """What stands over a kept photo."""
+    if row["rank"] is None:
+        return f"{row['id']}\nnot ranked"
+    distance = "the first" if row["insertion_distance"] is None else f"{row['insertion_distance']:g} bits"
+    return f"{row['id']}\nrank {row['rank']}, {distance}"

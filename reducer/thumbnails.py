@@ -1,0 +1,259 @@
+"""Small pictures of photos, drawn from where those lie, in this process or on a cluster."""
+
+from __future__ import annotations
+
+import io
+import queue
+import uuid
+from collections.abc import Collection, Generator, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from reducer.errors import one_line
+from reducer.hashing import DEEP_MODES, TURNS, PhotoError, opened_photo, orientation, pillow_settings
+from reducer.isolation import memory_bound
+from reducer.places import PhotoRef, Source
+from reducer.sources import read_all
+
+if TYPE_CHECKING:
+    from distributed import Client, Future
+
+#: Qualities of JPEG that are tried in turn until a picture is small enough, and how much smaller it is made after that.
+QUALITIES = (75, 50, 30)
+SMALLER = 0.7
+#: Pixels; a picture is made no smaller than that.
+SMALLEST_SIDE = 32
+#: JPEGs are decoded at so many times the size at least, so that there is something to average.
+DECODED = 2
+#: Photos that a task draws.
+GROUP = 8
+#: Seconds that a cluster may take to give the next pictures, the scheduler to answer, and a worker to hand some over.
+PATIENCE, ANSWER, HAND_OVER = 60.0, 10.0, 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A picture to draw.
+
+    Attributes
+    ----------
+    ref : str or ByteRange
+        Where the photo lies.
+    side : int
+        Pixels of the picture's longest side at most.
+    """
+
+    ref: PhotoRef
+    side: int
+
+
+@dataclass(frozen=True, slots=True)
+class Thumbnail:
+    """A small picture.
+
+    Attributes
+    ----------
+    content : bytes
+        A JPEG file.
+    width, height : int
+        In pixels.
+    """
+
+    content: bytes = field(repr=False)
+    width: int
+    height: int
+
+
+def thumbnail(content: bytes, side: int, *, max_pixels: int, most_bytes: int) -> Thumbnail:
+    """Draw a photo small and upright, what is transparent on white, of an animation the first picture.
+
+    Parameters
+    ----------
+    content : bytes
+        The whole file.
+    side : int
+        Pixels of the longest side at most; a smaller photo is not enlarged.
+    max_pixels : int
+        A photo that declares more pixels is not decoded. Call inside ``with pillow_settings(max_pixels):``.
+    most_bytes : int
+        Of the JPEG file; its quality is lowered and then its size until it has no more, or the longest side has
+        `SMALLEST_SIDE`.
+
+    Raises
+    ------
+    PhotoError
+        As `reducer.hashing.hash_photo`.
+    """
+    with opened_photo(content, max_pixels) as opened:
+        opened.draft(opened.mode, (DECODED * side, DECODED * side))
+        opened.load()
+        turn = orientation(opened)  # some formats tell it behind the pixels only
+        image = _shrunk(opened, side)
+        if turn != 1:
+            image = image.transpose(TURNS[turn])
+        image.info.clear()  # a comment would be saved too
+        while True:
+            for quality in QUALITIES:
+                file = io.BytesIO()
+                image.save(file, "JPEG", quality=quality, optimize=True)
+                if file.tell() <= most_bytes:
+                    return Thumbnail(file.getvalue(), *image.size)
+            if max(image.size) <= SMALLEST_SIDE:
+                return Thumbnail(file.getvalue(), *image.size)
+            less = max(SMALLEST_SIDE, int(SMALLER * max(image.size)))
+            image.thumbnail((less, less), Image.Resampling.LANCZOS)
+
+
+def _shrunk(image: Image.Image, side: int) -> Image.Image:
+    """In colour or grey, as JPEG knows them."""
+    if image.mode in DEEP_MODES:
+        # Levels mean whatever they mean: the darkest that is there becomes black, the brightest white.
+        image = image.resize(_size_within(image.size, side), Image.Resampling.NEAREST)
+        levels = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        low, high = levels.min(), levels.max()
+        return Image.fromarray(((levels - low) * (255 / ((high - low) or 1))).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=2.0)
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    if image.mode == "LAB":  # for which Pillow has no way to RGB without a profile
+        image = image.getchannel("L")
+    if image.mode not in ("RGB", "L"):
+        image = image.convert("L" if image.mode == "1" else "RGB")
+    image.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=2.0)
+    return image
+
+
+def _size_within(size: tuple[int, int], side: int) -> tuple[int, int]:
+    scale = min(1.0, side / max(size))
+    return max(1, round(scale * size[0])), max(1, round(scale * size[1]))
+
+
+def draw(
+    wanted: Sequence[Wanted], source: Source, *, max_pixels: int, most_bytes: int
+) -> Generator[tuple[int, Thumbnail | str]]:
+    """Draw photos in this process.
+
+    Parameters
+    ----------
+    wanted : sequence of Wanted
+        Which.
+    source : Source
+        How they are read.
+    max_pixels, most_bytes
+        As for `thumbnail`.
+
+    Yields
+    ------
+    int
+        Which of them, in their order.
+    Thumbnail or str
+        The picture, or in one line why there is none.
+    """
+    refs = [one.ref for one in wanted]
+    with closing(read_all(refs, source, max_pixels=max_pixels)) as files, pillow_settings(max_pixels):
+        for number, (one, file) in enumerate(zip(wanted, files, strict=True)):
+            if isinstance(file, PhotoError):
+                yield number, str(file)
+                continue
+            try:
+                yield number, thumbnail(file.content, one.side, max_pixels=max_pixels, most_bytes=most_bytes)
+            except PhotoError as error:
+                yield number, str(error)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Some of the photos; travels inside a Dask task, which may be printed."""
+
+    wanted: tuple[Wanted, ...] = field(repr=False)
+    source: Source = field(repr=False)
+    max_pixels: int
+    most_bytes: int
+
+
+def _draw_group(group: _Group) -> list[Thumbnail | str]:
+    """What runs on a worker."""
+    from distributed import get_worker
+
+    from reducer.worker import memory_for_photos
+
+    with memory_bound(memory_for_photos(get_worker())):
+        drawn = draw(group.wanted, group.source, max_pixels=group.max_pixels, most_bytes=group.most_bytes)
+        return [picture for _, picture in drawn]
+
+
+def draw_on(
+    client: Client,
+    wanted: Sequence[Wanted],
+    source: Source,
+    *,
+    max_pixels: int,
+    most_bytes: int,
+    avoid: Collection[str] = (),
+    patience: float = PATIENCE,
+) -> Generator[tuple[int, Thumbnail | str]]:
+    """Draw photos on a cluster. Whatever becomes of its workers, this ends.
+
+    Parameters
+    ----------
+    client : distributed.Client
+        Of the cluster.
+    wanted, source, max_pixels, most_bytes
+        As for `draw`.
+    avoid : collection of str
+        Addresses of workers that draw none.
+    patience : float
+        Seconds without any picture after which the rest is given up.
+
+    Yields
+    ------
+    int
+        Which of them, as they come.
+    Thumbnail or str
+        As for `draw`.
+    """
+    done: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
+    sent: dict[Any, tuple[Future[Any], range]] = {}
+    left = set(range(len(wanted)))
+    why = "not drawn: the cluster has no worker for it"
+    try:
+        scheduler: Any = client.scheduler
+        there = client.sync(scheduler.ncores, callback_timeout=ANSWER)
+        workers = [worker for worker in there if worker not in avoid]
+        name = uuid.uuid4().hex
+        for start in range(0, len(wanted) if workers else 0, GROUP):
+            group = _Group(tuple(wanted[start : start + GROUP]), source, max_pixels, most_bytes)
+            future = client.submit(
+                _draw_group, group, key=f"thumbnails-{name}-{start}", workers=workers if avoid else None, pure=False
+            )
+            sent[future.key] = (future, range(start, start + len(group.wanted)))
+            future.add_done_callback(done.put)
+        why = f"not drawn: the workers gave no more pictures in {patience:g} s"
+        while sent:
+            future, own = sent.pop(done.get(timeout=patience).key)
+            left -= set(own)
+            yield from zip(own, _pictures_of(future, len(own)), strict=True)
+    except queue.Empty:
+        pass
+    except Exception as error:  # the scheduler is gone, say
+        why = f"not drawn: {one_line(error)}"
+    finally:
+        with suppress(Exception):
+            client.cancel([future for future, _ in sent.values()], force=True)
+    for number in sorted(left):
+        yield number, why
+
+
+def _pictures_of(future: Future[Any], count: int) -> list[Thumbnail | str]:
+    """What has come of a task."""
+    try:
+        found: list[Thumbnail | str] = future.result(timeout=HAND_OVER)
+    except Exception as error:
+        return [f"not drawn: {one_line(error)}"] * count
+    future.release()
+    return found
