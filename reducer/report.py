@@ -375,8 +375,10 @@ def as_html(template: str, **context: Any) -> str:
 
 
 def _clip(text: object, most: int = SHOWN_CHARACTERS) -> str:
+    """A text that is too long without its middle: paths begin alike, and messages end alike."""
     shown = str(text)
-    return shown if len(shown) <= most else f"{shown[: most - 1]}…"
+    half = most // 2
+    return shown if len(shown) <= most else f"{shown[:half]}…{shown[len(shown) - half :]}"
 
 
 def _number(value: float) -> str:
