@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from reducer.progress import Status
     from reducer.story import Story
 
+#: Of texts from outside so many characters are shown, where there is little room.
+SHOWN_CHARACTERS = 160
+
 
 def print_forecast(job: Job, spec: ClusterSpec, sample: int) -> None:
     """What a dry run finds.
@@ -308,3 +311,9 @@ def as_duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def clip(text: object, most: int = SHOWN_CHARACTERS) -> str:
+    """A text that is too long without its middle: paths begin alike, and messages end alike."""
+    shown, half = str(text), most // 2
+    return shown if len(shown) <= most else f"{shown[:half]}…{shown[len(shown) - half :]}"

@@ -36,7 +36,7 @@ from reducer.galleries import (
 )
 from reducer.places import Place
 from reducer.plots import LARGEST, as_svg, counts_plot, insertion_plot, pairs_plot
-from reducer.printing import as_duration, as_size, certificate_line, quality_rows, remarks
+from reducer.printing import as_duration, as_size, certificate_line, clip, quality_rows, remarks
 from reducer.rules import flag
 from reducer.schemas import FAILED
 from reducer.store import RunFolder
@@ -55,8 +55,6 @@ MOST_LABELS = 100
 PICTURES_BYTES, PICTURE_BYTES = 9_000_000, 40_000
 #: Failures shown of each kind, and names of labels in a list.
 EXAMPLES, NAMED = 5, 20
-#: Of texts from outside so many characters are shown.
-SHOWN_CHARACTERS = 160
 #: Numbers of photos that the table to read K from has rows for, and at most so many of them.
 KS = (1, 2, 3, 5, 8, 10, 12, 15, 20, 25, 30, 40, 50, 75, 100, 150, 200, 300, 500, 750, 1000, 2000, 5000)
 #: The curve shows so many times as many photos as are kept a label, and at least so many.
@@ -331,17 +329,14 @@ def _pictures(
 ) -> Pictures:
     """Pictures of photos, each read once a size."""
     # In the order of the shards and their offsets, which is that of the disk.
-    keys = sorted({(photo.ref, photo.side) for photo in photos}, key=lambda key: (str(key[0]), key[1]))
-    wanted = [Wanted(*key) for key in keys]
-    limits = {
-        "max_pixels": job.max_pixels,
-        "most_bytes": min(PICTURE_BYTES, PICTURES_BYTES // max(1, len(photos))),
-    }
-    drawing = (
-        draw(wanted, job.source, **limits)
-        if client is None
-        else draw_on(client, wanted, job.source, **limits, avoid=avoid)
-    )
+    photo_of = {(photo.ref, photo.side): photo for photo in photos}
+    keys = sorted(photo_of, key=lambda key: (str(key[0]), key[1]))
+    wanted = [Wanted(*key, is_known=photo_of[key].row["hash"] is not None) for key in keys]
+    most_bytes = min(PICTURE_BYTES, PICTURES_BYTES // max(1, len(photos)))
+    if client is None:
+        drawing = draw(wanted, job.source, job.photo_settings, most_bytes=most_bytes)
+    else:
+        drawing = draw_on(client, wanted, job.source, job.photo_settings, most_bytes=most_bytes, avoid=avoid)
     found = {}
     with closing(drawing), tqdm(total=len(wanted), unit=" pictures", disable=not progress, file=sys.stderr) as bar:
         for number, picture in drawing:
@@ -367,18 +362,11 @@ def as_html(template: str, **context: Any) -> str:
     environment.filters |= {
         "size": as_size,
         "duration": as_duration,
-        "clip": _clip,
+        "clip": clip,
         "number": _number,
         "quality_rows": quality_rows,
     }
     return environment.from_string(files("reducer").joinpath("templates", template).read_text("utf-8")).render(context)
-
-
-def _clip(text: object, most: int = SHOWN_CHARACTERS) -> str:
-    """A text that is too long without its middle: paths begin alike, and messages end alike."""
-    shown = str(text)
-    half = most // 2
-    return shown if len(shown) <= most else f"{shown[:half]}…{shown[len(shown) - half :]}"
 
 
 def _number(value: float) -> str:

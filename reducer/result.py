@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +16,13 @@ from PIL import Image
 
 from reducer.config import Job, choose, nearest
 from reducer.errors import InputError
-from reducer.places import PhotoRef
+from reducer.printing import clip
 from reducer.store import REPORT, RunFolder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from reducer.galleries import Photo
 
 #: Pixels of the longest side of a photo in a figure of many, and of two.
 SMALL_SIDE, LARGE_SIDE = 320, 1000
@@ -99,9 +102,9 @@ class Result:
             raise InputError(f"fewer than two photos of the label {str(label)!r} have a hash: there is no pair to show")
         pair = next(pair for pair in pairs if pair.which == which)
         photos = (pair.first, pair.second)
-        pictures = self._pictures([photo.ref for photo in photos], LARGE_SIDE)
+        pictures = self._pictures(photos, LARGE_SIDE)
         title = f"{label}, the {which} two: hash difference {pair.distance:g} of {self._job.hash_size**2} bits"
-        return photos_plot(title, list(zip((photo.row["id"] for photo in photos), pictures, strict=True)), 2)
+        return photos_plot(title, [(clip(p.row["id"], 60), one) for p, one in zip(photos, pictures, strict=True)], 2)
 
     def show(self, label: object, most: int = 25) -> Figure:
         """The kept photos of a label in the order of their ranks, each with its insertion distance.
@@ -128,7 +131,7 @@ class Result:
         rows = self._rows(label)
         kept = rows.filter(rows["kept"]).sort_by([("rank", "ascending"), ("id", "ascending")])
         photos = [as_photo(row, SMALL_SIDE) for row in kept.slice(0, most).to_pylist()]
-        pictures = self._pictures([photo.ref for photo in photos], SMALL_SIDE)
+        pictures = self._pictures(photos, SMALL_SIDE)
         shown = kept.num_rows if kept.num_rows <= most else f"the first {most} of {kept.num_rows:,}"
         title = f"{label}: {shown} kept photos of {rows.num_rows:,}, by rank"
         return photos_plot(title, [(_place(p.row), one) for p, one in zip(photos, pictures, strict=True)], COLUMNS)
@@ -142,14 +145,14 @@ class Result:
             raise InputError(f"no photo of the run has the label {str(label)!r}{nearest(str(label), known)}")
         return rows
 
-    def _pictures(self, refs: list[PhotoRef], side: int) -> list[np.ndarray[Any, Any] | str]:
+    def _pictures(self, photos: Sequence[Photo], side: int) -> list[np.ndarray[Any, Any] | str]:
         """Pixels of photos, or why there are none; read in this process."""
         from reducer.summary import check_storage_options
         from reducer.thumbnails import Thumbnail, Wanted, draw
 
         check_storage_options(self.summary, self._job)
-        wanted = [Wanted(ref, side) for ref in refs]
-        drawn = draw(wanted, self._job.source, max_pixels=self._job.max_pixels, most_bytes=PICTURE_BYTES)
+        wanted = [Wanted(photo.ref, side, is_known=photo.row["hash"] is not None) for photo in photos]
+        drawn = draw(wanted, self._job.source, self._job.photo_settings, most_bytes=PICTURE_BYTES)
         return [
             np.asarray(Image.open(io.BytesIO(found.content))) if isinstance(found, Thumbnail) else found
             for _, found in drawn
@@ -164,7 +167,8 @@ class Result:
 
 def _place(row: dict[str, Any]) -> str:
     """What stands over a kept photo."""
+    name = clip(row["id"], 24)
     if row["rank"] is None:
-        return f"{row['id']}\nnot ranked"
+        return f"{name}\nnot ranked"
     distance = "the first" if row["insertion_distance"] is None else f"{row['insertion_distance']:g} bits"
-    return f"{row['id']}\nrank {row['rank']}, {distance}"
+    return f"{name}\nrank {row['rank']}, {distance}"

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from reducer.config import PhotoSettings
 from reducer.errors import one_line
 from reducer.hashing import DEEP_MODES, TURNS, PhotoError, opened_photo, orientation, pillow_settings
-from reducer.isolation import memory_bound
+from reducer.isolation import CannotStart, look_apart, memory_bound
 from reducer.places import PhotoRef, Source
 from reducer.sources import read_all
 
@@ -31,6 +32,8 @@ SMALLEST_SIDE = 32
 DECODED = 2
 #: Photos that a task draws.
 GROUP = 8
+#: Seconds that a photo which no one has decoded yet may take.
+TRIED = 20.0
 #: Seconds that a cluster may take to give the next pictures, the scheduler to answer, and a worker to hand some over.
 PATIENCE, ANSWER, HAND_OVER = 60.0, 10.0, 30.0
 
@@ -45,10 +48,13 @@ class Wanted:
         Where the photo lies.
     side : int
         Pixels of the picture's longest side at most.
+    is_known : bool
+        Whether it was decoded before, and nothing came of it but its pixels.
     """
 
     ref: PhotoRef
     side: int
+    is_known: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,9 +140,15 @@ def _size_within(size: tuple[int, int], side: int) -> tuple[int, int]:
 
 
 def draw(
-    wanted: Sequence[Wanted], source: Source, *, max_pixels: int, most_bytes: int
+    wanted: Sequence[Wanted],
+    source: Source,
+    settings: PhotoSettings,
+    *,
+    most_bytes: int,
+    memory: int | None = None,
+    memory_beside: int | None = None,
 ) -> Generator[tuple[int, Thumbnail | str]]:
-    """Draw photos in this process.
+    """Draw photos in this process; those that no one has decoded yet are tried in another one first.
 
     Parameters
     ----------
@@ -144,8 +156,12 @@ def draw(
         Which.
     source : Source
         How they are read.
-    max_pixels, most_bytes
+    settings : PhotoSettings
+        ``max_pixels`` is as for `thumbnail`; by the others photos are tried.
+    most_bytes : int
         As for `thumbnail`.
+    memory, memory_beside : int, optional
+        Bytes that this process may take, and the other one.
 
     Yields
     ------
@@ -154,9 +170,19 @@ def draw(
     Thumbnail or str
         The picture, or in one line why there is none.
     """
-    refs = [one.ref for one in wanted]
-    with closing(read_all(refs, source, max_pixels=max_pixels)) as files, pillow_settings(max_pixels):
-        for number, (one, file) in enumerate(zip(wanted, files, strict=True)):
+    max_pixels = settings.max_pixels
+    refused = _refused([one.ref for one in wanted if not one.is_known], source, settings, memory_beside)
+    refs = [one.ref for one in wanted if one.ref not in refused]
+    with (
+        memory_bound(memory),
+        closing(read_all(refs, source, max_pixels=max_pixels)) as files,
+        pillow_settings(max_pixels),
+    ):
+        for number, one in enumerate(wanted):
+            if one.ref in refused:
+                yield number, refused[one.ref]
+                continue
+            file = next(files)
             if isinstance(file, PhotoError):
                 yield number, str(file)
                 continue
@@ -166,13 +192,25 @@ def draw(
                 yield number, str(error)
 
 
+def _refused(
+    refs: Sequence[PhotoRef], source: Source, settings: PhotoSettings, memory: int | None
+) -> dict[PhotoRef, str]:
+    """What is wrong with photos, found out in a process that they may kill."""
+    refs = list(dict.fromkeys(refs))
+    looks = look_apart(refs, settings, source, memory=memory, patience=TRIED, beat=lambda: None)
+    try:
+        return {ref: look.error for ref, look in zip(refs, looks, strict=True) if look.error is not None}
+    except CannotStart as error:
+        return dict.fromkeys(refs, f"not drawn: it cannot be tried in a process of its own: {error}")
+
+
 @dataclass(frozen=True)
 class _Group:
     """Some of the photos; travels inside a Dask task, which may be printed."""
 
     wanted: tuple[Wanted, ...] = field(repr=False)
     source: Source = field(repr=False)
-    max_pixels: int
+    settings: PhotoSettings
     most_bytes: int
 
 
@@ -180,19 +218,26 @@ def _draw_group(group: _Group) -> list[Thumbnail | str]:
     """What runs on a worker."""
     from distributed import get_worker
 
-    from reducer.worker import memory_for_photos
+    from reducer.worker import memory_beside, memory_for_photos
 
-    with memory_bound(memory_for_photos(get_worker())):
-        drawn = draw(group.wanted, group.source, max_pixels=group.max_pixels, most_bytes=group.most_bytes)
-        return [picture for _, picture in drawn]
+    worker = get_worker()
+    drawn = draw(
+        group.wanted,
+        group.source,
+        group.settings,
+        most_bytes=group.most_bytes,
+        memory=memory_for_photos(worker),
+        memory_beside=memory_beside(worker),
+    )
+    return [picture for _, picture in drawn]
 
 
 def draw_on(
     client: Client,
     wanted: Sequence[Wanted],
     source: Source,
+    settings: PhotoSettings,
     *,
-    max_pixels: int,
     most_bytes: int,
     avoid: Collection[str] = (),
     patience: float = PATIENCE,
@@ -203,7 +248,7 @@ def draw_on(
     ----------
     client : distributed.Client
         Of the cluster.
-    wanted, source, max_pixels, most_bytes
+    wanted, source, settings, most_bytes
         As for `draw`.
     avoid : collection of str
         Addresses of workers that draw none.
@@ -225,15 +270,16 @@ def draw_on(
         scheduler: Any = client.scheduler
         there = client.sync(scheduler.ncores, callback_timeout=ANSWER)
         workers = [worker for worker in there if worker not in avoid]
+        if workers:
+            why = f"not drawn: the workers gave no more pictures in {patience:g} s"
         name = uuid.uuid4().hex
         for start in range(0, len(wanted) if workers else 0, GROUP):
-            group = _Group(tuple(wanted[start : start + GROUP]), source, max_pixels, most_bytes)
+            group = _Group(tuple(wanted[start : start + GROUP]), source, settings, most_bytes)
             future = client.submit(
                 _draw_group, group, key=f"thumbnails-{name}-{start}", workers=workers if avoid else None, pure=False
             )
             sent[future.key] = (future, range(start, start + len(group.wanted)))
             future.add_done_callback(done.put)
-        why = f"not drawn: the workers gave no more pictures in {patience:g} s"
         while sent:
             future, own = sent.pop(done.get(timeout=patience).key)
             left -= set(own)

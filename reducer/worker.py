@@ -161,6 +161,11 @@ def memory_for_photos(worker: Worker) -> int | None:
     return int(MEMORY_SHARE * limit) if limit is not None and own_process else None
 
 
+def memory_beside(worker: Worker) -> int | None:
+    """Bytes that a process which looks at photos beside its own may take; None for no limit."""
+    return memory_left(_memory_limit(worker))
+
+
 _fitness: dict[str, Unfit | None] = {}
 
 
