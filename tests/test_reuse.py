@@ -105,7 +105,8 @@ def test_a_photo_under_another_path_or_id_is_another(copy: Path, collection: Pat
     run_on(collection, tmp_path / "old", rank_all=True)
     result = run_on(copy, tmp_path / "elsewhere", reuse=str(tmp_path / "old"), rank_all=True)
     assert result.summary["photos_reused"] == 0
-    job = Job(str(collection / "train"), str(tmp_path / "ids"), keep=8, reuse=str(tmp_path / "old"), rank_all=True)
+    given = {"keep": 8, "reuse": str(tmp_path / "old"), "rank_all": True, "report": False}
+    job = Job(str(collection / "train"), str(tmp_path / "ids"), **given)
     assert reduce_images(job, SERIAL, progress=False).summary["photos_reused"] == 0
 
 
@@ -213,7 +214,7 @@ def test_objects_are_asked_for_their_etag_only(s3: S3Server, collection: Path, t
         manifest = str(collection / "train.csv")
         job = Job(
             f"s3://{bucket}/train", str(tmp_path / name), manifest=manifest, keep=8, storage_options=opened,
-            reader=reader, rank_all=True, **options,
+            reader=reader, rank_all=True, report=False, **options,
         )  # fmt: skip
         return reduce_images(job, SERIAL, progress=False).summary
 
