@@ -175,7 +175,7 @@ def draw_report(
         "certificate": certificate_line(summary["quality"]),
         "remarks": remarks(summary, folder.path),
         "figures": _figures(counts, curve, ledger, job, bits, near),
-        "reading": _reading(curve, job.keep, near),
+        "reading": _reading(curve, counts, job.keep, near),
         "near": near,
         "bits": bits,
         "largest": LARGEST,
@@ -271,12 +271,13 @@ def _figures(
     return {name: Markup(drawn) for name, drawn in found.items()}
 
 
-def _reading(curve: InsertionCurve, keep: int | None, near: int) -> dict[str, Any]:
+def _reading(curve: InsertionCurve, counts: LabelCounts, keep: int | None, near: int) -> dict[str, Any]:
     """What K to choose, in words and as a table."""
     ranks = len(curve.labels)
     if not ranks:
-        return {"rows": [], "at": None, "copies_from": None}
-    wanted = sorted({k for k in (*KS, keep or 1) if k <= ranks})
+        return {"rows": [], "at": None, "copies_after": None}
+    # With a budget labels keep as many as they keep: half of them no more than this.
+    own = min(ranks, keep or max(1, int(np.median(counts.kept))))
     rows = [
         {
             "k": k,
@@ -286,11 +287,15 @@ def _reading(curve: InsertionCurve, keep: int | None, near: int) -> dict[str, An
             "labels": int(curve.labels[k - 1]),
             "photos": int(curve.photos[k - 1]),
         }
-        for k in wanted
+        for k in sorted({*KS, own})
+        if k <= ranks
     ]
     copies = np.flatnonzero(curve.distance[1] <= near)
-    at = next((row for row in rows if row["k"] == keep), rows[-1])
-    return {"rows": rows, "at": at, "copies_from": int(copies[0]) + 1 if len(copies) else None}
+    return {
+        "rows": rows,
+        "at": next(row for row in rows if row["k"] == own),
+        "copies_after": int(copies[0]) + 1 if len(copies) else None,
+    }
 
 
 def _failures(folder: RunFolder) -> list[dict[str, Any]]:
@@ -364,6 +369,7 @@ def as_html(template: str, **context: Any) -> str:
         "duration": as_duration,
         "clip": clip,
         "number": _number,
+        "of": _of,
         "quality_rows": quality_rows,
     }
     return environment.from_string(files("reducer").joinpath("templates", template).read_text("utf-8")).render(context)
@@ -371,3 +377,9 @@ def as_html(template: str, **context: Any) -> str:
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.1f}"
+
+
+def _of(count: float | str, what: str) -> str:
+    """So many of something; ``count`` may be written already."""
+    shown = count if isinstance(count, str) else _number(count)
+    return f"{shown} {what}{'' if shown == '1' else 's'}"

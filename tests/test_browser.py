@@ -119,7 +119,9 @@ def test_galleries_show_kept_photos_and_those_dropped_for_them(browser: webdrive
         assert captions[0].text == f"rank {row.rank:g}, {distance}\n{row.id}"
         dropped = own[(own["nearest_kept"] == row.id) & ~own["kept"]].sort_values("nearest_kept_distance")
         shown = [caption.text for caption in captions[1:]]
-        assert shown == [f"{far:g} bits" for far in dropped["nearest_kept_distance"].head(len(shown))]
+        assert shown == [
+            f"{far:g} bit{'' if far == 1 else 's'}" for far in dropped["nearest_kept_distance"].head(len(shown))
+        ]
         assert len(shown) == min(12, len(dropped))
         pictures = card.find_elements(By.TAG_NAME, "img")
         assert pictures[0].get_attribute("title") == row.path

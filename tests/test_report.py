@@ -128,6 +128,32 @@ def test_it_tells_what_the_run_came_to(page: Page, run: Path) -> None:
     assert re.search(rf"\b5 \d+ \d+ to \d+ \d+ {photos}\b", words)
 
 
+def test_with_a_budget_k_is_told_by_what_labels_keep(tiny: Path, tmp_path: Path) -> None:
+    run_on(tiny, tmp_path / "run", keep=None, total=60, report=True)
+    words = Page(tmp_path / "run" / "report.html").words()
+    ledger = RunFolder(str(tmp_path / "run")).ledger().to_pandas()
+    kept = int(ledger.groupby("label")["kept"].sum().median())
+    distances = sorted(ledger[ledger["rank"] == kept]["insertion_distance"])
+    median = distances[round((len(distances) - 1) / 2)]
+    assert f"After {kept} photos of a label the next one is {median:g} bits away" in words
+    assert "--total 60" in words
+
+
+def test_one_label_and_one_photo(tiny: Path, tmp_path: Path) -> None:
+    table = pd.read_csv(tiny / "train.csv", dtype=str)
+    largest = table["landmark_id"].value_counts().idxmax()
+    table[table["landmark_id"] == largest].to_csv(tmp_path / "label.csv", index=False)
+    table.head(1).to_csv(tmp_path / "photo.csv", index=False)
+    run_on(tiny, tmp_path / "label", manifest=str(tmp_path / "label.csv"), report=True)
+    assert "(in the one label that has so many)" in Page(tmp_path / "label" / "report.html").words()
+    for options in ({}, {"rank_all": True}):
+        run_on(tiny, tmp_path / "photo", manifest=str(tmp_path / "photo.csv"), report=True, overwrite=True, **options)
+        page = Page(tmp_path / "photo" / "report.html")
+        assert "Kept 1 of 1 photo " in page.words()
+        assert "No label was ranked" in page.words() or options
+        assert len(page.all("img")) == 1
+
+
 def test_pictures_are_the_photos(page: Page, run: Path) -> None:
     images, pictures = page.all("img"), page.pictures()
     assert 50 < len(images) <= 400
