@@ -111,14 +111,17 @@ def _stopped(kwargs: dict[str, Any]) -> str:
     if path is None:
         return "Stopped."
     from reducer.places import Place, parse_options
-    from reducer.store import RunFolder
+    from reducer.store import REPORT, RunFolder
 
     folder = RunFolder(Place(path, parse_options("", kwargs.get("output_storage_options", ()))))
     if not folder.is_run():
         return "Stopped before the first photo was hashed; nothing was written."
     found = folder.read_summary()
     if found.get("status") == "done":
-        return f"Stopped; the run in {folder.path} is whole."
+        report = found["job"].get("report") and not folder.has(REPORT)
+        return f"Stopped; the run in {folder.path} is whole" + (
+            f", but its report is not drawn: reducer report {folder.path}" if report else "."
+        )
     of_all = "" if found.get("photos_to_read") is None else f" of {found['photos_to_read']}"
     return (
         f"Stopped. The photos hashed so far ({found.get('photos_read', 0)}{of_all}) are kept in {folder.path}; the "

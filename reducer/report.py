@@ -34,14 +34,14 @@ from reducer.galleries import (
     in_nanoseconds,
     labels_to_show,
 )
-from reducer.places import Place
+from reducer.places import PhotoRef, Place, file_of
 from reducer.plots import LARGEST, as_svg, counts_plot, insertion_plot, pairs_plot
 from reducer.printing import as_duration, as_size, certificate_line, clip, quality_rows, remarks
 from reducer.rules import flag
 from reducer.schemas import FAILED
 from reducer.store import RunFolder
 from reducer.summary import check_storage_options, job_of
-from reducer.thumbnails import Thumbnail, Wanted, draw, draw_on
+from reducer.thumbnails import NO_WORKER, Thumbnail, Wanted, draw, draw_on
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -52,7 +52,7 @@ MOST_GALLERY_PHOTOS = 2000
 MOST_LABELS = 100
 #: A report stays under 15 MB: its pictures take at most so many bytes in all, before base64 makes four of three, and
 #: one of them at most so many.
-PICTURES_BYTES, PICTURE_BYTES = 9_000_000, 40_000
+PICTURES_BYTES, PICTURE_BYTES = 7_500_000, 40_000
 #: Failures shown of each kind, and names of labels in a list.
 EXAMPLES, NAMED = 5, 20
 #: Numbers of photos that the table to read K from has rows for, and at most so many of them.
@@ -60,7 +60,7 @@ KS = (1, 2, 3, 5, 8, 10, 12, 15, 20, 25, 30, 40, 50, 75, 100, 150, 200, 300, 500
 #: The curve shows so many times as many photos as are kept a label, and at least so many.
 TIMES_KEPT, LEAST_RANKS = 4, 60
 
-Pictures = Mapping[tuple[Any, int], Thumbnail | str]
+Pictures = Mapping[tuple[PhotoRef, int], Thumbnail | str]
 
 
 def write_report(
@@ -313,7 +313,7 @@ def _failures(folder: RunFolder) -> list[dict[str, Any]]:
 
 def _cross_label(folder: RunFolder, most: int) -> list[Pair]:
     """Some near copies under different labels: one pair of each two labels before a second one."""
-    pairs = folder.read_cross_label()
+    pairs = folder.nearest_cross_label()
     if pairs is None or not most:
         return []
     both = pc.binary_join_element_wise(pairs["label"], pairs["other_label"], "\0").combine_chunks()
@@ -335,19 +335,27 @@ def _pictures(
     """Pictures of photos, each read once a size."""
     # In the order of the shards and their offsets, which is that of the disk.
     photo_of = {(photo.ref, photo.side): photo for photo in photos}
-    keys = sorted(photo_of, key=lambda key: (str(key[0]), key[1]))
-    wanted = [Wanted(*key, is_known=photo_of[key].row["hash"] is not None) for key in keys]
+    keys = sorted(photo_of, key=_place_of)
     most_bytes = min(PICTURE_BYTES, PICTURES_BYTES // max(1, len(photos)))
-    if client is None:
-        drawing = draw(wanted, job.source, job.photo_settings, most_bytes=most_bytes)
-    else:
-        drawing = draw_on(client, wanted, job.source, job.photo_settings, most_bytes=most_bytes, avoid=avoid)
-    found = {}
-    with closing(drawing), tqdm(total=len(wanted), unit=" pictures", disable=not progress, file=sys.stderr) as bar:
-        for number, picture in drawing:
-            found[keys[number]] = picture
-            bar.update()
+    found: dict[tuple[PhotoRef, int], Thumbnail | str] = {}
+    with tqdm(total=len(keys), unit=" pictures", disable=not progress, file=sys.stderr) as bar:
+        for cluster in (client, None):  # whose workers may be gone by now, as those of an adaptive one
+            left = [key for key in keys if found.get(key, NO_WORKER) == NO_WORKER]
+            wanted = [Wanted(*key, is_known=photo_of[key].row["hash"] is not None) for key in left]
+            with closing(
+                draw(wanted, job.source, job.photo_settings, most_bytes=most_bytes)
+                if cluster is None
+                else draw_on(cluster, wanted, job.source, job.photo_settings, most_bytes=most_bytes, avoid=avoid)
+            ) as drawing:
+                for number, picture in drawing:
+                    found[left[number]] = picture
+                    bar.update(picture != NO_WORKER)
     return found
+
+
+def _place_of(key: tuple[PhotoRef, int]) -> tuple[str, int, int]:
+    ref, side = key
+    return file_of(ref), 0 if isinstance(ref, str) else ref.offset, side
 
 
 def _picture(photo: Photo, pictures: Pictures) -> dict[str, Any]:

@@ -367,6 +367,15 @@ class RunFolder(Files):
         """The near copies under different labels; None where they were not looked for."""
         return self._read_parquet(CROSS_LABEL) if self.has(CROSS_LABEL) else None
 
+    def nearest_cross_label(self) -> pa.Table | None:
+        """The first `ROW_GROUP` of them, the nearest, however many there are."""
+        if not self.has(CROSS_LABEL):
+            return None
+        system, root = self.place.open()
+        with self._damage_explained(CROSS_LABEL), system.open(f"{root}/{CROSS_LABEL}", "rb") as file:
+            pairs = pq.ParquetFile(file)
+            return pairs.read_row_group(0) if pairs.num_row_groups else pairs.schema_arrow.empty_table()
+
     def cross_label_of(self, photo: str) -> list[tuple[str, dict[str, Any]]]:
         """Near copies of a photo under other labels: its own label, and ``id``, ``label`` and ``distance`` of each."""
         pairs = self.read_cross_label()

@@ -32,6 +32,8 @@ SMALLEST_SIDE = 32
 DECODED = 2
 #: Photos that a task draws.
 GROUP = 8
+#: Why there is no picture where no worker is there to draw it.
+NO_WORKER = "not drawn: the cluster has no worker for it"
 #: Seconds that a photo which no one has decoded yet may take.
 TRIED = 20.0
 #: Seconds that a cluster may take to give the next pictures, the scheduler to answer, and a worker to hand some over.
@@ -265,7 +267,7 @@ def draw_on(
     done: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
     sent: dict[Any, tuple[Future[Any], range]] = {}
     left = set(range(len(wanted)))
-    why = "not drawn: the cluster has no worker for it"
+    why = NO_WORKER
     try:
         scheduler: Any = client.scheduler
         there = client.sync(scheduler.ncores, callback_timeout=ANSWER)
@@ -282,9 +284,10 @@ def draw_on(
             future.add_done_callback(done.put)
         while sent:
             future, own = sent.pop(done.get(timeout=patience).key)
+            pictures = _pictures_of(future, len(own))
             left -= set(own)
-            yield from zip(own, _pictures_of(future, len(own)), strict=True)
-    except queue.Empty:
+            yield from zip(own, pictures, strict=True)
+    except (queue.Empty, TimeoutError):
         pass
     except Exception as error:  # the scheduler is gone, say
         why = f"not drawn: {one_line(error)}"
@@ -296,9 +299,17 @@ def draw_on(
 
 
 def _pictures_of(future: Future[Any], count: int) -> list[Thumbnail | str]:
-    """What has come of a task."""
+    """What has come of a task.
+
+    Raises
+    ------
+    TimeoutError
+        If the worker that holds it does not hand it over; the next might not either.
+    """
     try:
         found: list[Thumbnail | str] = future.result(timeout=HAND_OVER)
+    except TimeoutError:
+        raise
     except Exception as error:
         return [f"not drawn: {one_line(error)}"] * count
     future.release()

@@ -16,13 +16,15 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import run_on
+from conftest import job_on, run_on
+from distributed import Client, LocalCluster
 from PIL import Image
 from s3server import S3Server
 from shardjobs import SERIAL, killed_before, run_of
 from test_cli import invoke, reduce
 
 from reducer import ClusterSpec, InputError, report, resume, write_report
+from reducer.report import draw_report
 from reducer.store import RunFolder
 
 NASTY = "<script>alert(1)</script>"
@@ -422,6 +424,36 @@ def test_pictures_drawn_on_a_cluster_are_the_same(tiny: Path, tmp_path: Path) ->
     assert pictures_of(tmp_path / "run" / "report.html") == drawn
     write_report(tmp_path / "run", cluster=ClusterSpec(workers=1), progress=False)
     assert pictures_of(tmp_path / "run" / "report.html") == drawn
+
+
+def test_where_no_worker_is_left_pictures_are_drawn_here(tiny: Path, tmp_path: Path) -> None:
+    run_on(tiny, tmp_path / "run", report=True)
+    drawn = pictures_of(tmp_path / "run" / "report.html")
+    folder, job = RunFolder(str(tmp_path / "run")), job_on(tiny, tmp_path / "run")
+    with (
+        LocalCluster(n_workers=1, processes=False, dashboard_address=None) as cluster,
+        Client(cluster) as client,
+    ):
+        (worker,) = client.scheduler_info()["workers"]
+        for avoid in ([], [worker]):
+            (tmp_path / "run" / "report.html").unlink()
+            draw_report(folder, job, client=client, avoid=avoid)
+            assert pictures_of(tmp_path / "run" / "report.html") == drawn
+
+
+def test_a_stop_while_it_is_drawn_leaves_the_run_whole(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object, **__: object) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "as_html", stopped)
+    code, _, err = reduce(tiny, tmp_path / "run", "--report", "--quiet")
+    folder = tmp_path / "run"
+    said = f"Stopped; the run in {folder} is whole, but its report is not drawn: reducer report {folder}\n"
+    assert (code, err) == (130, said)
+    assert json.loads((folder / "summary.json").read_text())["status"] == "done"
+    assert not (folder / "lock.json").exists()
 
 
 def test_figures_for_notebooks(tiny: Path, tmp_path: Path) -> None:
