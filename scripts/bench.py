@@ -863,7 +863,7 @@ def report(sizes: str) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         run = Path(temporary) / "run"
         print(f"generating a run of {of_label.sum()} photos ...", file=sys.stderr)
-        write_sample(str(Path(temporary) / "sample"), labels=60, images=2000)
+        write_sample(str(Path(temporary) / "sample"), labels=20, images=500)
         photos = sorted(map(str, (Path(temporary) / "sample" / "train").rglob("*.jpg")))
         generate_run(run, of_label)
         complete_run(run, photos)
