@@ -32,6 +32,7 @@ from reducer.flags import (
     source_of,
     spec_of,
     what_opens_photos,
+    what_opens_the_manifest,
     what_opens_the_run,
     where_it_runs,
     which_are_kept,
@@ -185,6 +186,7 @@ def main() -> None:
     "--report/--no-report", default=True, help="Draw report.html at the end, or leave that to `reducer report RUN`."
 )
 @what_opens_photos
+@what_opens_the_manifest
 @what_opens_the_run
 @click.option(
     "--reader",
@@ -261,6 +263,7 @@ def run(
 )
 @where_it_runs
 @what_opens_photos
+@what_opens_the_manifest
 @what_opens_the_run
 @click.option("--reader", type=click.Choice(READER_NAMES), help="As for `reducer run`.  [default: that of the run]")
 @click.option("--read-ahead", type=int, help="As for `reducer run`.  [default: that of the run]")

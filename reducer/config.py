@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import difflib
+import io
 import re
 import string
 from collections.abc import Iterable, Mapping
@@ -365,6 +367,13 @@ def near_copy_bits(bits: int) -> int:
     It is 6 of dHash's 64: resizing, recompression and brightness stay within it, crops and flips do not.
     """
     return 6 * bits // 64
+
+
+def labels_text(labels: Iterable[str]) -> str:
+    """Labels as ``--labels`` takes them (`reducer.plan.parse_labels`)."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="").writerow(labels)
+    return text.getvalue()
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -57,10 +57,10 @@ class InsertionCurve:
     labels : ndarray of int64, shape (ranks,)
         Labels that have a photo of rank 1, 2, ...
     distance : ndarray of float64, shape (3, ranks)
-        Its insertion distance in bits: what `SHARES` of these labels are at or under.
+        Its insertion distance in bits, at the quantiles `SHARES` over these labels (as `numpy.quantile` interpolates).
     photos : ndarray of int64, shape (ranks,)
-        Photos that are left of all labels where each keeps at most 1, 2, ...; of labels that were not ranked, of all
-        their photos.
+        Photos that are left of all labels where each keeps at most 1, 2, ...; of labels that were not ranked, of those
+        that were kept.
     """
 
     labels: Counts
@@ -101,7 +101,7 @@ def insertion_curve(ledger: pa.Table) -> InsertionCurve:
     Parameters
     ----------
     ledger : pyarrow.Table
-        With the columns ``label``, ``rank`` and ``insertion_distance``.
+        With the columns ``label``, ``rank``, ``insertion_distance`` and ``kept``.
     """
     ranked = ledger.filter(pc.is_valid(ledger["insertion_distance"]))
     rank = ranked["rank"].to_numpy().astype(np.int64)
@@ -110,15 +110,20 @@ def insertion_curve(ledger: pa.Table) -> InsertionCurve:
     distance = distance[order]
     labels = np.bincount(rank, minlength=1)[1:]
     starts = np.cumsum(labels) - labels
-    places = [starts + ((labels - 1) * share).round().astype(np.int64) for share in SHARES]
+    quantiles = []
+    for share in SHARES:
+        place = (labels - 1) * share
+        low, high = (starts + side(place).astype(np.int64) for side in (np.floor, np.ceil))
+        quantiles.append(distance[low] + (place % 1) * (distance[high] - distance[low]))
     number, names = numbered(ledger["label"])
-    # Of a label that was ranked, photos without a rank cannot be kept.
-    has_rank = pc.is_valid(ledger["rank"]).to_numpy()
-    of_ranked, of_all = (_counted(number[rows], len(names)) for rows in (has_rank, slice(None)))
-    available = np.where(of_ranked > 0, of_ranked, of_all)
+    # Of a label that was ranked, photos without a rank cannot be kept; of another one those are that can be.
+    of_ranked, of_kept = (
+        _counted(number[rows.to_numpy()], len(names)) for rows in (pc.is_valid(ledger["rank"]), ledger["kept"])
+    )
+    available = np.where(of_ranked > 0, of_ranked, of_kept)
     at_least = _counted(available, len(labels) + 1)[::-1].cumsum()[::-1]  # labels with so many photos or more
     photos = at_least[1 : len(labels) + 1].cumsum()
-    return InsertionCurve(labels, np.stack([distance[place] for place in places]), photos)
+    return InsertionCurve(labels, np.stack(quantiles), photos)
 
 
 def pair_distances(ledger: pa.Table, bits: int, seed: int) -> tuple[Counts, Counts]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import functools
-import io
 import json
 import logging
 import signal
@@ -16,7 +14,7 @@ import click
 from click.core import ParameterSource
 
 from reducer.clusterspec import ClusterFile, ClusterSpec
-from reducer.config import STORAGE_OPTIONS
+from reducer.config import STORAGE_OPTIONS, labels_text
 from reducer.errors import InputError, ReducerError
 
 Command = Callable[..., None]
@@ -46,7 +44,7 @@ def read_cluster_file(ctx: click.Context, param: click.Parameter, value: str | N
     options = {option.name: option for option in ctx.command.params}
     try:
         # A run that is gone on with has its job already: only what opens its places is of use.
-        known = options if "images" in options else STORAGE_OPTIONS
+        known = options if "images" in options else options.keys() & set(STORAGE_OPTIONS)
         flags = {name: _as_flag(options[name], default) for name, default in file.job.items() if name in known}
     except ReducerError as error:
         end(f"Error: {value}: {error}", error.exit_code)
@@ -61,9 +59,7 @@ def _as_flag(option: click.Parameter, value: Any) -> Any:
         pairs = {key: json.dumps(v) if isinstance(v, bool | dict) else str(v) for key, v in value.items()}
         return [f"{key}={v}" for key, v in pairs.items()]
     if isinstance(value, list) and name == "labels":
-        text = io.StringIO()
-        csv.writer(text, lineterminator="").writerow(value)
-        return text.getvalue()
+        return labels_text(value)
     expected = "keys with values" if name in STORAGE_OPTIONS else "one value"
     if getattr(option, "is_flag", False):
         if isinstance(value, bool):
@@ -169,26 +165,28 @@ def spec_of(cluster: ClusterSpec | None, address: str | None, workers: int | Non
 
 
 def what_opens_photos(command: Command) -> Command:
-    """Storage options of IMAGES and --manifest."""
-    for option in (
-        click.option(
-            "--manifest-storage-option",
-            "manifest_storage_options",
-            multiple=True,
-            metavar="KEY=VALUE",
-            help="The same for --manifest.",
-        ),
-        click.option(
-            "--storage-option",
-            "storage_options",
-            multiple=True,
-            metavar="KEY=VALUE",
-            help="How the URL of IMAGES is opened, such as endpoint_url=http://127.0.0.1:9000; may be given often. "
-            "Without key and secret, the usual AWS credentials are looked for; anon=true for a public bucket.",
-        ),
-    ):
-        command = option(command)
-    return command
+    """Storage options of IMAGES."""
+    option = click.option(
+        "--storage-option",
+        "storage_options",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="How the URL of IMAGES is opened, such as endpoint_url=http://127.0.0.1:9000; may be given often. "
+        "Without key and secret, the usual AWS credentials are looked for; anon=true for a public bucket.",
+    )
+    return option(command)
+
+
+def what_opens_the_manifest(command: Command) -> Command:
+    """Storage options of --manifest."""
+    option = click.option(
+        "--manifest-storage-option",
+        "manifest_storage_options",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="The same for --manifest.",
+    )
+    return option(command)
 
 
 def what_opens_the_run(command: Command) -> Command:

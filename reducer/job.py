@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from reducer.cluster import connect, dashboard, expected_threads, refuse_import_of_main
 from reducer.clusterspec import ClusterSpec
 from reducer.config import Job
-from reducer.errors import InputError, TooManyFailuresError
+from reducer.errors import InputError, LostLockError, TooManyFailuresError
 from reducer.fingerprint import Fingerprint
 from reducer.lists import read_avoided
 from reducer.lock import locked
@@ -360,6 +360,8 @@ def _draw_report(
     try:
         check_storage_options(folder.summary(), job)
         draw_report(folder, job, client=client, avoid=left_out, progress=session.progress)
+    except LostLockError:
+        raise
     except Exception as error:
         log.debug("the report", exc_info=True)
         log.warning("the report was not drawn: %s. To try again: reducer report %s", error, folder.path)

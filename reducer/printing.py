@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 #: Of texts from outside so many characters are shown, where there is little room.
 SHOWN_CHARACTERS = 160
+#: Those of C0 and C1 but line breaks and tabs, and Unicode's marks of direction.
+CONTROLS = r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]"
 
 
 def print_forecast(job: Job, spec: ClusterSpec, sample: int) -> None:
@@ -314,6 +317,9 @@ def as_duration(seconds: float) -> str:
 
 
 def clip(text: object, most: int = SHOWN_CHARACTERS) -> str:
-    """A text that is too long without its middle: paths begin alike, and messages end alike."""
-    shown, half = str(text), most // 2
+    """A text that is too long without its middle: paths begin alike, and messages end alike.
+
+    Characters that control others, the direction of writing among them, are shown as what cannot be shown.
+    """
+    shown, half = re.sub(CONTROLS, "\ufffd", str(text)), most // 2
     return shown if len(shown) <= most else f"{shown[:half]}…{shown[len(shown) - half :]}"

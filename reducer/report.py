@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 import shlex
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -20,7 +21,7 @@ from markupsafe import Markup
 from tqdm.auto import tqdm
 
 from reducer.clusterspec import ClusterSpec
-from reducer.config import GALLERY_PHOTOS, STORAGE_OPTIONS, Job
+from reducer.config import GALLERY_PHOTOS, STORAGE_OPTIONS, Job, labels_text
 from reducer.curves import InsertionCurve, LabelCounts, insertion_curve, label_counts, pair_distances
 from reducer.errors import InputError
 from reducer.galleries import (
@@ -36,7 +37,15 @@ from reducer.galleries import (
 )
 from reducer.places import PhotoRef, Place, file_of
 from reducer.plots import LARGEST, as_svg, counts_plot, insertion_plot, pairs_plot
-from reducer.printing import as_duration, as_size, certificate_line, clip, quality_rows, remarks
+from reducer.printing import (
+    SHOWN_CHARACTERS,
+    as_duration,
+    as_size,
+    certificate_line,
+    clip,
+    quality_rows,
+    remarks,
+)
 from reducer.rules import flag
 from reducer.schemas import FAILED
 from reducer.store import RunFolder
@@ -105,8 +114,10 @@ def write_report(
     >>> from reducer import write_report
     >>> write_report("run", labels=["6044"])  # doctest: +SKIP
     """
-    if not 0 <= gallery_photos <= MOST_GALLERY_PHOTOS:
-        raise InputError(f"--gallery-photos is {gallery_photos}: expected 0 to {MOST_GALLERY_PHOTOS}")
+    if not isinstance(gallery_photos, int) or not 0 <= gallery_photos <= MOST_GALLERY_PHOTOS:
+        raise InputError(
+            f"--gallery-photos is {gallery_photos!r}: expected a whole number from 0 to {MOST_GALLERY_PHOTOS}"
+        )
     if isinstance(labels, str):
         raise InputError("labels: give a list of labels, not one text")
     asked = list(dict.fromkeys(map(str, labels)))
@@ -184,12 +195,11 @@ def draw_report(
     del ledger
     like = _cross_label(folder, min(MOST_CROSS_LABEL, gallery_photos // 20)) if gallery_photos else []
     each = (gallery_photos - 2 * len(like)) // max(1, len(chosen))
-    rows = in_nanoseconds(folder.ledger(where=pc.field("label").isin(list(chosen)))) if gallery_photos else None
-    galleries = (
-        []
-        if rows is None
-        else [gallery(rows.filter(pc.equal(rows["label"], label)), why, each, bits) for label, why in chosen.items()]
-    )
+    galleries = []
+    if gallery_photos:
+        rows = in_nanoseconds(folder.ledger(where=pc.field("label").isin(list(chosen))))
+        found = [gallery(rows.filter(pc.equal(rows["label"], label)), why, each, bits) for label, why in chosen.items()]
+        galleries = [one for one in found if one.shown or one.pairs or one.failed]
     pictures = _pictures(_drawn(galleries, like), job, client, avoid, progress)
     page = as_html(
         "report.html",
@@ -217,7 +227,8 @@ def command_of(job: Mapping[str, Any]) -> list[str]:
         if value is True:
             parts.append([flag(field.name)])
         else:
-            shown = ",".join(value) if isinstance(value, list | tuple) else "all" if value is None else str(value)
+            several = isinstance(value, list | tuple)
+            shown = labels_text(value) if several else "all" if value is None else str(value)
             parts.append([flag(field.name), shown])
     return [shlex.join(part) for part in parts]
 
@@ -266,7 +277,7 @@ def _figures(
             insertion_plot(curve, near, job.keep, most),
             "insertion",
             "Curve: how many bits the next photo of a label is away from those before it, by the number of those; its "
-            "median over labels, and between what 80 % of them lie. The table has the same figures.",
+            "median over labels, and between what 80 % of them lie. The table has figures of it.",
         )
     return {name: Markup(drawn) for name, drawn in found.items()}
 
@@ -378,9 +389,15 @@ def as_html(template: str, **context: Any) -> str:
         "clip": clip,
         "number": _number,
         "of": _of,
+        "place": _shown_place,
         "quality_rows": quality_rows,
     }
     return environment.from_string(files("reducer").joinpath("templates", template).read_text("utf-8")).render(context)
+
+
+def _shown_place(text: object, most: int = SHOWN_CHARACTERS) -> str:
+    """The same of what may be a URL: what stands before its host or behind a question mark may be secret."""
+    return clip(re.sub(r"(://[^\s?]*\?)[^\s']*", r"\1…", re.sub(r"://[^\s/?@]*@", "://", str(text))), most)
 
 
 def _number(value: float) -> str:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from reducer.config import Job, choose, nearest
+from reducer.config import Job, nearest
 from reducer.errors import InputError
 from reducer.printing import clip
 from reducer.store import REPORT, RunFolder
@@ -96,14 +96,17 @@ class Result:
         from reducer.galleries import extreme_pairs
         from reducer.plots import photos_plot
 
-        choose("which", which, ("closest", "farthest"))
+        if which not in ("closest", "farthest"):
+            raise InputError(f"which is {which!r}: expected 'closest' or 'farthest'")
         pairs = extreme_pairs(self._rows(label), self._job.hash_size**2)
         if not pairs:
             raise InputError(f"fewer than two photos of the label {str(label)!r} have a hash: there is no pair to show")
         pair = next(pair for pair in pairs if pair.which == which)
         photos = (pair.first, pair.second)
         pictures = self._pictures(photos, LARGE_SIDE)
-        title = f"{label}, the {which} two: hash difference {pair.distance:g} of {self._job.hash_size**2} bits"
+        title = (
+            f"{clip(label, 60)}, the {which} two: hash difference {pair.distance:g} of {self._job.hash_size**2} bits"
+        )
         return photos_plot(title, [(clip(p.row["id"], 60), one) for p, one in zip(photos, pictures, strict=True)], 2)
 
     def show(self, label: object, most: int = 25) -> Figure:
@@ -128,12 +131,14 @@ class Result:
         from reducer.galleries import as_photo
         from reducer.plots import photos_plot
 
+        if not isinstance(most, int) or most < 1:
+            raise InputError(f"most is {most!r}: expected a whole number of 1 or more")
         rows = self._rows(label)
         kept = rows.filter(rows["kept"]).sort_by([("rank", "ascending"), ("id", "ascending")])
         photos = [as_photo(row, SMALL_SIDE) for row in kept.slice(0, most).to_pylist()]
         pictures = self._pictures(photos, SMALL_SIDE)
         shown = kept.num_rows if kept.num_rows <= most else f"the first {most} of {kept.num_rows:,}"
-        title = f"{label}: {shown} kept photos of {rows.num_rows:,}, by rank"
+        title = f"{clip(label, 60)}: {shown} kept photos of {rows.num_rows:,}, by rank"
         return photos_plot(title, [(_place(p.row), one) for p, one in zip(photos, pictures, strict=True)], COLUMNS)
 
     def _rows(self, label: object) -> pa.Table:

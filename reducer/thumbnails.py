@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+import logging
 import queue
 import uuid
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,8 @@ from reducer.sources import read_all
 if TYPE_CHECKING:
     from distributed import Client, Future
 
+log = logging.getLogger("reducer")
+
 #: Qualities of JPEG that are tried in turn until a picture is small enough, and how much smaller it is made after that.
 QUALITIES = (75, 50, 30)
 SMALLER = 0.7
@@ -30,12 +33,12 @@ SMALLER = 0.7
 SMALLEST_SIDE = 32
 #: JPEGs are decoded at so many times the size at least, so that there is something to average.
 DECODED = 2
-#: Photos that a task draws.
-GROUP = 8
+#: Photos that a task draws, and of those that no one has decoded yet.
+GROUP, UNKNOWN_GROUP = 8, 4
 #: Why there is no picture where no worker is there to draw it.
 NO_WORKER = "not drawn: the cluster has no worker for it"
-#: Seconds that a photo which no one has decoded yet may take.
-TRIED = 20.0
+#: Seconds that a photo which no one has decoded yet may take, twice: a task of those alone must not be given up.
+TRIED = 7.0
 #: Seconds that a cluster may take to give the next pictures, the scheduler to answer, and a worker to hand some over.
 PATIENCE, ANSWER, HAND_OVER = 60.0, 10.0, 30.0
 
@@ -265,37 +268,45 @@ def draw_on(
         As for `draw`.
     """
     done: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
-    sent: dict[Any, tuple[Future[Any], range]] = {}
+    sent: dict[Any, tuple[Future[Any], list[int]]] = {}
     left = set(range(len(wanted)))
     why = NO_WORKER
     try:
         scheduler: Any = client.scheduler
         there = client.sync(scheduler.ncores, callback_timeout=ANSWER)
         workers = [worker for worker in there if worker not in avoid]
-        if workers:
-            why = f"not drawn: the workers gave no more pictures in {patience:g} s"
         name = uuid.uuid4().hex
-        for start in range(0, len(wanted) if workers else 0, GROUP):
-            group = _Group(tuple(wanted[start : start + GROUP]), source, settings, most_bytes)
+        for own in _groups(wanted) if workers else ():
+            group = _Group(tuple(wanted[number] for number in own), source, settings, most_bytes)
             future = client.submit(
-                _draw_group, group, key=f"thumbnails-{name}-{start}", workers=workers if avoid else None, pure=False
+                _draw_group, group, key=f"thumbnails-{name}-{own[0]}", workers=workers if avoid else None, pure=False
             )
-            sent[future.key] = (future, range(start, start + len(group.wanted)))
+            sent[future.key] = (future, own)
             future.add_done_callback(done.put)
         while sent:
-            future, own = sent.pop(done.get(timeout=patience).key)
-            pictures = _pictures_of(future, len(own))
+            try:
+                future, own = sent.pop(done.get(timeout=patience).key)
+                pictures = _pictures_of(future, len(own))
+            except (queue.Empty, TimeoutError):
+                why = f"not drawn: the workers gave no more pictures in {patience:g} s"
+                break
             left -= set(own)
             yield from zip(own, pictures, strict=True)
-    except (queue.Empty, TimeoutError):
-        pass
-    except Exception as error:  # the scheduler is gone, say
-        why = f"not drawn: {one_line(error)}"
+    except Exception as error:  # the scheduler is gone, say: as good as no worker
+        log.debug("the scheduler: %s", one_line(error))
     finally:
         with suppress(Exception):
             client.cancel([future for future, _ in sent.values()], force=True)
     for number in sorted(left):
         yield number, why
+
+
+def _groups(wanted: Sequence[Wanted]) -> Iterator[list[int]]:
+    """Which photos a task draws; those that may hang come last and have tasks of their own."""
+    for is_known, size in ((True, GROUP), (False, UNKNOWN_GROUP)):
+        own = [number for number, one in enumerate(wanted) if one.is_known == is_known]
+        for start in range(0, len(own), size):
+            yield own[start : start + size]
 
 
 def _pictures_of(future: Future[Any], count: int) -> list[Thumbnail | str]:
@@ -306,11 +317,12 @@ def _pictures_of(future: Future[Any], count: int) -> list[Thumbnail | str]:
     TimeoutError
         If the worker that holds it does not hand it over; the next might not either.
     """
-    try:
+    if future.status == "finished":
         found: list[Thumbnail | str] = future.result(timeout=HAND_OVER)
-    except TimeoutError:
-        raise
-    except Exception as error:
-        return [f"not drawn: {one_line(error)}"] * count
-    future.release()
-    return found
+        future.release()
+        return found
+    if future.status != "error":  # cancelled, or lost with the scheduler
+        return [NO_WORKER] * count
+    error = future.exception(timeout=HAND_OVER)
+    dead = type(error).__name__ == "KilledWorker"  # whose message tells the worker's address
+    return ["not drawn: a worker died with it" if dead else f"not drawn: {one_line(error)}"] * count

@@ -21,6 +21,7 @@ from reducer.store import RunFolder
 
 
 def ledger(rows: list[dict[str, object]]) -> pa.Table:
+    rows = [{"kept": False, **row} for row in rows]
     return pa.table([[row.get(f.name) for row in rows] for f in LEDGER_SCHEMA], schema=LEDGER_SCHEMA)
 
 
@@ -46,15 +47,26 @@ def test_the_insertion_curve_is_told_over_labels() -> None:
             {"label": str(number), "rank": rank, "insertion_distance": distance}
             for rank, distance in enumerate(distances)
         ]
-    rows += [{"label": "whole"}] * 3  # kept whole, not read
+    rows += [{"label": "whole", "kept": True}] * 3  # kept whole, not read
+    rows += [{"label": "whole"}]  # where that failed: no shard holds it
     rows += [{"label": "0"}] * 2  # failed, or not drawn: never to be kept
     rows = [rows[place] for place in np.random.default_rng(0).permutation(len(rows))]
     curve = insertion_curve(ledger(rows))
     assert curve.labels.tolist() == [3, 2, 1]
     assert SHARES[1] == 0.5
-    assert curve.distance[:, 0].tolist() == [25, 30, 35]
+    assert curve.distance[:, 0].tolist() == pytest.approx([26, 30, 34])
     assert curve.distance[:, 2].tolist() == [10, 10, 10]
     assert curve.photos.tolist() == [sum(min(photos, k) for photos in (4, 2, 3, 1, 3)) for k in (1, 2, 3)]
+
+
+@given(st.lists(st.integers(0, 64), min_size=1, max_size=20))
+def test_the_quantiles_are_numpys(distances: list[int]) -> None:
+    rows = [
+        {"label": str(label), "rank": rank, "insertion_distance": distance if rank else None}
+        for label, distance in enumerate(distances)
+        for rank in (0, 1)
+    ]
+    assert insertion_curve(ledger(rows)).distance[:, 0] == pytest.approx(np.quantile(distances, SHARES))
 
 
 @pytest.mark.parametrize("rows", [[], [{"label": "a"}], [{"label": "a", "rank": 0}]])

@@ -23,9 +23,11 @@ from s3server import S3Server
 from shardjobs import SERIAL, killed_before, run_of
 from test_cli import invoke, reduce
 
-from reducer import ClusterSpec, InputError, report, resume, write_report
-from reducer.report import draw_report
+from reducer import ClusterSpec, InputError, Job, reduce_images, report, resume, write_report
+from reducer.errors import LostLockError
+from reducer.report import as_html, command_of, draw_report
 from reducer.store import RunFolder
+from reducer.summary import job_figures
 
 NASTY = "<script>alert(1)</script>"
 
@@ -123,11 +125,10 @@ def test_it_tells_what_the_run_came_to(page: Page, run: Path) -> None:
     # The same figures as Python's own count of the ledger.
     ledger = RunFolder(str(run)).ledger().to_pandas()
     at = ledger[ledger["rank"] == 8]["insertion_distance"]
-    median = sorted(at)[round((len(at) - 1) / 2)]
-    assert f"After 8 photos of a label the next one is {median:g} bits away" in words
-    assert f"median of the {len(at)} labels that have one" in words
+    assert f"After 8 photos of a label the next one is {at.median():g} bits away" in words
+    assert f"median of the {len(at)} ranked labels that have one" in words
     photos = ledger.groupby("label").size().clip(upper=5).sum()
-    assert re.search(rf"\b5 \d+ \d+ to \d+ \d+ {photos}\b", words)
+    assert re.search(rf"\b5 [\d.]+ [\d.]+ to [\d.]+ \d+ {photos}\b", words)
 
 
 def test_with_a_budget_k_is_told_by_what_labels_keep(tiny: Path, tmp_path: Path) -> None:
@@ -135,8 +136,7 @@ def test_with_a_budget_k_is_told_by_what_labels_keep(tiny: Path, tmp_path: Path)
     words = Page(tmp_path / "run" / "report.html").words()
     ledger = RunFolder(str(tmp_path / "run")).ledger().to_pandas()
     kept = int(ledger.groupby("label")["kept"].sum().median())
-    distances = sorted(ledger[ledger["rank"] == kept]["insertion_distance"])
-    median = distances[round((len(distances) - 1) / 2)]
+    median = ledger[ledger["rank"] == kept]["insertion_distance"].median()
     assert f"After {kept} photos of a label the next one is {median:g} bits away" in words
     assert "--total 60" in words
 
@@ -287,7 +287,7 @@ def test_pictures_are_as_many_as_are_asked_for(run: Path, tmp_path: Path) -> Non
     assert "Label twice: asked for" in Page(tmp_path / "run" / "report.html").words()
     for wrong in (-1, 2001):
         code, _, err = invoke("report", tmp_path / "run", "--gallery-photos", wrong)
-        assert (code, f"--gallery-photos is {wrong}: expected 0 to 2000" in err) == (2, True)
+        assert (code, f"--gallery-photos is {wrong}: expected a whole number from 0 to 2000" in err) == (2, True)
     code, _, err = invoke("report", tmp_path / "run", "--threads", 2)
     assert (code, "--threads goes with --workers" in err) == (2, True)
     with pytest.raises(InputError, match="at most 100"):
@@ -422,7 +422,9 @@ def test_pictures_drawn_on_a_cluster_are_the_same(tiny: Path, tmp_path: Path) ->
     assert len(drawn) > 50
     write_report(tmp_path / "run", progress=False)
     assert pictures_of(tmp_path / "run" / "report.html") == drawn
-    write_report(tmp_path / "run", cluster=ClusterSpec(workers=1), progress=False)
+    threads = {"n_workers": 1, "processes": False, "dashboard_address": None}
+    spec = ClusterSpec(class_path="distributed.LocalCluster", kwargs=threads)
+    write_report(tmp_path / "run", cluster=spec, progress=False)
     assert pictures_of(tmp_path / "run" / "report.html") == drawn
 
 
@@ -456,6 +458,84 @@ def test_a_stop_while_it_is_drawn_leaves_the_run_whole(
     assert not (folder / "lock.json").exists()
 
 
+def test_a_run_whose_folder_another_one_has_taken_says_so(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def taken(*_: object, **__: object) -> str:
+        lock = tmp_path / "run" / "lock.json"
+        lock.write_text(json.dumps(json.loads(lock.read_text()) | {"token": "another"}))
+        return "page"
+
+    monkeypatch.setattr(report, "as_html", taken)
+    with pytest.raises(LostLockError):
+        run_on(tiny, tmp_path / "run", report=True)
+    assert not (tmp_path / "run" / "report.html").exists()
+
+
+def test_secrets_in_urls_are_not_shown() -> None:
+    job = Job("s3://key:PLANTED@bucket/x", "out", manifest="https://host/p.csv?X-Amz-Signature=PLANTED")
+    shown = as_html("report.html", **page_of(job_figures(job)))
+    assert "PLANTED" not in shown
+    assert "s3://bucket/x" in shown
+    assert "https://host/p.csv?…" in shown
+
+
+def page_of(job: dict[str, object]) -> dict[str, object]:
+    """What a page needs, of a run of whose summary only the job matters."""
+    zeros = ("photos_kept", "photos", "resumed", "labels", "labels_ranked", "photos_read", "bytes_read")
+    summary = dict.fromkeys(zeros, 0) | {
+        "job": job,
+        "started": "2026-01-01T00:00:00",
+        "timings": {},
+        "photos_per_second": None,
+        "reasons": {},
+        "quality": {"selection": {"pairs": 0}},
+        "versions": {"reducer": "0"},
+    }
+    lists = ("remarks", "missing_labels", "galleries", "failures", "like")
+    return {name: [] for name in lists} | {
+        "summary": summary,
+        "command": command_of(job),
+        "run": "run",
+        "name": "run",
+        "bytes": {"before": "", "after": "", "unknown_before": 0},
+        "certificate": None,
+        "figures": {"counts": ""},
+        "reading": {"rows": [], "at": None},
+        "near": 6,
+        "bits": 64,
+        "largest": 100,
+        "named": 20,
+        "picture": None,
+    }
+
+
+def test_characters_that_control_others_are_not_in_the_page(tiny: Path, tmp_path: Path) -> None:
+    table = pd.read_csv(tiny / "train.csv", dtype=str).head(20)
+    table.assign(landmark_id="a\u202eb\x01c").to_csv(tmp_path / "m.csv", index=False)
+    run_on(tiny, tmp_path / "run", manifest=str(tmp_path / "m.csv"), report=True)
+    page = Page(tmp_path / "run" / "report.html")
+    assert "Label a\ufffdb\ufffdc" in page.words()
+    assert not {"\u202e", "\x01"} & set((tmp_path / "run" / "report.html").read_text())
+
+
+def test_a_page_is_under_15_mb_with_the_longest_ids(tiny: Path, tmp_path: Path) -> None:
+    """Of as many pictures as can be, which can hardly be made smaller, and ids that need escaping."""
+    noise = [Image.effect_noise((240, 180), 100 + number) for number in range(20)]
+    lines = ["id,landmark_id,file"]
+    for number in range(2500):
+        name = f"{number:04}" + 996 * "&"
+        lines.append(f"{name},label{number % 60},{number % 20}.png")
+    for number, picture in enumerate(noise):
+        picture.save(tmp_path / f"{number}.png")
+    (tmp_path / "m.csv").write_text("\n".join(lines) + "\n")
+    settings = {"manifest": str(tmp_path / "m.csv"), "path_column": "file", "keep": 30, "rank_all": True}
+    reduce_images(Job(str(tmp_path), str(tmp_path / "run"), report=False, **settings), SERIAL, progress=False)
+    write_report(tmp_path / "run", labels=[f"label{i}" for i in range(60)], gallery_photos=2000, progress=False)
+    assert (tmp_path / "run" / "report.html").stat().st_size < 15_000_000
+    assert len(Page(tmp_path / "run" / "report.html").all("img")) > 1900
+
+
 def test_figures_for_notebooks(tiny: Path, tmp_path: Path) -> None:
     result = run_on(tiny, tmp_path / "run")
     ledger = result.images
@@ -487,8 +567,10 @@ def test_figures_for_notebooks(tiny: Path, tmp_path: Path) -> None:
             assert picture.width > 300
     with pytest.raises(InputError, match="has the label 'nowhere'"):
         result.show("nowhere")
-    with pytest.raises(InputError, match="expected one of closest, farthest"):
+    with pytest.raises(InputError, match="which is 'nearest': expected 'closest' or 'farthest'"):
         result.plot_pair(label, which="nearest")
+    with pytest.raises(InputError, match="most is 0: expected a whole number of 1 or more"):
+        result.show(label, most=0)
     html = result._repr_html_()
     assert f"Kept {result.summary['photos_kept']} of 240 photos" in html
     assert "report.html" not in html
