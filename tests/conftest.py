@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import subprocess
 import threading
 import time
 from collections import Counter
@@ -124,6 +125,19 @@ def need(missing: Callable[[], str | None]) -> None:
     reason = missing()
     if reason:
         pytest.skip(reason)
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Callable[[str], int]]:
+    """A real disk of so many bytes, a file system in memory; gives what makes it larger."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount")
+    try:
+        yield lambda more: subprocess.check_call(["mount", "-o", f"remount,size={more}", str(folder)])
+    finally:
+        subprocess.run(["umount", folder], check=True)
 
 
 def wait_for(condition: Callable[[], object], what: str, seconds: float = 60) -> None:

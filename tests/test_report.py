@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import job_on, run_on
+from conftest import job_on, run_on, small_disk
 from distributed import Client, LocalCluster
 from PIL import Image
 from s3server import S3Server
@@ -355,12 +355,7 @@ def test_a_report_that_does_not_hold_any_more_is_taken_out(tiny: Path, tmp_path:
 
 def test_a_report_that_there_is_no_room_for_does_not_undo_the_run(tiny: Path, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=160k", "none", disk], capture_output=True, check=False
-    ).returncode:
-        pytest.skip("needs the right to mount")
-    try:
+    with small_disk(disk, "160k") as enlarge:
         code, out, err = reduce(tiny, disk / "run", "--report")
         assert code == 0, err
         assert re.search(r"WARNING: the report was not drawn: .*report\.html cannot be written: No space left on", err)
@@ -369,12 +364,10 @@ def test_a_report_that_there_is_no_room_for_does_not_undo_the_run(tiny: Path, tm
         assert not [path.name for path in (disk / "run").iterdir() if path.name.startswith((".", "report"))]
         code, _, err = invoke("report", disk / "run", "--quiet")
         assert (code, "report.html cannot be written: No space left on device" in err) == (1, True)
-        subprocess.run(["mount", "-o", "remount,size=10m", disk], check=True)
+        enlarge("10m")
         code, _, err = invoke("report", disk / "run", "--quiet")
         assert (code, err) == (0, "")
         assert Page(disk / "run" / "report.html").all("img")
-    finally:
-        subprocess.run(["umount", disk], check=True)
 
 
 def test_what_cannot_be_reported(run: Path, tmp_path: Path) -> None:

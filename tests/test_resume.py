@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import job_on, reduced_files, run_on, wait_for
+from conftest import job_on, reduced_files, run_on, small_disk, wait_for
 from s3server import S3Server
 from test_cli import invoke
 from test_job import ledger_of
@@ -476,12 +476,7 @@ def test_what_cannot_be_gone_on_with(half: Path, tmp_path: Path) -> None:
 def test_a_disk_that_is_full(collection: Path, tmp_path: Path) -> None:
     """A real one: a file system in memory of so many bytes."""
     disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=96k", "none", disk], capture_output=True, check=False
-    ).returncode:
-        pytest.skip("needs the right to mount")
-    try:
+    with small_disk(disk, "96k") as enlarge:
         options = {"rank_all": True, "partition_images": 20}
         code, _, err = invoke(
             *["run", collection / "train", "--manifest", collection / "train.csv", "--output", disk / "run"],
@@ -491,12 +486,10 @@ def test_a_disk_that_is_full(collection: Path, tmp_path: Path) -> None:
         assert "cannot be written: No space left on device. What was hashed so far is kept. To go on: reducer" in err
         assert 0 < len(parts(disk / "run")) < 12
         assert invoke("resume", disk / "run", "--workers", 0, "--quiet")[0] == 1  # it is full still
-        subprocess.run(["mount", "-o", "remount,size=10m", disk], check=True)
+        enlarge("10m")
         assert invoke("resume", disk / "run", "--workers", 0, "--quiet") == (0, "", "")
         run_on(collection, tmp_path / "whole", **options)
         assert_same(disk / "run", tmp_path / "whole")
-    finally:
-        subprocess.run(["umount", disk], check=True)
 
 
 def storage(s3: S3Server, flag: str = "--output-storage-option") -> list[str]:
