@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import click
@@ -58,6 +59,9 @@ EXCLUSIVE = (("path_column", "path_template"), ("total", "max_bytes"))
 @click.version_option(reducer.__version__, prog_name="reducer")
 def main() -> None:
     """Reduce a labelled photo collection to the K most different photos of every label."""
+    # A notebook names its own to all that it starts. Where that is not installed matplotlib could not be imported, and
+    # what is written to a file needs none.
+    os.environ.pop("MPLBACKEND", None)
 
 
 @main.command(

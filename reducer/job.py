@@ -355,9 +355,9 @@ def _draw_report(
     """The run is done: whatever goes wrong with its report does not undo it."""
     if not job.report:
         return
-    from reducer.report import draw_report  # which imports matplotlib
-
     try:
+        from reducer.report import draw_report  # which imports matplotlib
+
         check_storage_options(folder.summary(), job)
         draw_report(folder, job, client=client, avoid=left_out, progress=session.progress)
     except LostLockError:

@@ -7,6 +7,7 @@ import hashlib
 import io
 import itertools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -577,6 +578,17 @@ def test_a_label_with_dollar_signs_is_no_formula(tiny: Path, tmp_path: Path) -> 
     result = run_on(tiny, tmp_path / "run", manifest=str(tmp_path / "m.csv"))
     assert result.show(r"$\frac{$")._repr_png_()
     assert result.plot_pair(r"$\frac{$")._repr_png_()
+
+
+def test_a_backend_that_a_notebook_names_is_of_no_matter(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "report.html").unlink()
+    subprocess.run(
+        [sys.executable, "-m", "reducer", "report", str(tmp_path / "run"), "--gallery-photos", "0", "--quiet"],
+        env=os.environ | {"MPLBACKEND": "module://not_installed.backend_inline"},
+        check=True,
+    )
+    assert (tmp_path / "run" / "report.html").exists()
 
 
 def test_workers_need_no_matplotlib_and_runs_load_it_last() -> None:
