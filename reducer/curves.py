@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from reducer.draw import RANDOM_ORDER, draw_order
 from reducer.hashing import all_from_hex
 from reducer.quality import pair_histogram
+from reducer.tables import numbered
 
 Counts = NDArray[np.int64]
 
@@ -66,16 +67,6 @@ class InsertionCurve:
     labels: Counts
     distance: NDArray[np.float64]
     photos: Counts
-
-
-def numbered(labels: pa.ChunkedArray) -> tuple[Counts, list[str]]:
-    """Labels as numbers in the order of their text, and what they are."""
-    found = labels.combine_chunks().dictionary_encode()
-    names = found.dictionary.to_pylist()
-    order = sorted(range(len(names)), key=names.__getitem__)
-    number = np.empty(len(names), dtype=np.int64)
-    number[order] = np.arange(len(names))
-    return number[found.indices.to_numpy()], [names[place] for place in order]
 
 
 def label_counts(ledger: pa.Table) -> LabelCounts:

@@ -112,16 +112,7 @@ def cut(
     summary = folder.finished()
     target = None if output is None else _target(folder, summary, Place(str(output), storage_options or {}))
 
-    columns = list(dict.fromkeys(["row", "id", *REDUCED_COLUMNS, *DECIDING]))
-    ledger = folder.ledger(columns)
-    now = folder.finished()
-    if (now["run"], now["resumed"]) != (summary["run"], summary["resumed"]):
-        raise InputError(f"the run in {folder.path} has changed meanwhile: try again")
-    if ledger.num_rows != summary["photos"]:
-        raise InputError(
-            f"the ledger of the run in {folder.path} has {ledger.num_rows:,} of {summary['photos']:,} photos: part "
-            f"files are missing. First: reducer resume {folder.path}"
-        )
+    ledger = folder.whole_ledger(summary, ["row", "id", *REDUCED_COLUMNS, *DECIDING])
     try:
         selection = select(ledger, rules, _always_kept(folder, summary["job"], ledger["row"]))
     except NeedsRanksError as error:

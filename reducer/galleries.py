@@ -11,7 +11,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from reducer.config import nearest
-from reducer.curves import numbered
 from reducer.errors import InputError
 from reducer.hashing import all_from_hex
 from reducer.places import ByteRange, PhotoRef
@@ -20,11 +19,14 @@ from reducer.ranking import as_words, distances_to
 from reducer.schemas import BEYOND_KEEP, BUDGET, FAILED, MIN_DISTANCE
 from reducer.selection import place_in_group
 from reducer.summary import counts
+from reducer.tables import numbered
 
 #: Columns of the ledger that decide which labels are shown.
 LABEL_COLUMNS = ("label", "rank", "reason", "nearest_kept_distance")
 #: Reasons of photos that others of their label were kept in place of.
 DROPPED = (BEYOND_KEEP, MIN_DISTANCE, BUDGET)
+#: Rows of one label in the order of their ranks; null comes last.
+BY_RANK = [("rank", "ascending"), ("id", "ascending")]
 #: Pixels of the longest side of a kept photo, of one that was dropped for it, and of one of a pair.
 KEPT_SIDE, DROPPED_SIDE, PAIR_SIDE = 240, 120, 320
 #: At most so many photos are shown under the one that they were dropped for, and so many failures of a label.
@@ -59,6 +61,11 @@ class Photo:
     def is_drawn(self) -> bool:
         """Whether a picture of it is tried: not of one that has failed before."""
         return self.row["error"] is None
+
+    @property
+    def is_known(self) -> bool:
+        """Whether it has been decoded: so it will not harm the process that does it again."""
+        return self.row["hash"] is not None
 
 
 @dataclass(frozen=True)
@@ -202,7 +209,7 @@ def gallery(rows: pa.Table, why: list[str], pictures: int, bits: int) -> Gallery
     """
     pairs = extreme_pairs(rows, bits)[: pictures // 2]
     left = max(0, pictures - 2 * len(pairs))
-    kept = rows.filter(rows["kept"]).sort_by([("rank", "ascending"), ("id", "ascending")])
+    kept = kept_by_rank(rows)
     dropped = _dropped(rows)
     # What dropped photos do not take, kept ones may.
     room = max(round(KEPT_SHARE * left), left - dropped.num_rows)
@@ -236,6 +243,11 @@ def gallery(rows: pa.Table, why: list[str], pictures: int, bits: int) -> Gallery
     )
 
 
+def kept_by_rank(rows: pa.Table) -> pa.Table:
+    """The kept ones of a label's rows in the order of their ranks; those without a rank by id."""
+    return rows.filter(rows["kept"]).sort_by(BY_RANK)
+
+
 def _closest(rows: pa.Table, bits: int) -> int | None:
     """The smallest distance of two photos, of the first `MOST_COMPARED` that have a hash, in bits."""
     hashed = rows.filter(pc.is_valid(rows["hash"])).slice(0, MOST_COMPARED)
@@ -265,7 +277,7 @@ def extreme_pairs(rows: pa.Table, bits: int) -> list[Pair]:
     list of Pair
         Both, of equal ones those whose ids come first; none with fewer than two hashes.
     """
-    hashed = rows.filter(pc.is_valid(rows["hash"])).sort_by([("rank", "ascending"), ("id", "ascending")])
+    hashed = rows.filter(pc.is_valid(rows["hash"])).sort_by(BY_RANK)
     hashed = hashed.slice(0, MOST_COMPARED).sort_by("id")
     if hashed.num_rows < 2:
         return []

@@ -166,14 +166,7 @@ def draw_report(
     """
     summary = folder.finished()
     bits, near = summary["quality"]["bits"], summary["quality"]["near_copy_bits"]
-    ledger = folder.ledger(
-        list(dict.fromkeys(["id", "hash", "insertion_distance", "kept", "bytes", *LABEL_COLUMNS])),
-    )
-    if ledger.num_rows != summary["photos"]:
-        raise InputError(
-            f"the ledger of the run in {folder.path} has {ledger.num_rows:,} of {summary['photos']:,} photos: part "
-            f"files are missing. First: reducer resume {folder.path}"
-        )
+    ledger = folder.whole_ledger(summary, ["id", "hash", "insertion_distance", "kept", "bytes", *LABEL_COLUMNS])
     chosen = labels_to_show(ledger, near, asked)
     counts, curve = label_counts(ledger), insertion_curve(ledger)
     context = {
@@ -190,7 +183,7 @@ def draw_report(
         "near": near,
         "bits": bits,
         "largest": LARGEST,
-        "failures": _failures(folder) if summary["failures"] else [],
+        "failures": _failures(folder, summary["failures"]) if summary["failures"] else [],
     }
     del ledger
     like = _cross_label(folder, min(MOST_CROSS_LABEL, gallery_photos // 20)) if gallery_photos else []
@@ -209,9 +202,7 @@ def draw_report(
         named=NAMED,
         picture=lambda photo: _picture(photo, pictures),
     )
-    now = folder.finished()
-    if (now["run"], now["resumed"]) != (summary["run"], summary["resumed"]):
-        raise InputError(f"the run in {folder.path} has changed meanwhile: try again")
+    folder.check_unchanged(summary)
     folder.write_report(page.encode("utf-8", "replace"))
 
 
@@ -264,7 +255,7 @@ def _figures(
         )
     kept, random = pair_distances(ledger, bits, job.seed)
     if kept.sum():
-        shares = [f"{100 * pairs[: near + 1].sum() / pairs.sum():.2g}" for pairs in (kept, random)]
+        shares = [f"{100 * pairs[: near + 1].sum() / pairs.sum():.3g}" for pairs in (kept, random)]
         found["pairs"] = as_svg(
             pairs_plot(kept, random, near),
             "pairs",
@@ -309,17 +300,17 @@ def _reading(curve: InsertionCurve, counts: LabelCounts, keep: int | None, near:
     }
 
 
-def _failures(folder: RunFolder) -> list[dict[str, Any]]:
+def _failures(folder: RunFolder, kinds: Mapping[str, int]) -> list[dict[str, Any]]:
     """Photos that have failed, by kind, the most frequent first, with examples."""
     failed = folder.ledger(["id", "label", "path", "error"], where=pc.field("reason") == FAILED)
-    kinds = pc.list_element(pc.split_pattern(failed["error"], ":", max_splits=1), 0)
-    found = [
-        {"kind": pair["values"], "count": pair["counts"], "examples": failed.filter(pc.equal(kinds, pair["values"]))}
-        for pair in pc.value_counts(kinds).to_pylist()
+    return [
+        {
+            "kind": kind,
+            "count": count,
+            "examples": failed.filter(pc.starts_with(failed["error"], f"{kind}:")).slice(0, EXAMPLES).to_pylist(),
+        }
+        for kind, count in sorted(kinds.items(), key=lambda pair: (-pair[1], pair[0]))
     ]
-    for kind in found:
-        kind["examples"] = kind["examples"].slice(0, EXAMPLES).to_pylist()
-    return sorted(found, key=lambda kind: (-kind["count"], kind["kind"]))
 
 
 def _cross_label(folder: RunFolder, most: int) -> list[Pair]:
@@ -352,7 +343,7 @@ def _pictures(
     with tqdm(total=len(keys), unit=" pictures", disable=not progress, file=sys.stderr) as bar:
         for cluster in (client, None):  # whose workers may be gone by now, as those of an adaptive one
             left = [key for key in keys if found.get(key, NO_WORKER) == NO_WORKER]
-            wanted = [Wanted(*key, is_known=photo_of[key].row["hash"] is not None) for key in left]
+            wanted = [Wanted(*key, is_known=photo_of[key].is_known) for key in left]
             with closing(
                 draw(wanted, job.source, job.photo_settings, most_bytes=most_bytes)
                 if cluster is None

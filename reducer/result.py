@@ -128,13 +128,13 @@ class Result:
         InputError
             If the run has no such label.
         """
-        from reducer.galleries import as_photo
+        from reducer.galleries import as_photo, kept_by_rank
         from reducer.plots import photos_plot
 
         if not isinstance(most, int) or most < 1:
             raise InputError(f"most is {most!r}: expected a whole number of 1 or more")
         rows = self._rows(label)
-        kept = rows.filter(rows["kept"]).sort_by([("rank", "ascending"), ("id", "ascending")])
+        kept = kept_by_rank(rows)
         photos = [as_photo(row, SMALL_SIDE) for row in kept.slice(0, most).to_pylist()]
         pictures = self._pictures(photos, SMALL_SIDE)
         shown = kept.num_rows if kept.num_rows <= most else f"the first {most} of {kept.num_rows:,}"
@@ -156,10 +156,11 @@ class Result:
         from reducer.thumbnails import Thumbnail, Wanted, draw
 
         check_storage_options(self.summary, self._job)
-        wanted = [Wanted(photo.ref, side, is_known=photo.row["hash"] is not None) for photo in photos]
+        wanted = [Wanted(photo.ref, side, is_known=photo.is_known) for photo in photos]
         drawn = draw(wanted, self._job.source, self._job.photo_settings, most_bytes=PICTURE_BYTES)
         return [
-            np.asarray(Image.open(io.BytesIO(found.content))) if isinstance(found, Thumbnail) else found
+            # Grey pixels would be drawn in matplotlib's own colours.
+            np.asarray(Image.open(io.BytesIO(found.content)).convert("RGB")) if isinstance(found, Thumbnail) else found
             for _, found in drawn
         ]
 

@@ -339,6 +339,42 @@ class RunFolder(Files):
             table = dataset.to_table(columns=list(dict.fromkeys([*wanted, "row"])), filter=where)
         return table.sort_by("row").select(wanted)
 
+    def whole_ledger(self, summary: dict[str, Any], columns: list[str]) -> pa.Table:
+        """The ledger of a finished run, all of it.
+
+        Parameters
+        ----------
+        summary : dict
+            From `finished`, read before.
+        columns : list of str
+            Only these columns; a name that stands twice counts once.
+
+        Raises
+        ------
+        InputError
+            If the run has changed since, or part files are missing.
+        """
+        ledger = self.ledger(list(dict.fromkeys(columns)))
+        self.check_unchanged(summary)
+        if ledger.num_rows != summary["photos"]:
+            raise InputError(
+                f"the ledger of the run in {self.path} has {ledger.num_rows:,} of {summary['photos']:,} photos: part "
+                f"files are missing. First: reducer resume {self.path}"
+            )
+        return ledger
+
+    def check_unchanged(self, summary: dict[str, Any]) -> None:
+        """Refuse a run that is not the finished one any more of which the summary tells.
+
+        Raises
+        ------
+        InputError
+            If it was begun anew or gone on with.
+        """
+        now = self.finished()
+        if (now["run"], now["resumed"]) != (summary["run"], summary["resumed"]):
+            raise InputError(f"the run in {self.path} has changed meanwhile: try again")
+
     def reduced(self, id_column: str, label_column: str) -> pa.Table:
         """The kept rows of the ledger, in manifest order, in the columns of `reducer.schemas.reduced_schema`."""
         ledger = self.ledger(["id", "label", *REDUCED_COLUMNS, "kept"])

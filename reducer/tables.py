@@ -161,12 +161,21 @@ def _as_text(where: str, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 def text_ranks(column: pa.ChunkedArray) -> NDArray[np.int64]:
     """Whole numbers that sort as the texts do (by code point), equal for equal texts."""
+    return _ranked(column)[0]
+
+
+def numbered(column: pa.ChunkedArray) -> tuple[NDArray[np.int64], list[str]]:
+    """The same, and the text of each number."""
+    rank, texts = _ranked(column)
+    return rank, texts.to_pylist()
+
+
+def _ranked(column: pa.ChunkedArray) -> tuple[NDArray[np.int64], pa.Array]:
     encoded = column.combine_chunks().dictionary_encode()
-    order = pc.sort_indices(encoded.dictionary).to_numpy()
+    order = pc.sort_indices(encoded.dictionary)
     rank = np.empty(len(order), dtype=np.int64)
-    rank[order] = np.arange(len(order))
-    result: NDArray[np.int64] = rank[encoded.indices.to_numpy()]
-    return result
+    rank[order.to_numpy()] = np.arange(len(order))
+    return rank[encoded.indices.to_numpy()], encoded.dictionary.take(order)
 
 
 def with_column(table: pa.Table, name: str, column: pa.Array) -> pa.Table:

@@ -54,7 +54,7 @@ class Wanted:
     side : int
         Pixels of the picture's longest side at most.
     is_known : bool
-        Whether it was decoded before, and nothing came of it but its pixels.
+        Whether it was decoded before: then it is not tried in a process of its own first.
     """
 
     ref: PhotoRef
@@ -124,8 +124,10 @@ def _shrunk(image: Image.Image, side: int) -> Image.Image:
     if image.mode in DEEP_MODES:
         # Levels mean whatever they mean: the darkest that is there becomes black, the brightest white.
         image = image.resize(_size_within(image.size, side), Image.Resampling.NEAREST)
-        levels = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        low, high = levels.min(), levels.max()
+        levels = np.asarray(image, dtype=np.float64)
+        told = levels[np.isfinite(levels)]
+        low, high = (told.min(), told.max()) if len(told) else (0.0, 0.0)
+        levels = np.clip(np.nan_to_num(levels, nan=low, posinf=high, neginf=low), low, high)
         return Image.fromarray(((levels - low) * (255 / ((high - low) or 1))).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")

@@ -74,14 +74,14 @@ class _CarefulLooker:
     """Looks at photos under a worker's memory limit, or where a worker has died with them in a process of their own."""
 
     def __init__(self, worker: Worker, work: Work, beat: _Beat) -> None:
-        self.limit = _memory_limit(worker)
+        self.worker = worker
         self.apart = work.apart or _deaths(worker) > 0
         self.patience, self.alive = work.terms.patience, beat.alive
         self.bound = memory_for_photos(worker)
 
     def at_all(self, refs: Sequence[PhotoRef], settings: PhotoSettings, source: Source) -> Iterator[Look]:
         if self.apart:
-            left = memory_left(self.limit)
+            left = memory_beside(self.worker)
             for seen in look_apart(refs, settings, source, memory=left, patience=self.patience, beat=self.alive):
                 self.alive()
                 yield seen
@@ -99,7 +99,7 @@ class _CarefulLooker:
         return None if seen is None or _may_be_innocent(seen) else seen
 
     def _alone(self, ref: PhotoRef, settings: PhotoSettings, source: Source) -> Look:
-        left = memory_left(self.limit)
+        left = memory_beside(self.worker)
         return look_alone(ref, settings, source, memory=left, patience=self.patience, beat=self.alive)
 
 

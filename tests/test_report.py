@@ -26,6 +26,7 @@ from test_cli import invoke, reduce
 
 from reducer import ClusterSpec, InputError, Job, reduce_images, report, resume, write_report
 from reducer.errors import LostLockError
+from reducer.printing import as_size
 from reducer.report import as_html, command_of, draw_report
 from reducer.store import RunFolder
 from reducer.summary import job_figures
@@ -140,6 +141,29 @@ def test_with_a_budget_k_is_told_by_what_labels_keep(tiny: Path, tmp_path: Path)
     median = ledger[ledger["rank"] == kept]["insertion_distance"].median()
     assert f"After {kept} photos of a label the next one is {median:g} bits away" in words
     assert "--total 60" in words
+    # What a budget has dropped stands under what was kept in its place.
+    largest = ledger[ledger["label"] == ledger.groupby("label").size().idxmax()]
+    dropped = largest[largest["reason"] == "budget"].groupby("nearest_kept").size()
+    assert len(dropped) > 1
+    for name, count in dropped.items():
+        assert f"{name} in place of {count}" in words
+    before, after = as_size(int(ledger["bytes"].sum())), as_size(int(ledger[ledger["kept"]]["bytes"].sum()))
+    assert before != after
+    assert f"Bytes {before} → {after} of all photos" in words
+    medians = ledger[ledger["rank"] > 0].groupby("rank")["insertion_distance"].median()
+    first = medians[medians <= 6].index[0]
+    assert f"After {first} photos it is for the first time a near copy, at most 6 bits away," in words
+
+
+def test_copies_of_one_photo(tiny: Path, tmp_path: Path) -> None:
+    photo = next((tiny / "train").rglob("*.jpg")).read_bytes()
+    (tmp_path / "in" / "grey").mkdir(parents=True)
+    for number in range(4):
+        (tmp_path / "in" / "grey" / f"{number}.jpg").write_bytes(photo)
+    job = Job(str(tmp_path / "in"), str(tmp_path / "run"), keep=3)
+    reduce_images(job, SERIAL, progress=False)
+    (pairs,) = (svg["aria-label"] for svg in Page(tmp_path / "run" / "report.html").all("svg") if "pairs" in str(svg))
+    assert "are 100 % of the pairs of kept photos and 100 % of those of a random choice" in str(pairs)
 
 
 def test_one_label_and_one_photo(tiny: Path, tmp_path: Path) -> None:
@@ -570,6 +594,19 @@ def test_figures_for_notebooks(tiny: Path, tmp_path: Path) -> None:
     assert "report.html" not in html
     write_report(tmp_path / "run", gallery_photos=0, progress=False)
     assert str(tmp_path / "run" / "report.html") in result._repr_html_()
+
+
+def test_a_grey_photo_is_grey_in_a_notebook(tmp_path: Path) -> None:
+    (tmp_path / "in" / "grey").mkdir(parents=True)
+    for number in range(2):
+        Image.effect_noise((200, 150), 50 + number).save(tmp_path / "in" / "grey" / f"{number}.png")
+    job = Job(str(tmp_path / "in"), str(tmp_path / "run"), rank_all=True, report=False)
+    result = reduce_images(job, SERIAL, progress=False)
+    for figure in (result.plot_pair("grey"), result.show("grey")):
+        for axes in figure.axes:
+            pixels = axes.images[0].get_array()
+            assert pixels.shape[2] == 3
+            assert (pixels[..., 0] == pixels[..., 2]).all()
 
 
 def test_a_label_with_dollar_signs_is_no_formula(tiny: Path, tmp_path: Path) -> None:

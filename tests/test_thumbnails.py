@@ -156,9 +156,14 @@ def test_lab_and_levels_that_are_no_numbers() -> None:
     picture = small(saved(lab, "TIFF"))
     assert picture.convert("L").getpixel((90, 66)) > 240
     levels = np.asarray(corners().convert("L"), np.float32)
-    levels[:5] = np.nan
-    levels[5:10] = np.inf
-    assert small(saved(Image.fromarray(levels), "TIFF")).size == (120, 90)
+    levels[:5], levels[5:10], levels[10:15] = np.nan, np.inf, -np.inf
+    picture = small(saved(Image.fromarray(levels), "TIFF"))
+    assert picture.size == (120, 90)
+    blue, white = (picture.convert("L").getpixel(place) for place in ((30, 66), (90, 66)))
+    assert blue < 15
+    assert white > 240
+    for nothing in (np.nan, np.inf):
+        assert small(saved(Image.fromarray(np.full((90, 120), nothing, np.float32)), "TIFF")).size == (120, 90)
 
 
 def test_what_is_transparent_is_white() -> None:
