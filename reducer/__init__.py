@@ -10,6 +10,7 @@ from reducer.errors import ClusterError, InputError, ReducerError, TooManyFailur
 
 if TYPE_CHECKING:
     from reducer.cutting import CutResult, cut
+    from reducer.exporting import ExportResult, export
     from reducer.job import reduce_images, resume
     from reducer.progress import Status, status
     from reducer.report import write_report
@@ -22,11 +23,13 @@ __version__ = "0.1.0"
 #: ``reducer --help`` does without them. No module may have the name of a function: importing it would hide that one.
 _LATER = {
     "CutResult": "cutting",
+    "ExportResult": "exporting",
     "Result": "result",
     "Status": "progress",
     "Story": "story",
     "cut": "cutting",
     "explain": "story",
+    "export": "exporting",
     "reduce_images": "job",
     "resume": "job",
     "status": "progress",
@@ -38,6 +41,7 @@ __all__ = [
     "ClusterError",
     "ClusterSpec",
     "CutResult",
+    "ExportResult",
     "InputError",
     "Job",
     "ReducerError",
@@ -49,6 +53,7 @@ __all__ = [
     "__version__",
     "cut",
     "explain",
+    "export",
     "reduce_images",
     "resume",
     "status",

@@ -17,8 +17,10 @@ from reducer.config import (
     GALLERY_PHOTOS,
     GLDV2_TEMPLATE,
     HASH_NAMES,
+    LAYOUT_NAMES,
     READER_NAMES,
     SAMPLE_PHOTOS,
+    SHARD_BYTES,
     STRATEGY_NAMES,
     Job,
 )
@@ -41,6 +43,7 @@ from reducer.flags import (
 from reducer.printing import (
     as_size,
     print_cut,
+    print_export,
     print_forecast,
     print_result,
     print_status,
@@ -389,6 +392,95 @@ def report(
     )
     if not quiet:
         click.echo(f"Report: {path}")
+
+
+@main.command(epilog="Example: reducer export run photos-512 --layout by-label --resize 512")
+@click.argument("run", metavar="RUN")
+@click.argument("target", metavar="TARGET")
+@click.option(
+    "--list", "list_file", metavar="FILE", help="Photos of this list, as `reducer cut` writes it, and no others."
+)
+@click.option(
+    "--layout",
+    type=click.Choice(LAYOUT_NAMES),
+    default="same",
+    show_default=True,
+    help="same: as below IMAGES, with train.csv beside them. by-label: a folder per label, as torchvision's "
+    "ImageFolder reads them. tar: WebDataset's shards.",
+)
+@click.option("--link/--copy", default=False, help="Make hard links, which take no room, or copies.  [default: copy]")
+@click.option(
+    "--resize",
+    type=int,
+    metavar="N",
+    help="Re-encode photos whose longest side has more than N pixels, so that it has N. Others stay as they are.",
+)
+@click.option(
+    "--shard-bytes",
+    default=SHARD_BYTES,
+    show_default=True,
+    metavar="SIZE",
+    help="With --layout tar: bytes of a shard at most, by the photos as they are before --resize.",
+)
+@click.option("--overwrite", is_flag=True, help="Take out what another export has left in TARGET.")
+@where_it_runs
+@what_opens_photos
+@what_opens_the_run
+@click.option(
+    "--target-storage-option",
+    "target_storage_options",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="How the URL of TARGET is opened, as --storage-option for IMAGES.",
+)
+@how_much_is_told
+@exit_codes
+def export(
+    run: str,
+    target: str,
+    address: str | None,
+    cluster: ClusterSpec | None,
+    workers: int | None,
+    threads: int | None,
+    quiet: bool,
+    log_level: str,
+    target_storage_options: tuple[str, ...],
+    **options: Any,
+) -> None:
+    """Write the kept photos of a finished run to a folder.
+
+    RUN is a run folder. TARGET is a folder, or a URL such as s3://bucket/photos: empty, or what an earlier export of
+    the same kind has left there. What is there and equal is not written again, so an export that was stopped or
+    killed goes on when the same command is given again.
+
+    Photos of a URL go to a URL on a Dask cluster, by default one of this machine; all else this process does.
+
+    Exit codes: 0 done; 2 something is wrong with the input, or there is no room; 3 some photos are not there
+    (TARGET/failures.csv lists them); 130 Ctrl-C; 143 SIGTERM; 1 anything else.
+    """
+    log_to_stderr(log_level, quiet)
+    if options["layout"] != "tar" and source_of("shard_bytes") is ParameterSource.COMMANDLINE:
+        raise click.UsageError("--shard-bytes goes with --layout tar")
+    spec = spec_of(cluster, address, workers, threads)
+    options |= parsed_storage(options)
+    from reducer.exporting import export as export_run
+    from reducer.places import parse_options
+
+    result = export_run(
+        run,
+        target,
+        **options,
+        cluster=spec,
+        target_storage_options=parse_options("--target-storage-option", target_storage_options),
+        progress=not quiet,
+    )
+    if not quiet:
+        print_export(result)
+    if len(result.failures):
+        raise TooManyFailuresError(
+            f"{len(result.failures):,} photos are not in {result.target}: failures.csv there lists them. The same "
+            "command again tries those alone"
+        )
 
 
 @main.command(epilog="Example: reducer explain run 6e158a47eb2ca3f6")

@@ -23,6 +23,9 @@ DECODE_NAMES = ("fast", "exact")
 FORMATS = ("csv", "parquet", "both")
 STORAGE_OPTIONS = ("storage_options", "manifest_storage_options", "output_storage_options")
 READER_NAMES = ("s3fs", "obstore")
+#: How exported photos lie, and bytes of a shard of them.
+LAYOUT_NAMES = ("same", "by-label", "tar")
+SHARD_BYTES = "1GB"
 #: Photos kept a label, where nothing else bounds the reduced list.
 DEFAULT_KEEP = 25
 #: Pictures of photos in a report.

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from reducer.errors import InputError, ReducerError
 from reducer.places import Place, persistently
+
+#: Bytes of a part of an object that is sent in parts; S3 takes 10,000 parts of 5 MiB or more.
+PART = 32 * 2**20
 
 
 class Files:
@@ -102,7 +106,8 @@ def write_file(place: Place, content: bytes) -> None:
             system, path = place.open()
             persistently(lambda: system.pipe_file(path, content))
         else:
-            _replace(Path(place.path), content)
+            with whole_file(Path(place.path)) as file:
+                file.write(content)
     except Exception as error:
         reason = place.safe(error) if place.remote else getattr(error, "strerror", None) or error
         raise ReducerError(f"{place.path} cannot be written: {reason}") from None
@@ -113,18 +118,55 @@ def temporary_name(name: str) -> str:
     return f".{name}.tmp"
 
 
-def _replace(path: Path, content: bytes) -> None:
-    """Put a file in the place of another once it is written and synced."""
+@contextmanager
+def whole_file(path: Path, *, synced: bool = True, mtime_ns: int | None = None) -> Iterator[IO[bytes]]:
+    """A file to write, which takes the place of another once it is whole.
+
+    Parameters
+    ----------
+    path : Path
+        Where; its folder is there.
+    synced : bool
+        Whether it is on the disk then, and so outlives a crash of the machine.
+    mtime_ns : int, optional
+        Its time of the last change, nanoseconds since 1970 UTC; default now.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written: then all is as it was.
+    """
     temporary = path.with_name(temporary_name(path.name))
     try:
         with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            yield file
+            if synced:
+                file.flush()
+                os.fsync(file.fileno())
+        if mtime_ns is not None:
+            os.utime(temporary, ns=(mtime_ns, mtime_ns))
         temporary.replace(path)
-        _sync_folder(path.parent)
-    finally:
+    except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
+    if synced:
+        _sync_folder(path.parent)
+
+
+@contextmanager
+def whole_object(place: Place) -> Iterator[IO[bytes]]:
+    """An object of any size to write to a store, which shows there once it is whole; sent in parts meanwhile."""
+    system, path = place.open()
+    file = system.open(path, "wb", block_size=PART, autocommit=False)
+    try:
+        yield file
+        file.close()
+        file.commit()
+    except BaseException:
+        with suppress(Exception):
+            file.closed = True  # or it would be sent when it is collected
+            file.discard()
+        raise
 
 
 def _sync_folder(folder: Path) -> None:

@@ -103,6 +103,8 @@ def end(message: str, code: int) -> NoReturn:
 
 def _stopped(kwargs: dict[str, Any]) -> str:
     """What a person who stopped a command should know."""
+    if "target" in kwargs:
+        return f"Stopped. What is in {kwargs['target']} is whole; to go on, give the same command again."
     path = kwargs.get("output") if "images" in kwargs else kwargs.get("run")
     if path is None:
         return "Stopped."

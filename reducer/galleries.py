@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from reducer.config import nearest
 from reducer.errors import InputError
 from reducer.hashing import all_from_hex
-from reducer.places import ByteRange, PhotoRef
+from reducer.places import PhotoRef, ref_of
 from reducer.quality import pair_histogram
 from reducer.ranking import as_words, distances_to
 from reducer.schemas import BEYOND_KEEP, BUDGET, FAILED, MIN_DISTANCE
@@ -313,15 +313,6 @@ def cross_label_shown(pairs: pa.Table, rows: pa.Table) -> list[Pair]:
     ]
 
 
-def in_nanoseconds(rows: pa.Table) -> pa.Table:
-    """Rows of the ledger whose times are plain nanoseconds since 1970 UTC, as `as_photo` takes them."""
-    place = rows.column_names.index("mtime")
-    return rows.set_column(place, "mtime", rows["mtime"].cast(pa.int64()))
-
-
 def as_photo(row: dict[str, Any], side: int) -> Photo:
-    """A photo by its row of the ledger, from `in_nanoseconds`."""
-    ref: PhotoRef = row["path"]
-    if row["shard"] is not None and row["offset"] is not None:
-        ref = ByteRange(row["shard"], row["offset"], row["bytes"], row["mtime"], row["etag"])
-    return Photo(row, ref, side)
+    """A photo by its row of the ledger, as for `reducer.places.ref_of`."""
+    return Photo(row, ref_of(row), side)

@@ -179,6 +179,24 @@ def look_apart(
                 done += 1
 
 
+def refused_apart(
+    refs: Sequence[PhotoRef], settings: PhotoSettings, source: Source, *, memory: int | None, patience: float
+) -> dict[PhotoRef, str]:
+    """What is wrong with photos that no one has decoded yet; parameters as for `look_apart`.
+
+    Returns
+    -------
+    dict of str or ByteRange to str
+        Of those that are not to be decoded in this process, why not, in one line.
+    """
+    refs = list(dict.fromkeys(refs))
+    looks = look_apart(refs, settings, source, memory=memory, patience=patience, beat=lambda: None)
+    try:
+        return {ref: look.error for ref, look in zip(refs, looks, strict=True) if look.error is not None}
+    except CannotStart as error:
+        return dict.fromkeys(refs, f"not decoded: it cannot be tried in a process of its own: {error}")
+
+
 def look_alone(
     ref: PhotoRef,
     settings: PhotoSettings,

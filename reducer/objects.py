@@ -53,6 +53,11 @@ class FileState:
     mtime_ns: int | None
     etag: str | None
 
+    def is_as(self, before: FileState) -> bool:
+        """Whether the file is as it was: the same size, and the same etag of an object, or else time of change."""
+        same = self.mtime_ns == before.mtime_ns if before.etag is None else self.etag == before.etag
+        return same and self.bytes == before.bytes
+
 
 class Transient(Exception):
     """A request failed for a reason that may pass."""
@@ -221,14 +226,11 @@ def nanoseconds(moment: datetime) -> int:
     return 1_000_000 * round(1000 * moment.timestamp())
 
 
-async def is_unchanged(path: str, state: FileState, source: Source) -> bool:
-    """One attempt to ask a store."""
+async def state_of(path: str, source: Source) -> FileState | None:
+    """One attempt to ask a store how a file is; None of other servers, not all of which tell."""
     place = Place(path, source.options)
-    if not place.on_s3:  # not all others tell
-        return False
+    if not place.on_s3:
+        return None
     head = _head_obstore if source.reader == "obstore" else _head_s3fs
     with _failures_of(place):
-        now = await head(place)
-    if state.etag is not None:
-        return (now.bytes, now.etag) == (state.bytes, state.etag)
-    return (now.bytes, now.mtime_ns) == (state.bytes, state.mtime_ns)
+        return await head(place)

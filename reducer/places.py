@@ -169,6 +169,14 @@ def file_of(ref: PhotoRef) -> str:
     return ref if isinstance(ref, str) else ref.path
 
 
+def ref_of(row: Mapping[str, Any]) -> PhotoRef:
+    """Where a photo lies, by its row of the ledger, whose times are from `reducer.tables.in_nanoseconds`."""
+    if row["shard"] is not None and row["offset"] is not None:
+        return ByteRange(row["shard"], row["offset"], row["bytes"], row["mtime"], row["etag"])
+    path: str = row["path"]
+    return path
+
+
 @dataclass(frozen=True)
 class Source:
     """How photos are read; travels to the workers.

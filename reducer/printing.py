@@ -16,11 +16,14 @@ from reducer.rules import CutRules
 
 if TYPE_CHECKING:
     from reducer.cutting import CutResult
+    from reducer.exporting import ExportResult
     from reducer.progress import Status
     from reducer.story import Story
 
 #: Of texts from outside so many characters are shown, where there is little room.
 SHOWN_CHARACTERS = 160
+#: Photos that an export names which are not there.
+SHOWN_FAILURES = 5
 #: Those of C0 and C1 but line breaks and tabs, and Unicode's marks of direction.
 CONTROLS = r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]"
 
@@ -204,6 +207,27 @@ def print_cut(result: CutResult, output: str) -> None:
     left_out = ", ".join(f"{count:,} {why}" for why, count in result.reasons.items() if not why.startswith("kept"))
     click.echo(f"Left out: {left_out or 'none'}")
     click.echo(f"List: {output}")
+
+
+def print_export(result: ExportResult) -> None:
+    """What an export has come to."""
+    there = result.photos - result.written
+    click.echo(
+        f"Exported {result.photos:,} photos of {result.labels:,} labels"
+        + (f"; {there:,} of them were there already" if there else "")
+    )
+    click.echo(f"Before: {as_size(result.bytes_before)}, after: {as_size(result.bytes)}")
+    if result.renamed:
+        click.echo(
+            f"Elsewhere than the manifest says, which is not safe: {result.renamed:,} photos (see export.parquet)"
+        )
+    if result.copied_not_linked:
+        click.echo(f"Copied, since they cannot be linked here: {result.copied_not_linked:,} photos")
+    if result.passed_over:
+        click.echo(f"torchvision's ImageFolder passes over files that end in {', '.join(result.passed_over)}")
+    for row in result.failures.head(SHOWN_FAILURES).to_dict("records"):
+        click.echo(f"Failed: {clip(row['id'])} ({clip(row['source'])}): {clip(row['error'])}")
+    click.echo(f"Photos: {result.target}")
 
 
 def print_story(story: Story) -> None:

@@ -32,7 +32,6 @@ from reducer.galleries import (
     Photo,
     cross_label_shown,
     gallery,
-    in_nanoseconds,
     labels_to_show,
 )
 from reducer.places import PhotoRef, Place, file_of
@@ -50,6 +49,7 @@ from reducer.rules import flag
 from reducer.schemas import FAILED
 from reducer.store import RunFolder
 from reducer.summary import check_storage_options, job_of
+from reducer.tables import in_nanoseconds
 from reducer.thumbnails import NO_WORKER, Thumbnail, Wanted, draw, draw_on
 
 if TYPE_CHECKING:

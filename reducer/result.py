@@ -142,7 +142,7 @@ class Result:
         return photos_plot(title, [(_place(p.row), one) for p, one in zip(photos, pictures, strict=True)], COLUMNS)
 
     def _rows(self, label: object) -> pa.Table:
-        from reducer.galleries import in_nanoseconds
+        from reducer.tables import in_nanoseconds
 
         rows = in_nanoseconds(self._folder.ledger(where=pc.field("label") == str(label)))
         if not rows.num_rows:

@@ -43,7 +43,7 @@ class CutRules:
 
     def __post_init__(self) -> None:
         if isinstance(self.max_bytes, str):
-            object.__setattr__(self, "max_bytes", _bytes_of(self.max_bytes))
+            object.__setattr__(self, "max_bytes", bytes_of("max_bytes", self.max_bytes))
         for name in ("keep", "total", "max_bytes"):
             check_count(name, getattr(self, name))
         if self.min_distance is not None and not self.min_distance >= 0:
@@ -67,7 +67,14 @@ class CutRules:
         return DEFAULT_MIN_PER_LABEL if self.min_per_label is None else self.min_per_label
 
 
-def _bytes_of(text: str) -> int:
+def bytes_of(name: str, text: str) -> int:
+    """Bytes, from what people write.
+
+    Raises
+    ------
+    InputError
+        If it is none; names the flag.
+    """
     from dask.utils import parse_bytes
 
     try:
@@ -76,7 +83,7 @@ def _bytes_of(text: str) -> int:
         return int(parse_bytes(text))
     except (ValueError, OverflowError):
         raise InputError(
-            f"--max-bytes is {text!r}: expected a number of bytes such as 20GB (20 x 10^9), 500MB or 20GiB"
+            f"{flag(name)} is {text!r}: expected a number of bytes such as 20GB (20 x 10^9), 500MB or 20GiB"
         ) from None
 
 

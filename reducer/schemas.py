@@ -139,6 +139,20 @@ CROSS_LABEL_SCHEMA = pa.schema(
     ]
 )
 
+#: `TARGET/export.parquet`: one row per photo that is exported; written before the first is, and again at the end.
+EXPORT_SCHEMA = pa.schema(
+    [
+        _field("id", pa.string(), "photo id, as written in the manifest"),
+        _field("label", pa.string(), "label, as written in the manifest"),
+        _field("path", pa.string(), "where it lies in TARGET; in a shard of it, what it is called there"),
+        _field("shard", pa.string(), "tar shard in TARGET that holds it; null for single files"),
+        _field("bytes", pa.int64(), "its size in TARGET; null before the end, and where it failed", "bytes"),
+        _field("source", pa.string(), "where it came from, as the ledger's path"),
+        _field("source_shard", pa.string(), "tar shard that it came from; null for single files"),
+        _field("error", pa.string(), "why it is not there, one line; null before the end, and if it is"),
+    ]
+)
+
 #: What a worker finds out; the other columns of the ledger never leave the client.
 FOUND_SCHEMA = pa.schema(
     [field for field in LEDGER_SCHEMA if field.name not in ("row", "id", "label", "path", *PLACE_SCHEMA.names)]

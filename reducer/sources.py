@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from reducer.config import template_fields
 from reducer.hashing import OUT_OF_MEMORY, PhotoError
-from reducer.objects import FileState, PhotoFile, Transient, fetch, is_unchanged
+from reducer.objects import FileState, PhotoFile, Transient, fetch, state_of
 from reducer.places import RETRY_SECONDS, ByteRange, PhotoRef, Source, file_of, is_url, pauses
 from reducer.types import PathRule, Shard
 
@@ -336,12 +336,10 @@ def are_unchanged(paths: Sequence[str], states: Sequence[FileState], source: Sou
 
     Parameters
     ----------
-    paths : sequence of str, n
-        Local paths and URLs.
+    paths, source
+        As for `states_of`.
     states : sequence of FileState, n
         How they were.
-    source : Source
-        How URLs are opened.
 
     Returns
     -------
@@ -349,32 +347,50 @@ def are_unchanged(paths: Sequence[str], states: Sequence[FileState], source: Sou
         True where the size is the same, and the etag of an object, or else the time of the last change. False also
         where that cannot be told.
     """
-    if not any(map(is_url, paths)):
-        return [_is_unchanged_here(path, state) for path, state in zip(paths, states, strict=True)]
+    return [now is not None and now.is_as(before) for now, before in zip(states_of(paths, source), states, strict=True)]
 
-    async def ask_all() -> list[bool]:
+
+def states_of(paths: Sequence[str], source: Source) -> list[FileState | None]:
+    """How files are now, told without reading them.
+
+    Parameters
+    ----------
+    paths : sequence of str, n
+        Local paths and URLs.
+    source : Source
+        How URLs are opened.
+
+    Returns
+    -------
+    list of FileState or None, n
+        None where that cannot be told: reading the file will tell what is wrong.
+    """
+    if not any(map(is_url, paths)):
+        return [_state_here(path) for path in paths]
+
+    async def ask_all() -> list[FileState | None]:
         gate = asyncio.Semaphore(source.read_ahead)
 
-        async def ask(path: str, state: FileState) -> bool:
+        async def ask(path: str) -> FileState | None:
             async with gate:
                 if not is_url(path):
-                    return await asyncio.to_thread(_is_unchanged_here, path, state)
+                    return await asyncio.to_thread(_state_here, path)
                 try:
-                    return await _persistently(lambda: is_unchanged(path, state, source))
-                except PhotoError:  # reading it will tell what is wrong
-                    return False
+                    return await _persistently(lambda: state_of(path, source))
+                except PhotoError:
+                    return None
 
-        return await asyncio.gather(*map(ask, paths, states))
+        return await asyncio.gather(*map(ask, paths))
 
     return asyncio.run_coroutine_threadsafe(ask_all(), _shared().loop).result()
 
 
-def _is_unchanged_here(path: str, state: FileState) -> bool:
+def _state_here(path: str) -> FileState | None:
     try:
         found = os.stat(path)
     except (OSError, ValueError):
-        return False
-    return (found.st_size, found.st_mtime_ns) == (state.bytes, state.mtime_ns)
+        return None
+    return FileState(found.st_size, found.st_mtime_ns, None)
 
 
 async def _persistently(request: Callable[[], Awaitable[T]]) -> T:

@@ -179,8 +179,8 @@ class RunFolder(Files):
         """
         if avoid is not None:  # first: the plan is what tells that it is there
             packed = pa.array(list(map(bytes, avoid)), pa.binary())
-            self._write(AVOID, _parquet(pa.table({"packed_hash": packed})))
-        self._write(PLAN, _parquet(_with_metadata(rows, terms)))
+            self._write(AVOID, parquet_file(pa.table({"packed_hash": packed})))
+        self._write(PLAN, parquet_file(_with_metadata(rows, terms)))
 
     def read_plan(self) -> tuple[pa.Table, dict[str, Any]] | None:
         """The plan and what goes with it; None where there is none.
@@ -211,7 +211,7 @@ class RunFolder(Files):
     def write_shards(self, shards: Sequence[Shard]) -> None:
         """Write which shards there are, and how they are now."""
         rows = [asdict(shard) for shard in shards]
-        self._write(SHARDS, _parquet(pa.Table.from_pylist(rows, schema=SHARDS_SCHEMA)))
+        self._write(SHARDS, parquet_file(pa.Table.from_pylist(rows, schema=SHARDS_SCHEMA)))
 
     def read_shards(self) -> tuple[Shard, ...] | None:
         """The shards of the plan; None where it is about single files."""
@@ -234,7 +234,7 @@ class RunFolder(Files):
         if not self.place.on_s3:
             system, root = self.place.open()
             system.makedirs(f"{root}/{HASHES}", exist_ok=True)
-        self._write(f"{HASHES}/part-{number:05d}.parquet", _parquet(_with_metadata(found, report.as_dict())))
+        self._write(f"{HASHES}/part-{number:05d}.parquet", parquet_file(_with_metadata(found, report.as_dict())))
 
     def done_pieces(self) -> dict[int, str]:
         """Names of the files of hashes that are there now, by number."""
@@ -292,7 +292,7 @@ class RunFolder(Files):
 
     def replace_part(self, name: str, ledger: pa.Table, tally: Tally) -> None:
         """Write a part file anew."""
-        self._write(f"{IMAGES}/{name}", _parquet(_with_metadata(ledger, tally.as_dict())))
+        self._write(f"{IMAGES}/{name}", parquet_file(_with_metadata(ledger, tally.as_dict())))
 
     def read_part(self, name: str) -> tuple[pa.Table, Tally]:
         """Rows of a part file, and what they add to the totals of the run."""
@@ -397,7 +397,7 @@ class RunFolder(Files):
 
     def write_cross_label(self, pairs: pa.Table) -> None:
         """Write ``cross_label.parquet``."""
-        self._write(CROSS_LABEL, _parquet(pairs))
+        self._write(CROSS_LABEL, parquet_file(pairs))
 
     def read_cross_label(self) -> pa.Table | None:
         """The near copies under different labels; None where they were not looked for."""
@@ -500,13 +500,14 @@ def reduced_file(reduced: pa.Table, kind: str) -> bytes:
         CSV has the manifest's own two columns only.
     """
     if kind == "parquet":
-        return _parquet(reduced)
+        return parquet_file(reduced)
     frame = reduced.select(reduced.column_names[:2]).to_pandas()
     text: str = frame.to_csv(index=False, lineterminator="\n")
     return text.encode()
 
 
-def _parquet(table: pa.Table) -> bytes:
+def parquet_file(table: pa.Table) -> bytes:
+    """A table as the bytes of a file, which depend on its rows only."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, row_group_size=ROW_GROUP, compression="zstd")
     content: bytes = sink.getvalue().to_pybytes()

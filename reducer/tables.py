@@ -200,3 +200,9 @@ def refuse_empty(where: str, name: str, column: pa.ChunkedArray) -> None:
             f"{where}: column {name!r} is empty in row {shown}{more} (the first row below the header is row 1): fill "
             "it in or take the row out"
         )
+
+
+def in_nanoseconds(rows: pa.Table) -> pa.Table:
+    """Rows of the ledger whose times are plain nanoseconds since 1970 UTC."""
+    place = rows.column_names.index("mtime")
+    return rows.set_column(place, "mtime", rows["mtime"].cast(pa.int64()))

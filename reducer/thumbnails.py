@@ -17,7 +17,7 @@ from PIL import Image
 from reducer.config import PhotoSettings
 from reducer.errors import one_line
 from reducer.hashing import DEEP_MODES, TURNS, PhotoError, opened_photo, orientation, pillow_settings
-from reducer.isolation import CannotStart, look_apart, memory_bound
+from reducer.isolation import memory_bound, refused_apart
 from reducer.places import PhotoRef, Source
 from reducer.sources import read_all
 
@@ -178,7 +178,8 @@ def draw(
         The picture, or in one line why there is none.
     """
     max_pixels = settings.max_pixels
-    refused = _refused([one.ref for one in wanted if not one.is_known], source, settings, memory_beside)
+    unknown = [one.ref for one in wanted if not one.is_known]
+    refused = refused_apart(unknown, settings, source, memory=memory_beside, patience=TRIED)
     refs = [one.ref for one in wanted if one.ref not in refused]
     with (
         memory_bound(memory),
@@ -197,18 +198,6 @@ def draw(
                 yield number, thumbnail(file.content, one.side, max_pixels=max_pixels, most_bytes=most_bytes)
             except PhotoError as error:
                 yield number, str(error)
-
-
-def _refused(
-    refs: Sequence[PhotoRef], source: Source, settings: PhotoSettings, memory: int | None
-) -> dict[PhotoRef, str]:
-    """What is wrong with photos, found out in a process that they may kill."""
-    refs = list(dict.fromkeys(refs))
-    looks = look_apart(refs, settings, source, memory=memory, patience=TRIED, beat=lambda: None)
-    try:
-        return {ref: look.error for ref, look in zip(refs, looks, strict=True) if look.error is not None}
-    except CannotStart as error:
-        return dict.fromkeys(refs, f"not drawn: it cannot be tried in a process of its own: {error}")
 
 
 @dataclass(frozen=True)

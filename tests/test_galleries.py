@@ -19,13 +19,13 @@ from reducer.galleries import (
     cross_label_shown,
     extreme_pairs,
     gallery,
-    in_nanoseconds,
     labels_to_show,
 )
 from reducer.hashing import to_hex
 from reducer.places import ByteRange
 from reducer.schemas import CROSS_LABEL_SCHEMA
 from reducer.store import RunFolder
+from reducer.tables import in_nanoseconds
 
 
 def rows_of(label: str, kept: int, dropped: int, failed: int = 0, near: int = 0) -> list[dict[str, object]]:

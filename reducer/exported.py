@@ -1,0 +1,223 @@
+"""The folder that an export writes: what it holds, and what it may be written over."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from reducer.errors import InputError
+from reducer.files import Files, temporary_name
+from reducer.layouts import OWN_FILES, PLAN, STATE, index_name
+from reducer.naming import is_safe
+from reducer.objects import FileState, nanoseconds
+from reducer.places import explained
+from reducer.schemas import EXPORT_SCHEMA
+from reducer.store import parquet_file
+
+FORMAT, FORMAT_VERSION = "reducer-export", 1
+#: Columns that tell which photo lies where.
+IDENTITY = ["id", "label", "path", "shard", "source", "source_shard"]
+#: Under which key the index of a shard says how the shard is.
+METADATA = b"reducer"
+#: Objects that a store takes out with one request.
+REMOVED_AT_A_TIME = 1000
+
+#: How a file of the folder is; None where there is none.
+Listing = Callable[[str], FileState | None]
+
+
+class Exported(Files):
+    """The folder that an export writes.
+
+    Parameters
+    ----------
+    place : Place
+        Where it is, or will be.
+    """
+
+    def state(self) -> dict[str, Any] | None:
+        """``export.json`` of an earlier export; None where the folder is empty or not there.
+
+        Raises
+        ------
+        InputError
+            If it holds something else.
+        """
+        with explained(self.place, f"TARGET {self.path} cannot be used"):
+            if not self.place.remote:
+                self._check_local()
+            if not self.place.holds_something():
+                return None
+            names = self._names()
+            if STATE in names:
+                with suppress(ValueError):
+                    found = json.loads(self._read(STATE))
+                    if isinstance(found, dict) and found.get("format") == FORMAT:
+                        return found
+            elif all(name in map(temporary_name, OWN_FILES) for name in names):
+                return None
+        raise InputError(
+            f"TARGET {self.path} is not empty and is no export (it has no {STATE} of ours): nothing in it was touched; "
+            "give another folder"
+        )
+
+    def _check_local(self) -> None:
+        path = Path(self.path)
+        if path.exists() and not path.is_dir():
+            raise InputError(f"TARGET {path} is a file: give a folder")
+
+    def plan(self) -> pa.Table:
+        """``export.parquet`` of the earlier export; empty where it is not there."""
+        if PLAN not in self._names():
+            return EXPORT_SCHEMA.empty_table()
+        with explained(self.place, f"{self.place.below(PLAN).path} cannot be read"):
+            return self._read_parquet(PLAN).replace_schema_metadata(None).cast(EXPORT_SCHEMA)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Make the folder, and keep other exports of this machine out of it meanwhile.
+
+        Raises
+        ------
+        InputError
+            If another one is at work there, or the folder cannot be made.
+        """
+        if self.place.remote:
+            yield
+            return
+        path = Path(self.path)
+        new = not path.exists()
+        with explained(self.place, f"TARGET {self.path} cannot be made"):
+            path.mkdir(parents=True, exist_ok=True)
+            handle = os.open(path, os.O_RDONLY) if os.name == "posix" else None
+        try:
+            if handle is not None:
+                import fcntl
+
+                try:
+                    # It ends with the process, however that ends.
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise InputError(f"another export is at work in TARGET {self.path}: wait for it") from None
+                except OSError:  # not every file system knows locks
+                    pass
+            yield
+        finally:
+            if handle is not None:
+                os.close(handle)
+            if new:
+                with suppress(OSError):  # it is not empty
+                    path.rmdir()
+
+    def listing(self) -> Listing:
+        """How the files of the folder are now."""
+        if not self.place.remote:
+            return self._state_here
+        system, root = self.place.open()
+        system.invalidate_cache(root)
+        with explained(self.place, f"TARGET {self.path} cannot be listed"):
+            found = system.find(root, detail=True)
+        start = len(root.rstrip("/")) + 1
+        states = {path[start:]: _state_there(details) for path, details in found.items()}
+        return states.get
+
+    def _state_here(self, name: str) -> FileState | None:
+        try:
+            found = os.stat(self.place.below(name).path)
+        except (OSError, ValueError):
+            return None
+        return FileState(found.st_size, found.st_mtime_ns, None)
+
+    def remove(self, names: list[str]) -> None:
+        """Take out files of an earlier export, and folders that are empty then. What is not there is no matter.
+
+        A name that leads out of the folder is left alone: the list it stands on is a file that anyone may have written.
+        """
+        names = [name for name in names if all(map(is_safe, name.split("/")))]
+        if self.place.remote:
+            system, root = self.place.open()
+            there = self.listing()
+            paths = [f"{root}/{name}" for name in names if there(name) is not None]
+            with explained(self.place, f"TARGET {self.path} cannot be written"):
+                for start in range(0, len(paths), REMOVED_AT_A_TIME):
+                    system.rm(paths[start : start + REMOVED_AT_A_TIME])
+            return
+        top = Path(self.path)
+        with explained(self.place, f"TARGET {self.path} cannot be written"):
+            for name in names:
+                (top / name).unlink(missing_ok=True)
+        for folder in sorted({parent for name in names for parent in Path(name).parents}, reverse=True):
+            if folder != Path():
+                with suppress(OSError):
+                    (top / folder).rmdir()
+
+    def remove_own(self, names: list[str]) -> None:
+        """Take out files of ours at the top, where they are."""
+        there = self._names()
+        self._remove([name for name in names if name in there])
+
+    def write_state(self, state: dict[str, Any]) -> None:
+        """Write ``export.json``."""
+        content = {"format": FORMAT, "format_version": FORMAT_VERSION, **state}
+        self.write(STATE, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+    def write_plan(self, rows: pa.Table) -> None:
+        """Write ``export.parquet``."""
+        self.write(PLAN, parquet_file(rows))
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file of ours at the top."""
+        assert name in OWN_FILES
+        self._write(name, content)
+
+    def write_index(self, shard: str, rows: pa.Table) -> None:
+        """Write which photos a shard holds, which is whole: from then on it is done."""
+        state = self._state_of(shard)
+        told = {"bytes": state.bytes, "mtime_ns": state.mtime_ns, "etag": state.etag}
+        self._write(index_name(shard), parquet_file(rows.replace_schema_metadata({METADATA: json.dumps(told)})))
+
+    def _state_of(self, name: str) -> FileState:
+        found = self._state_here(name) if not self.place.remote else None
+        if found is None:
+            system, root = self.place.open()
+            found = _state_there(system.info(f"{root}/{name}"))
+        return found
+
+    def read_index(self, shard: str, listing: Listing) -> pa.Table | None:
+        """Which photos a shard holds; None where it is not there, or not as it was when that was written."""
+        there = listing(shard)
+        if there is None or listing(index_name(shard)) is None:
+            return None
+        try:
+            rows = pq.read_table(pa.BufferReader(self._read(index_name(shard))))
+            told = FileState(**json.loads(rows.schema.metadata[METADATA]))
+            return rows.replace_schema_metadata(None).cast(EXPORT_SCHEMA) if there.is_as(told) else None
+        except (pa.ArrowInvalid, OSError, ValueError, KeyError, TypeError):
+            return None
+
+
+def _state_there(details: dict[str, Any]) -> FileState:
+    modified, etag = details.get("LastModified"), details.get("ETag")
+    return FileState(details.get("size"), modified and nanoseconds(modified), etag and etag.strip('"'))
+
+
+def same_photos(rows: pa.Table, others: pa.Table) -> bool:
+    """Whether all photos of a plan lie in another one too, at the same place."""
+    if not rows.num_rows:
+        return True
+    own, theirs = (table.select(IDENTITY).group_by(IDENTITY).aggregate([]) for table in (rows, others))
+    # Null is equal to nothing in a join.
+    own, theirs = (_filled(table) for table in (own, theirs))
+    return bool(own.join(theirs, IDENTITY, join_type="left anti").num_rows == 0)
+
+
+def _filled(table: pa.Table) -> pa.Table:
+    return pa.table({name: pc.fill_null(table[name], "") for name in table.column_names})

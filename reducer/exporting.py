@@ -1,0 +1,351 @@
+"""The kept photos themselves, for a person who came for them: copied, linked, made smaller, or packed into shards."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+from tqdm.auto import tqdm
+
+from reducer.clusterspec import ClusterSpec
+from reducer.config import SHARD_BYTES, Job
+from reducer.copying import PUTS, Way, in_this_process, write_on
+from reducer.errors import InputError
+from reducer.exported import Exported, same_photos
+from reducer.layouts import BY_LABEL, FAILURES, LABELS, LIST, PLAN, SAME, index_name
+from reducer.places import Place, absolute
+from reducer.printing import as_size
+from reducer.store import RunFolder
+from reducer.summary import check_storage_options, job_of
+from reducer.tables import EXAMPLES, in_nanoseconds, read_columns
+from reducer.transfer import COLUMNS, ExportOptions, Transfer
+
+#: Photos that go to a worker together, and that this process prepares together.
+GROUP, GROUP_HERE = 200, 1000
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What an export has come to.
+
+    Attributes
+    ----------
+    target : str
+        Where the photos are.
+    photos, labels : int
+        Photos of the list that are there now, and their labels.
+    written : int
+        Of these photos those that were written now; the others were there, and equal.
+    bytes_before, bytes : int
+        Of the photos that are there: of the files that they came from, and of their own.
+    renamed : int
+        With layout ``same``: photos that lie elsewhere than the manifest says, since that was not safe.
+    copied_not_linked : int
+        Photos that were to be linked, and were copied since that cannot be done.
+    passed_over : list of str
+        With layout ``by-label``: extensions of photos that torchvision's ImageFolder does not take.
+    failures : DataFrame
+        Photos that are not there: ``id``, ``label``, ``source`` and ``error``.
+    """
+
+    target: str
+    photos: int
+    labels: int
+    written: int
+    bytes_before: int
+    bytes: int
+    renamed: int
+    copied_not_linked: int
+    passed_over: list[str]
+    failures: pd.DataFrame = field(repr=False)
+
+
+def export(
+    run: Path | str,
+    target: Path | str,
+    *,
+    list_file: Path | str | None = None,
+    layout: str = SAME,
+    link: bool = False,
+    resize: int | None = None,
+    shard_bytes: int | str = SHARD_BYTES,
+    overwrite: bool = False,
+    cluster: ClusterSpec | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    output_storage_options: Mapping[str, Any] | None = None,
+    target_storage_options: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> ExportResult:
+    """Write the photos of a run's reduced list to a folder.
+
+    May be stopped or killed and called again: what is there and equal is not written again. Each file is whole or
+    absent.
+
+    Parameters
+    ----------
+    run : path
+        The run folder, a local path or a URL. The run must be finished.
+    target : path
+        The folder to write, a local path or a URL: empty, or an export of the same kind.
+    list_file : path, optional
+        A reduced list, as `reducer.cut` writes it; default the run's own.
+    layout : {"same", "by-label", "tar"}
+        ``same``: photos lie as the manifest says, below ``target`` in the place of IMAGES, and ``train.csv`` beside
+        them. ``by-label``: a folder per label. ``tar``: WebDataset's shards.
+    link : bool
+        Make hard links in the place of copies.
+    resize : int, optional
+        Pixels: photos whose longest side has more are re-encoded.
+    shard_bytes : int or str
+        Bytes of a shard at most, such as ``500MB``, by the photos' bytes before they are made smaller. A photo that
+        has more gets a shard of its own.
+    overwrite : bool
+        Whether what another export has left in ``target`` is taken out.
+    cluster : ClusterSpec, optional
+        Where photos of a URL are written to a URL; default a LocalCluster. All else this process does, with so many
+        ``threads``.
+    storage_options, output_storage_options : mapping, optional
+        As for `Job`: a run folder does not keep them. The latter open ``run`` and ``list_file``.
+    target_storage_options : mapping, optional
+        What opens ``target``.
+    progress : bool
+        Whether to show a progress bar.
+
+    Returns
+    -------
+    ExportResult
+
+    Raises
+    ------
+    InputError
+        If something is wrong with what is asked for, there is no room, or ``target`` holds something else.
+    ReducerError
+        If ``target`` cannot be written any more; ClusterError if the cluster is gone.
+
+    Examples
+    --------
+    >>> from reducer import export
+    >>> export("run", "photos", layout="by-label", resize=512)  # doctest: +SKIP
+    """
+    options = ExportOptions(layout, link, resize, shard_bytes)
+    folder = RunFolder(Place(str(run), output_storage_options or {}))
+    summary = folder.finished()
+    job = job_of(summary, {"output": str(run), "storage_options": storage_options or {}})
+    check_storage_options(summary, job)
+    exported = Exported(Place(str(target), target_storage_options or {}))
+    spec = _where(job, exported.place, options, cluster)
+    every = in_nanoseconds(folder.whole_ledger(summary, COLUMNS))
+    rows = _wanted(every, job, None if list_file is None else Place(str(list_file), folder.place.options))
+    transfer = Transfer.of(rows, every, job, options, exported.place)
+    del every, rows
+    before = exported.state()
+    leftovers = _leftovers(exported, before, options, transfer.plan, overwrite)
+    with ExitStack() as stack:
+        stack.enter_context(exported.held())
+        exported.remove(leftovers)
+        transfer.look(exported, job)
+        if not exported.place.remote and not options.link:
+            _check_room(exported.place, transfer)
+        state = {
+            "status": "running",
+            "run": summary["run"],
+            "images": summary["job"]["images"],
+            **options.settings,
+        }
+        exported.write_state(state)
+        exported.write_plan(transfer.plan)
+        way = Way(
+            source=job.source,
+            target=exported.place,
+            settings=job.photo_settings,
+            resize=options.resize,
+            link=options.link,
+            threads=PUTS if exported.place.remote else spec.threads or _threads(),
+        )
+        client = None
+        if transfer.left and _on_cluster(job, exported.place) and not spec.serial:
+            from reducer.cluster import connect, refuse_import_of_main
+
+            refuse_import_of_main()
+            client = stack.enter_context(connect(spec))
+        groups = transfer.groups(GROUP_HERE if client is None else GROUP)
+        done = in_this_process(groups, way) if client is None else write_on(client, groups, way, wait=spec.rules.wait)
+        with closing(done), _bar(transfer, progress) as bar:
+            for numbers, found in done:
+                transfer.note(numbers, found, exported)
+                bar.update(len(numbers))
+                bar.set_postfix_str(f"{as_size(transfer.bytes_done)} of {as_size(transfer.bytes_to_do)}", refresh=False)
+        _finish(exported, transfer, job)
+        result = _result(exported, transfer, options)
+        state |= {"status": "done", "photos": result.photos, "bytes": result.bytes, "failures": len(result.failures)}
+        exported.write_state(state)
+    return result
+
+
+def _on_cluster(job: Job, target: Place) -> bool:
+    """Whether photos go from a URL to a URL: only then all workers can do it."""
+    return job.images_place.remote and target.remote
+
+
+def _where(job: Job, target: Place, options: ExportOptions, cluster: ClusterSpec | None) -> ClusterSpec:
+    """Where the work is done, checked before anything is written.
+
+    Raises
+    ------
+    InputError
+        If that cannot be.
+    """
+    spec = cluster or ClusterSpec()
+    if not _on_cluster(job, target) and not spec.serial and spec != ClusterSpec(threads=spec.threads):
+        raise InputError(
+            "--cluster, --address and --workers are for photos of a URL that go to a URL: a folder is read and written "
+            "by this process. Leave them out"
+        )
+    if options.link and (job.images_place.remote or target.remote):
+        raise InputError("--link cannot be: hard links are of files of one disk, and a URL is none. Leave it out")
+    images = absolute(job.images)
+    inside = absolute(target.path) if target.remote else os.path.realpath(target.path)
+    if f"{inside}/".startswith(f"{images if job.images_place.remote else os.path.realpath(images)}/"):
+        raise InputError(f"TARGET {target.path} is in IMAGES {job.images}: give another folder")
+    return spec
+
+
+def _wanted(every: pa.Table, job: Job, list_place: Place | None) -> pa.Table:
+    """The rows of the ledger that are exported.
+
+    Raises
+    ------
+    InputError
+        If the list cannot be read, or names a photo that the run does not have.
+    """
+    if list_place is None:
+        return every.filter(every["kept"])
+    where = f"--list {list_place.path}"
+    columns = [job.id_column, job.label_column]
+    wanted = read_columns(where, list_place, columns, "Give a list that `reducer cut` has written")
+    wanted = wanted.select(columns).rename_columns(["id", "label"]).group_by(["id", "label"]).aggregate([])
+    unknown = wanted.join(every.select(["id", "label"]), ["id", "label"], join_type="left anti")
+    if unknown.num_rows:
+        shown = [f"{row['id']} ({row['label']})" for row in unknown.sort_by("id").slice(0, EXAMPLES).to_pylist()]
+        raise InputError(
+            f"{where}: {unknown.num_rows:,} of {wanted.num_rows:,} photos are not of this run: {', '.join(shown)}"
+            f"{' ...' if unknown.num_rows > EXAMPLES else ''}"
+        )
+    if not wanted.num_rows:
+        raise InputError(f"{where} has no rows: expected one row a photo")
+    return every.join(wanted, ["id", "label"], join_type="inner")
+
+
+def _leftovers(
+    exported: Exported, before: dict[str, Any] | None, options: ExportOptions, plan: pa.Table, overwrite: bool
+) -> list[str]:
+    """Files of an earlier export that are to be taken out.
+
+    Raises
+    ------
+    InputError
+        If there are some, and they may not be.
+    """
+    if before is None:
+        return []
+    old = exported.plan()
+    theirs = {name: before.get(name) for name in options.settings}
+    why = None
+    if theirs != options.settings:
+        told = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in theirs.items() if value is not None)
+        why = f"another export ({told})"
+    elif not same_photos(old, plan):
+        why = "photos of an earlier export that this one does not have, or has elsewhere"
+    if why is None:
+        return []
+    if not overwrite:
+        raise InputError(
+            f"TARGET {exported.path} holds {why}: give another folder, or --overwrite, which takes them out"
+        )
+    shards = pc.unique(old["shard"].drop_null()).to_pylist()
+    single = old.filter(pc.is_null(old["shard"]))["path"].to_pylist()
+    return [LIST, LABELS, FAILURES, PLAN, *single, *shards, *map(index_name, shards)]
+
+
+def _check_room(target: Place, transfer: Transfer) -> None:
+    """Refuse what the disk has no room for.
+
+    Raises
+    ------
+    InputError
+        If it has less than is needed.
+    """
+    free, needed = shutil.disk_usage(target.path).free, transfer.room_needed()
+    if needed > free:
+        raise InputError(
+            f"TARGET {target.path}: the disk has {as_size(free)} free, and the {transfer.left:,} photos to be written "
+            f"take about {as_size(needed)}. Make room, cut a shorter list (reducer cut, --list), or use --resize"
+        )
+
+
+def _threads() -> int:
+    from dask.system import CPU_COUNT
+
+    return 2 * CPU_COUNT
+
+
+def _bar(transfer: Transfer, progress: bool) -> Any:
+    return tqdm(
+        desc="export",
+        total=transfer.left,
+        unit=" photos",
+        disable=not progress or not transfer.left,
+    )
+
+
+def _finish(exported: Exported, transfer: Transfer, job: Job) -> None:
+    """Write what tells of the photos."""
+    plan = transfer.plan
+    there = plan.filter(pc.is_null(plan["error"]))
+    failed = plan.filter(pc.is_valid(plan["error"]))
+    exported.write_plan(plan)
+    if transfer.options.layout == SAME:
+        columns = {job.id_column: there["id"], job.label_column: there["label"]}
+        if job.path_column is not None:
+            columns[job.path_column] = there["path"]
+        exported.write(LIST, _csv(pa.table(columns)))
+    else:
+        exported.write(LABELS, _csv(transfer.labels()))
+    if failed.num_rows:
+        exported.write(FAILURES, _csv(_failures(failed)))
+    else:
+        exported.remove_own([FAILURES])
+
+
+def _failures(failed: pa.Table) -> pa.Table:
+    return failed.select(["id", "label", "source", "error"])
+
+
+def _csv(table: pa.Table) -> bytes:
+    text: str = table.to_pandas().to_csv(index=False, lineterminator="\n")
+    return text.encode()
+
+
+def _result(exported: Exported, transfer: Transfer, options: ExportOptions) -> ExportResult:
+    plan = transfer.plan
+    there = plan.filter(pc.is_null(plan["error"]))
+    return ExportResult(
+        target=exported.path,
+        photos=there.num_rows,
+        labels=pc.count_distinct(there["label"]).as_py(),
+        written=transfer.written,
+        bytes_before=transfer.bytes_before,
+        bytes=pc.sum(there["bytes"]).as_py() or 0,
+        renamed=transfer.layout.renamed,
+        copied_not_linked=transfer.copied_not_linked,
+        passed_over=transfer.layout.passed_over if options.layout == BY_LABEL else [],
+        failures=_failures(plan.filter(pc.is_valid(plan["error"]))).to_pandas(),
+    )

@@ -1,0 +1,192 @@
+"""Where exported photos lie in TARGET: the manifest's layout, a folder per label, or WebDataset's shards. Pure."""
+
+from __future__ import annotations
+
+import json
+import os
+import posixpath
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from tarfile import BLOCKSIZE, RECORDSIZE
+
+import pyarrow as pa
+
+from reducer.config import LAYOUT_NAMES
+from reducer.manifest import is_photo
+from reducer.naming import distinct_names, safe_path, with_digest
+from reducer.places import is_url
+
+SAME, BY_LABEL, TAR = LAYOUT_NAMES
+#: Files of ours at the top of TARGET.
+STATE, LIST, PLAN, LABELS, FAILURES = "export.json", "train.csv", "export.parquet", "labels.csv", "failures.csv"
+OWN_FILES = (STATE, LIST, PLAN, LABELS, FAILURES)
+#: What torchvision's ImageFolder takes for photos (``torchvision.datasets.folder.IMG_EXTENSIONS``); others it passes
+#: over.
+IMAGE_FOLDER = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+#: Extensions of formats as Pillow calls them, where a photo's own name has none; for all others, and where the format
+#: is not known, that of JPEG.
+EXTENSIONS = {"PNG": ".png", "WEBP": ".webp", "TIFF": ".tif", "GIF": ".gif", "BMP": ".bmp", "AVIF": ".avif"}
+JPEG_EXTENSION = ".jpg"
+#: WebDataset's reader takes what is behind a name's first dot for its extension.
+NOT_IN_KEYS = "."
+#: Extensions and contents of files that go with a photo into a shard.
+Beside = tuple[tuple[str, bytes], ...]
+WHOLE_NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where photos lie.
+
+    Attributes
+    ----------
+    paths : list of str, n
+        Of each photo, below TARGET; in shards, its name there.
+    folders : dict of str to str
+        Of each label the folder of its photos; empty for ``same``.
+    renamed : int
+        Photos that ``same`` puts elsewhere than the manifest says, since that is not safe.
+    """
+
+    paths: list[str]
+    folders: dict[str, str]
+    renamed: int = 0
+
+    @property
+    def classes(self) -> dict[str, int]:
+        """Numbers of the labels, as ImageFolder counts its folders."""
+        by_folder = sorted((folder, label) for label, folder in self.folders.items())
+        return {label: number for number, (_, label) in enumerate(by_folder)}
+
+    @property
+    def passed_over(self) -> list[str]:
+        """Extensions of photos that ImageFolder takes for none."""
+        found = {posixpath.splitext(path)[1].lower() for path in self.paths}
+        return sorted(found.difference(IMAGE_FOLDER))
+
+
+def as_in_manifest(rows: pa.Table, root: str) -> Layout:
+    """Photos lie below TARGET as they lie below IMAGES.
+
+    Parameters
+    ----------
+    rows : pyarrow.Table, n rows
+        ``path`` and ``shard`` of the ledger.
+    root : str
+        IMAGES, without a slash at its end.
+    """
+    paths, taken = [], dict[str, tuple[str, str | None]]()
+    renamed = 0
+    for path, shard in zip(rows["path"].to_pylist(), rows["shard"].to_pylist(), strict=True):
+        wanted = _below(path, root) if shard is None else path.removeprefix("./")
+        found = safe_path(wanted, OWN_FILES)
+        source = (path, shard)
+        if taken.setdefault(found, source) != source:  # members of one name in two shards, say
+            found = posixpath.join(posixpath.dirname(found), with_digest(posixpath.basename(found), f"{shard}\0{path}"))
+            taken[found] = source
+        renamed += found != wanted
+        paths.append(found)
+    return Layout(paths, {}, renamed)
+
+
+def _below(path: str, root: str) -> str:
+    if path.startswith(f"{root}/"):
+        below = path[len(root) + 1 :]
+        return below if is_url(root) else posixpath.normpath(below.replace(os.sep, "/"))
+    # From elsewhere, as a manifest's own column of paths may say.
+    return posixpath.normpath(path.partition("://")[2] if is_url(path) else path).lstrip("/")
+
+
+def by_label(rows: pa.Table, every: pa.Table, *, keys: bool = False) -> Layout:
+    """A folder per label, in which photos are called as their ids are.
+
+    Parameters
+    ----------
+    rows : pyarrow.Table, n rows
+        ``id``, ``label``, ``path`` and ``format`` of the ledger.
+    every : pyarrow.Table
+        ``id`` and ``label`` of all its photos: names do not depend on which of them are exported.
+    keys : bool
+        Whether they are to be keys of WebDataset's samples.
+    """
+    forbidden = NOT_IN_KEYS if keys else ""
+    wanted = dict.fromkeys(rows["label"].to_pylist())
+    ids = defaultdict[str, list[str]](list)
+    for photo, label in zip(every["id"].to_pylist(), every["label"].to_pylist(), strict=True):
+        ids[label].append(photo)
+    folders = distinct_names(ids, forbidden=forbidden, reserved=OWN_FILES)
+    names = {label: distinct_names(ids[label], _shown, forbidden=forbidden) for label in wanted}
+    columns = (rows[name].to_pylist() for name in ("id", "label", "path", "format"))
+    paths = [
+        f"{folders[label]}/{names[label][photo]}{_extension(path, form)}"
+        for photo, label, path, form in zip(*columns, strict=True)
+    ]
+    return Layout(paths, {label: folders[label] for label in wanted})
+
+
+def _shown(photo: str) -> str:
+    """What a photo's name is to look like: its id, or where that is the path of a file, that file's name."""
+    name = photo.rpartition("/")[2]
+    return posixpath.splitext(name)[0] if is_photo(name) else name
+
+
+def _extension(path: str, form: str | None) -> str:
+    found = posixpath.splitext(path)[1].lower()
+    return found if is_photo(path) else EXTENSIONS.get(form or "", JPEG_EXTENSION)
+
+
+def shard_name(number: int) -> str:
+    """What a shard is called."""
+    return f"photos-{number:06d}.tar"
+
+
+def index_name(shard: str) -> str:
+    """What the list of a shard's photos is called."""
+    return f"{shard.removesuffix('.tar')}.parquet"
+
+
+def into_shards(sizes: Sequence[int], most: int) -> list[int]:
+    """Which shard each of some photos goes to, in their order.
+
+    Parameters
+    ----------
+    sizes : sequence of int, n
+        Bytes that each takes in a shard, from `size_in_shard`.
+    most : int
+        Bytes of a shard at most, but that a photo which takes more gets one of its own.
+    """
+    shards, number, used = [], 0, RECORDSIZE
+    for size in sizes:
+        if used + size > most and used > RECORDSIZE:
+            number, used = number + 1, RECORDSIZE
+        used += size
+        shards.append(number)
+    return shards
+
+
+def size_in_shard(*sizes: int) -> int:
+    """Bytes that files of such sizes take in a tar."""
+    return sum(BLOCKSIZE + -(-size // BLOCKSIZE) * BLOCKSIZE for size in sizes)
+
+
+def beside(photo: str, label: str, number: int) -> Beside:
+    """What goes with a photo into its shard: extensions and contents.
+
+    Parameters
+    ----------
+    photo, label : str
+        Its id and label.
+    number : int
+        What ``KEY.cls`` says, a whole number for all of WebDataset's readers.
+    """
+    both = json.dumps({"id": photo, "label": label}, ensure_ascii=False)
+    return ((".cls", str(number).encode()), (".json", both.encode("utf-8", "surrogatepass")))
+
+
+def numbers(labels: Sequence[str], classes: dict[str, int]) -> list[int]:
+    """What ``KEY.cls`` says: the labels themselves where all of them are whole numbers, else those of the classes."""
+    if all(map(WHOLE_NUMBER.fullmatch, classes)):
+        return list(map(int, labels))
+    return [classes[label] for label in labels]

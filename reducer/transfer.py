@@ -1,0 +1,397 @@
+"""Which photos are to be written where, which of them are there already, and what came of each."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from reducer.config import LAYOUT_NAMES, SHARD_BYTES, Job
+from reducer.copying import Copied, Copy, Group
+from reducer.errors import InputError
+from reducer.exported import IDENTITY, Exported, Listing
+from reducer.hashing import PhotoError
+from reducer.layouts import (
+    SAME,
+    TAR,
+    Beside,
+    Layout,
+    as_in_manifest,
+    beside,
+    by_label,
+    into_shards,
+    numbers,
+    shard_name,
+    size_in_shard,
+)
+from reducer.objects import FileState
+from reducer.places import ByteRange, PhotoRef, Place, absolute, file_of, is_url, ref_of
+from reducer.rules import bytes_of, check_count
+from reducer.schemas import EXPORT_SCHEMA
+from reducer.sources import read_photo, states_of
+
+#: Columns of the ledger that an export goes by.
+COLUMNS = [
+    *("row", "id", "label", "path", "bytes", "mtime", "etag", "shard", "offset"),
+    *("width", "height", "format", "hash", "kept"),
+]
+#: Photos that are looked at together.
+BATCH = 5000
+#: Bytes that a disk gives to a file at a time.
+DISK_BLOCK = 4096
+#: Digits of an MD5 sum, which is what the etag of an object is that was put in one piece.
+MD5_DIGITS = 32
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How photos are exported.
+
+    Attributes
+    ----------
+    layout, link, resize, shard_bytes
+        As for `reducer.export`; ``shard_bytes`` becomes a number.
+
+    Raises
+    ------
+    InputError
+        If a value is out of its range or two contradict each other.
+    """
+
+    layout: str = SAME
+    link: bool = False
+    resize: int | None = None
+    shard_bytes: int | str = SHARD_BYTES
+
+    def __post_init__(self) -> None:
+        if self.layout not in LAYOUT_NAMES:
+            raise InputError(f"--layout is {self.layout!r}: expected one of {', '.join(LAYOUT_NAMES)}")
+        check_count("resize", self.resize)
+        if isinstance(self.shard_bytes, str):
+            object.__setattr__(self, "shard_bytes", bytes_of("shard_bytes", self.shard_bytes))
+        check_count("shard_bytes", self.shard_bytes)
+        for other, why in (
+            (self.resize is not None, "--resize makes other files"),
+            (self.layout == TAR, "--layout tar packs photos together"),
+        ):
+            if self.link and other:
+                raise InputError(f"--link cannot be: {why}. Leave one of the two out")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What two exports into one folder must have in common."""
+        shards = {"shard_bytes": self.shard_bytes} if self.layout == TAR else {}
+        return {"layout": self.layout, "resize": self.resize, **shards}
+
+
+@dataclass(eq=False)
+class Transfer:
+    """The photos of an export.
+
+    Attributes
+    ----------
+    rows : pyarrow.Table, n rows
+        Of the ledger, in the order in which they are read.
+    layout : Layout
+        Where they go.
+    options : ExportOptions
+    sizes : ndarray of int64, shape (n,)
+        Bytes of their files as they are; negative where that is not known.
+    shards : ndarray of int64, shape (n,), or None
+        Which shard each goes to.
+    is_left : ndarray of bool, shape (n,)
+        Which are to be written.
+    written : int
+        Photos that were written.
+    bytes_done : int
+        Bytes of the photos that were read for that.
+    copied_not_linked : int
+        Of them those that could not be linked.
+    """
+
+    rows: pa.Table
+    layout: Layout
+    options: ExportOptions
+    sizes: NDArray[np.int64]
+    shards: NDArray[np.int64] | None
+    #: Where another row stands for the same file in the same place: which.
+    first: NDArray[np.int64]
+    #: Bytes in TARGET; negative where it is not known yet.
+    sizes_there: NDArray[np.int64]
+    is_left: NDArray[np.bool_]
+    errors: dict[int, str] = field(default_factory=dict)
+    written: int = 0
+    bytes_done: int = 0
+    copied_not_linked: int = 0
+
+    @classmethod
+    def of(cls, rows: pa.Table, every: pa.Table, job: Job, options: ExportOptions, target: Place) -> Transfer:
+        """Plan an export.
+
+        Parameters
+        ----------
+        rows : pyarrow.Table
+            The photos, `COLUMNS` of the ledger.
+        every : pyarrow.Table
+            All of the ledger.
+        job : Job
+            Of the run.
+        options : ExportOptions
+            How they are exported.
+        target : Place
+            Where to. Sizes that are not known are asked for where they are needed.
+        """
+        rows = rows.sort_by([("shard", "ascending"), ("offset", "ascending"), ("row", "ascending")])
+        if options.layout == SAME:
+            layout = as_in_manifest(rows, absolute(job.images))
+        else:
+            layout = by_label(rows, every, keys=options.layout == TAR)
+        errors = {}
+        if pc.any(pc.is_valid(every["shard"])).as_py():
+            errors = dict.fromkeys(np.flatnonzero(pc.is_null(rows["shard"])).tolist(), "missing: it is in no shard")
+        sizes = pc.fill_null(rows["bytes"], -1).to_numpy().copy()
+        if not target.remote or options.layout == TAR:
+            unknown = [number for number in np.flatnonzero(sizes < 0).tolist() if number not in errors]
+            paths = rows["path"].take(pa.array(unknown, pa.int64())).to_pylist()
+            for number, state in zip(unknown, states_of(paths, job.source), strict=True):
+                sizes[number] = -1 if state is None or state.bytes is None else state.bytes
+        found = cls(
+            rows=rows,
+            layout=layout,
+            options=options,
+            sizes=sizes,
+            shards=None,
+            first=_first_of_each(layout.paths),
+            sizes_there=np.full(rows.num_rows, -1, dtype=np.int64),
+            is_left=np.ones(rows.num_rows, dtype=bool),
+            errors=errors,
+        )
+        found.is_left[list(errors)] = False
+        if options.layout == TAR:
+            found.shards = found._into_shards()
+        else:
+            found.is_left &= found.first == np.arange(rows.num_rows)
+        return found
+
+    def _into_shards(self) -> NDArray[np.int64]:
+        around = [
+            size_in_shard(*(len(content) for _, content in self._beside(number))) for number in range(len(self.sizes))
+        ]
+        sizes = [size_in_shard(size) + more for size, more in zip(self._likely_sizes().tolist(), around, strict=True)]
+        assert isinstance(self.options.shard_bytes, int)
+        return np.array(into_shards(sizes, self.options.shard_bytes), dtype=np.int64)
+
+    def _likely_sizes(self) -> NDArray[np.int64]:
+        """Bytes of the files as they are; of those that are not known the mean of the others."""
+        known = self.sizes[self.sizes >= 0]
+        mean = int(known.mean()) if len(known) else 0
+        return np.where(self.sizes >= 0, self.sizes, mean)
+
+    @cached_property
+    def _ids(self) -> list[str]:
+        found: list[str] = self.rows["id"].to_pylist()
+        return found
+
+    @cached_property
+    def _labels(self) -> list[str]:
+        found: list[str] = self.rows["label"].to_pylist()
+        return found
+
+    @cached_property
+    def _numbers(self) -> list[int]:
+        return numbers(self._labels, self.layout.classes)
+
+    def _beside(self, number: int) -> Beside:
+        return beside(self._ids[number], self._labels[number], self._numbers[number])
+
+    @property
+    def plan(self) -> pa.Table:
+        """`EXPORT_SCHEMA` rows in the order of the manifest, as far as it is known what comes of the photos."""
+        return self._planned().take(pc.sort_indices(self.rows["row"]))
+
+    def _planned(self) -> pa.Table:
+        shards = None if self.shards is None else [shard_name(number) for number in self.shards.tolist()]
+        done = self.sizes_there[self.first] if self.shards is None else self.sizes_there
+        errors = [self.errors.get(number) for number in (self.first if self.shards is None else range(len(done)))]
+        columns = [
+            self.rows["id"],
+            self.rows["label"],
+            self.layout.paths,
+            shards or pa.nulls(len(done), pa.string()),
+            pa.array(done, mask=done < 0),
+            self.rows["path"],
+            self.rows["shard"],
+            errors,
+        ]
+        arrays = [
+            column if isinstance(column, pa.ChunkedArray | pa.Array) else pa.array(column, field.type)
+            for column, field in zip(columns, EXPORT_SCHEMA, strict=True)
+        ]
+        return pa.table(arrays, schema=EXPORT_SCHEMA)
+
+    def labels(self) -> pa.Table:
+        """Of each label that has photos there its folder, and its number: as ImageFolder counts, or ``KEY.cls``."""
+        there = np.flatnonzero(self.sizes_there >= 0).tolist()
+        number_of = {self._labels[number]: self._numbers[number] for number in there}
+        folders = sorted((self.layout.folders[label], label) for label in number_of)
+        if self.shards is None:
+            number_of = {label: number for number, (_, label) in enumerate(folders)}
+        return pa.table(
+            {
+                "label": pa.array([label for _, label in folders], pa.string()),
+                "folder": pa.array([folder for folder, _ in folders], pa.string()),
+                "class": pa.array([number_of[label] for _, label in folders], pa.int64()),
+            }
+        )
+
+    @property
+    def left(self) -> int:
+        """Photos that are to be written."""
+        return int(self.is_left.sum())
+
+    @property
+    def bytes_to_do(self) -> int:
+        """Bytes of the files that they are made from."""
+        return int(self._likely_sizes()[self.is_left].sum())
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of the files that the photos which are there were made from."""
+        there = self.sizes_there >= 0
+        return int(self.sizes[there][self.sizes[there] >= 0].sum())
+
+    def room_needed(self) -> int:
+        """About how many bytes of a disk the photos take that are to be written."""
+        sizes = self._likely_sizes()
+        if self.options.resize is not None:
+            longest = pc.max_element_wise(self.rows["width"], self.rows["height"])
+            shrink = np.minimum(1.0, self.options.resize / pc.fill_null(longest.cast(pa.float64()), np.nan).to_numpy())
+            known = shrink[~np.isnan(shrink)]
+            # Bytes go by the area at least.
+            shrink = np.where(np.isnan(shrink), known.mean() if len(known) else 1.0, shrink) ** 2
+            sizes = (sizes * shrink).astype(np.int64)
+        sizes = sizes[self.is_left]
+        if self.shards is not None:
+            return int(sum(map(size_in_shard, sizes.tolist())) + 4 * 512 * len(sizes))
+        return int((-(-sizes // DISK_BLOCK) * DISK_BLOCK).sum())
+
+    def look(self, exported: Exported, job: Job) -> None:
+        """Find out which photos are there already, and equal."""
+        listing = exported.listing()
+        if self.shards is not None:
+            self._look_at_shards(exported, listing)
+            return
+        left = np.flatnonzero(self.is_left)
+        for start in range(0, len(left), BATCH):
+            own = left[start : start + BATCH].tolist()
+            there = {number: state for number in own if (state := listing(self.layout.paths[number])) is not None}
+            if not there:
+                continue
+            refs = [ref_of(row) for row in self.rows.take(pa.array(list(there))).to_pylist()]
+            resized = self.options.resize is not None
+            for (number, state), ref, source in zip(there.items(), refs, _states(refs, job), strict=True):
+                if source is not None and _is_equal(state, source, ref, exported.place, resized=resized):
+                    self.is_left[number] = False
+                    self.sizes_there[number] = state.bytes or 0
+                    self.sizes[number] = -1 if source.bytes is None else source.bytes
+
+    def _look_at_shards(self, exported: Exported, listing: Listing) -> None:
+        assert self.shards is not None
+        planned = self._planned()
+        for shard in np.unique(self.shards).tolist():
+            own = np.flatnonzero(self.shards == shard)
+            found = exported.read_index(shard_name(shard), listing)
+            rows = planned.slice(own[0], len(own))
+            if found is None or found["error"].null_count < len(own):
+                continue
+            if found.select(IDENTITY).equals(rows.select(IDENTITY)):
+                self.is_left[own] = False
+                self.sizes_there[own] = found["bytes"].to_numpy()
+
+    def groups(self, size: int) -> Generator[Group]:
+        """The photos that are to be written, so many at a time, or a shard."""
+        left = np.flatnonzero(self.is_left)
+        if self.shards is None:
+            parts: Sequence[NDArray[np.int64]] = [left[start : start + size] for start in range(0, len(left), size)]
+        else:
+            of = self.shards[left]
+            parts = [left[of == shard] for shard in np.unique(of)]
+        for part in parts:
+            rows = self.rows.take(pa.array(part)).to_pylist()
+            own = tuple(part.tolist())
+            yield Group(
+                numbers=own,
+                copies=tuple(self._copy(number, row) for number, row in zip(own, rows, strict=True)),
+                shard=None if self.shards is None else shard_name(int(self.shards[own[0]])),
+            )
+
+    def _copy(self, number: int, row: dict[str, Any]) -> Copy:
+        size = int(self.sizes[number])
+        return Copy(
+            ref=ref_of(row),
+            path=self.layout.paths[number],
+            bytes=None if size < 0 else size,
+            is_known=row["hash"] is not None,
+            beside=() if self.shards is None else self._beside(number),
+        )
+
+    def note(self, numbers: Sequence[int], found: Sequence[Copied], exported: Exported) -> None:
+        """Note what came of photos; of a shard, that it is done."""
+        for number, one in zip(numbers, found, strict=True):
+            if one.error is not None:
+                self.errors[number] = one.error
+            else:
+                self.sizes[number], self.sizes_there[number] = one.read, one.written
+                self.written += 1
+            self.bytes_done += one.read
+            self.copied_not_linked += one.copied_not_linked
+        if self.shards is not None:
+            own = np.flatnonzero(self.shards == self.shards[numbers[0]])
+            exported.write_index(shard_name(int(self.shards[numbers[0]])), self._planned().slice(own[0], len(own)))
+
+
+def _first_of_each(paths: list[str]) -> NDArray[np.int64]:
+    """Of each path the first place at which it stands."""
+    seen: dict[str, int] = {}
+    return np.array([seen.setdefault(path, number) for number, path in enumerate(paths)], dtype=np.int64)
+
+
+def _states(refs: Sequence[PhotoRef], job: Job) -> list[FileState | None]:
+    """How the photos are where they come from; None where that cannot be told."""
+    paths = [ref for ref in refs if isinstance(ref, str)]
+    single = iter(states_of(paths, job.source))
+    return [FileState(ref.bytes, ref.mtime_ns, None) if isinstance(ref, ByteRange) else next(single) for ref in refs]
+
+
+def _is_equal(there: FileState, source: FileState, ref: PhotoRef, target: Place, *, resized: bool) -> bool:
+    """Whether a file in TARGET is what a photo was made into.
+
+    On a disk a copy has the time of its photo. A store tells the MD5 sum of what was put in one piece; where the
+    photo's own is not known, the object must not be older than the photo, as for ``aws s3 sync``.
+    """
+    if there.bytes != source.bytes and not (resized and there.bytes):
+        return False
+    if not target.remote:
+        return source.mtime_ns == there.mtime_ns
+    if not resized and there.etag is not None and len(there.etag) == MD5_DIGITS:
+        digest = _md5(ref, source)
+        if digest is not None:
+            return digest == there.etag
+    return None not in (there.mtime_ns, source.mtime_ns) and (there.mtime_ns or 0) >= (source.mtime_ns or 0)
+
+
+def _md5(ref: PhotoRef, state: FileState) -> str | None:
+    """A photo's MD5 sum, where it takes no request."""
+    if not is_url(file_of(ref)):
+        try:
+            return hashlib.md5(read_photo(ref, max_pixels=0).content, usedforsecurity=False).hexdigest()
+        except PhotoError:
+            return None
+    return state.etag if state.etag is not None and len(state.etag) == MD5_DIGITS else None
