@@ -178,11 +178,12 @@ def export(
             client = stack.enter_context(connect(spec))
         groups = transfer.groups(GROUP_HERE if client is None else GROUP)
         done = in_this_process(groups, way) if client is None else write_on(client, groups, way, wait=spec.rules.wait)
+        of_all = as_size(transfer.bytes_to_do)
         with closing(done), _bar(transfer, progress) as bar:
             for numbers, found in done:
                 transfer.note(numbers, found, exported)
+                bar.set_postfix_str(f"{as_size(transfer.bytes_done)} of {of_all}", refresh=False)
                 bar.update(len(numbers))
-                bar.set_postfix_str(f"{as_size(transfer.bytes_done)} of {as_size(transfer.bytes_to_do)}", refresh=False)
         _finish(exported, transfer, job)
         result = _result(exported, transfer, options)
         state |= {"status": "done", "photos": result.photos, "bytes": result.bytes, "failures": len(result.failures)}

@@ -44,6 +44,8 @@ COLUMNS = [
 ]
 #: Photos that are looked at together.
 BATCH = 5000
+#: Photos of a URL that are asked for their sizes to see whether there is room.
+FEW = 1000
 #: Bytes that a disk gives to a file at a time.
 DISK_BLOCK = 4096
 #: Digits of an MD5 sum, which is what the etag of an object is that was put in one piece.
@@ -146,7 +148,7 @@ class Transfer:
         options : ExportOptions
             How they are exported.
         target : Place
-            Where to. Sizes that are not known are asked for where they are needed.
+            Where to.
         """
         rows = rows.sort_by([("shard", "ascending"), ("offset", "ascending"), ("row", "ascending")])
         if options.layout == SAME:
@@ -157,11 +159,13 @@ class Transfer:
         if pc.any(pc.is_valid(every["shard"])).as_py():
             errors = dict.fromkeys(np.flatnonzero(pc.is_null(rows["shard"])).tolist(), "missing: it is in no shard")
         sizes = pc.fill_null(rows["bytes"], -1).to_numpy().copy()
-        if not target.remote or options.layout == TAR:
-            unknown = [number for number in np.flatnonzero(sizes < 0).tolist() if number not in errors]
-            paths = rows["path"].take(pa.array(unknown, pa.int64())).to_pylist()
-            for number, state in zip(unknown, states_of(paths, job.source), strict=True):
-                sizes[number] = -1 if state is None or state.bytes is None else state.bytes
+        unknown = [number for number in np.flatnonzero(sizes < 0).tolist() if number not in errors]
+        if options.layout != TAR and job.images_place.remote:
+            # Each takes a request. What is read tells its size; to see whether there is room a few will do.
+            unknown = [] if target.remote else unknown[:: -(-len(unknown) // FEW) or 1]
+        paths = rows["path"].take(pa.array(unknown, pa.int64())).to_pylist()
+        for number, state in zip(unknown, states_of(paths, job.source), strict=True):
+            sizes[number] = -1 if state is None or state.bytes is None else state.bytes
         found = cls(
             rows=rows,
             layout=layout,

@@ -14,6 +14,7 @@ Examples:
     python scripts/bench.py cut SIZES              # cutting a large ranked run, comparing its labels; SIZES: a TSV file
                                                    # with the columns images_in_class and n_classes
     python scripts/bench.py report SIZES           # the report of such a run
+    python scripts/bench.py export                 # exporting photos, against cp -r and a server's own copy; likewise
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ import time
 import tracemalloc
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -878,6 +880,86 @@ def report(sizes: str) -> None:
     table(["command", "pictures", "seconds", "peak memory, MiB", "MB"], rows)
 
 
+def export(photos: int) -> None:
+    """`reducer export` against `cp -r` and against an S3 server's own copy; commands, their start included."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+    from s3server import S3Server
+
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        size = small_photos(folder, photos)
+        paths = sorted((folder / "train").rglob("*.jpg"))
+        for path in paths:  # links to a few files would be copied faster
+            content = path.read_bytes()
+            path.unlink()
+            path.write_bytes(content)
+        with open(folder / "train.csv", "w") as manifest:
+            manifest.write("id,landmark_id\n" + "".join(f"{path.stem},{path.parent.name}\n" for path in paths))
+        pack(paths, folder / "tars", 12)
+        with S3Server(folder / "server") as server:
+            keys = {"key": server.key, "secret": server.secret, "endpoint_url": server.endpoint}
+            for bucket in ("photos", "copies"):
+                server.make_bucket(bucket)
+            server.upload_folder(folder / "train", "photos", "train/")
+            server.upload_folder(folder / "tars", "photos", "tars/")
+
+            def run(name: str, images: str) -> None:
+                options = {"keep": photos, "candidates": None, "report": False}
+                if images.endswith("/train"):
+                    options["path_template"] = "{label}/{id}.jpg"
+                if "://" in images:
+                    options["storage_options"] = keys
+                job = Job(images, str(folder / name), manifest=str(folder / "train.csv"), **options)
+                reduce_images(job, ClusterSpec(workers=0), progress=False)
+
+            def row(what: str, seconds: float, base: float | None = None) -> float:
+                rows.append([what, seconds, round(photos / seconds), size / seconds / 1e6, base and base / seconds])
+                return seconds
+
+            def exported(run: str, target: str, *given: str) -> float:
+                whose = ["--storage-option"] if run != "local" else []
+                whose += ["--target-storage-option"] if "://" in target else []
+                flags = [f"{name}={key}={value}" for key, value in keys.items() for name in whose]
+                command = [sys.executable, "-m", "reducer", "export", str(folder / run), target, "--quiet", *given]
+                return timed(lambda: subprocess.run([*command, *flags], check=True))
+
+            def served(prefix: str) -> float:
+                """The server's own copy, 32 requests at a time."""
+                client = server.client(max_pool_connections=32)
+                found = server.list_keys("photos", prefix)
+
+                def copy(key: str) -> None:
+                    client.copy_object(Bucket="copies", Key=f"own/{key}", CopySource={"Bucket": "photos", "Key": key})
+
+                with ThreadPoolExecutor(32) as pool:
+                    return timed(lambda: list(pool.map(copy, found)))
+
+            run("local", str(folder / "train"))
+            run("there", "s3://photos/train")
+            run("shards", "s3://photos/tars")
+            base = row(
+                "`cp -r`", timed(lambda: subprocess.run(["cp", "-r", folder / "train", folder / "cp"], check=True))
+            )
+            for given in ("", "--link", "--layout by-label", "--layout tar", "--resize 512"):
+                name = "-".join(given.split()).strip("-") or "same"
+                seconds = exported("local", str(folder / f"out-{name}"), *given.split())
+                row(f"folder to folder {given}".strip(), seconds, base)
+            row("folder to S3", exported("local", "s3://copies/up"), base)
+            row("S3 to folder", exported("there", str(folder / "down")), base)
+            own = row("the server's own copy", served("train/"))
+            for workers in (0, PROCESSES):
+                seconds = exported("there", f"s3://copies/there{workers}", "--workers", str(workers))
+                row(f"S3 to S3, {workers} workers", seconds, own)
+            tars = ("--layout", "tar", "--shard-bytes", f"{size // 12}", "--workers", str(PROCESSES))
+            row(f"tar on S3 to tar on S3, {PROCESSES} workers", exported("shards", "s3://copies/tars", *tars), own)
+    print(
+        f"{photos} photos of {size / photos / 1e3:.0f} KB on average, all exported, server on the same machine, "
+        f"{machine()}\n"
+    )
+    table(["what", "seconds", "photos/s", "MB/s", "rate, of cp -r's or the server's own copy's"], rows)
+
+
 def photos_listed(path: Path) -> int:
     """Photos of a reduced list."""
     if path.suffix == ".parquet":
@@ -914,7 +996,14 @@ def machine() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     subparsers = parser.add_subparsers(dest="command", required=True)
-    for command, default in ((speed, 30_000), (memory, 20_000), (plan, 1_580_470), (s3, 3_000), (tar, 3_000)):
+    for command, default in (
+        (speed, 30_000),
+        (memory, 20_000),
+        (plan, 1_580_470),
+        (s3, 3_000),
+        (tar, 3_000),
+        (export, 6_000),
+    ):
         subparsers.add_parser(command.__name__, help=command.__doc__).add_argument(
             "--photos", type=int, default=default
         )
@@ -930,7 +1019,7 @@ def main() -> None:
     reported = subparsers.add_parser("report", help=report.__doc__).add_argument
     reported("sizes", help="as for cut")
     options = vars(parser.parse_args())
-    measured = (speed, memory, plan, fidelity, quality, flat, ranking, s3, tar, shards, cut, report)
+    measured = (speed, memory, plan, fidelity, quality, flat, ranking, s3, tar, shards, cut, report, export)
     commands = {f.__name__: f for f in measured}
     commands[options.pop("command")](**options)
 

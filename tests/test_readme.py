@@ -42,6 +42,10 @@ def test_the_examples_run(tmp_path: Path) -> None:
     assert (tmp_path / "listed" / "reduced.csv").read_text().startswith("photo,class\n")
     assert (tmp_path / "few.csv").read_text().count("\n") == 301
     assert (tmp_path / "other" / "cross_label.parquet").exists()
+    lists = [(tmp_path / kept / "train.csv").read_text() for kept in ("kept", "linked")]
+    assert len(set(lists)) == 1 < len(lists[0].splitlines())
+    assert len(list((tmp_path / "kept-shards").glob("*.tar"))) > 1
+    assert max(Image.open(next((tmp_path / "kept-512").rglob("*.jpg"))).size) == 512
     for name in ("counts", "closest", "kept"):
         with Image.open(tmp_path / f"{name}.png") as picture:
             assert picture.width > 300
