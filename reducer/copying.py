@@ -5,38 +5,33 @@ from __future__ import annotations
 import errno
 import io
 import os
-import queue
 import tarfile
+import threading
 import time
-import uuid
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, closing, suppress
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TypeVar
+from typing import IO, TypeVar
 
 from reducer.config import PhotoSettings
-from reducer.errors import ClusterError, ReducerError, one_line
+from reducer.errors import ReducerError
 from reducer.files import whole_file, whole_object, write_file
 from reducer.hashing import PhotoError, pillow_settings
-from reducer.isolation import memory_bound, refused_apart
+from reducer.isolation import refused_apart
 from reducer.layouts import Beside
 from reducer.objects import PhotoFile
 from reducer.places import ByteRange, PhotoRef, Place, Source, file_of, is_url
 from reducer.resizing import resized
 from reducer.sources import read_all, read_photo
 
-if TYPE_CHECKING:
-    from distributed import Client
-    from distributed import Future as Sent
-
 T = TypeVar("T")
 
 #: Photos that are read and not yet written take at most so many bytes, beside the next one.
-HELD_BYTES = 128 * 2**20
+HELD_BYTES = 64 * 2**20
 #: Puts to a store that are under way at a time.
 PUTS = 32
 #: Seconds that a photo which no one has decoded yet may take, twice.
@@ -56,10 +51,6 @@ NO_LINK = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOSYS, e
 FULL = (errno.ENOSPC, errno.EDQUOT)
 #: A shard that fails on its way to a store is sent anew, so often in all.
 ATTEMPTS = 3
-#: Groups that are with the scheduler at a time, for each worker thread.
-WINDOW = 4
-#: Seconds between two looks at the cluster, and that its scheduler may take to answer.
-TICK, ANSWER = 5.0, 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +98,24 @@ class Copied:
     copied_not_linked: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What is written for a photo.
+
+    Attributes
+    ----------
+    content : bytes
+    read : int
+        Bytes that it was made from.
+    mtime_ns : int or None
+        When the photo, or its shard, was last changed, nanoseconds since 1970 UTC.
+    """
+
+    content: bytes = field(repr=False)
+    read: int
+    mtime_ns: int | None
+
+
 @dataclass(frozen=True)
 class Way:
     """How photos are written; travels to the workers.
@@ -124,7 +133,9 @@ class Way:
     link : bool
         Whether to make hard links.
     threads : int
-        At a time in this process.
+        Photos that are written at a time.
+    decoders : int
+        Photos that are decoded at a time: each takes a core, and memory by its pixels.
     """
 
     source: Source
@@ -133,6 +144,7 @@ class Way:
     resize: int | None = None
     link: bool = False
     threads: int = PUTS
+    decoders: int = 1
 
 
 @dataclass(frozen=True)
@@ -177,10 +189,11 @@ def write_group(group: Group, way: Way, *, memory_beside: int | None = None) -> 
     """
     unknown = [copy.ref for copy in group.copies if not copy.is_known] if way.resize else []
     refused = refused_apart(unknown, way.settings, way.source, memory=memory_beside, patience=TRIED) if unknown else {}
+    make = _Maker(way, refused)
     if group.shard is None:
-        yield from _each(group.copies, way, partial(_write_file, way=way, refused=refused))
+        yield from _each(group.copies, way, partial(_write_file, way=way, make=make))
     else:
-        yield from _write_shard(group.shard, group.copies, way, refused)
+        yield from _write_shard(group.shard, group.copies, way, make)
 
 
 Act = Callable[[Copy, PhotoFile | PhotoError | None], T]
@@ -218,48 +231,82 @@ def _each(copies: Sequence[Copy], way: Way, act: Act[T]) -> Generator[T]:
                 future.cancel()
 
 
-def _content(copy: Copy, file: PhotoFile | PhotoError | None, way: Way) -> tuple[bytes, int, int | None]:
-    """What is to be written, how many bytes were read for it, and when the photo was last changed.
+class _Maker:
+    """Makes of a photo what is to be written; in threads.
+
+    Parameters
+    ----------
+    way : Way
+        How.
+    refused : dict
+        Why photos are not to be decoded.
+    """
+
+    def __init__(self, way: Way, refused: dict[PhotoRef, str]) -> None:
+        self.way, self.refused = way, refused
+        self.gate = threading.BoundedSemaphore(way.decoders)
+
+    def __call__(self, copy: Copy, file: PhotoFile | PhotoError | None) -> Made | str:
+        """What is to be written, or in one line why not."""
+        if copy.ref in self.refused:
+            return self.refused[copy.ref]
+        max_pixels = self.way.settings.max_pixels
+        try:
+            if file is None:
+                file = read_photo(copy.ref, max_pixels=max_pixels)
+            elif isinstance(file, PhotoError):
+                return str(file)
+            content, size = file.content, len(file.content)
+            check_size(size, copy)
+            if self.way.resize is not None:
+                with self.gate:
+                    content = resized(content, self.way.resize, max_pixels=max_pixels)
+        except PhotoError as error:
+            return str(error)
+        mtime_ns = copy.ref.mtime_ns if isinstance(copy.ref, ByteRange) else None
+        return Made(content, size, file.mtime_ns if mtime_ns is None else mtime_ns)
+
+
+def check_size(size: int, copy: Copy) -> None:
+    """Refuse a photo that is not the one that was listed.
 
     Raises
     ------
     PhotoError
-        If it cannot be.
+        If it has another size.
     """
-    if isinstance(file, PhotoError):
-        raise file
-    if file is None:
-        file = read_photo(copy.ref, max_pixels=way.settings.max_pixels)
-    size = len(file.content)
     if copy.bytes is not None and size != copy.bytes:
         raise PhotoError("changed", f"it has {size:,} bytes, and had {copy.bytes:,} when the run read or listed it")
-    content = file.content
-    if way.resize is not None:
-        content = resized(content, way.resize, max_pixels=way.settings.max_pixels)
-    mtime_ns = copy.ref.mtime_ns if isinstance(copy.ref, ByteRange) else None
-    return content, size, file.mtime_ns if mtime_ns is None else mtime_ns
 
 
-def _write_file(copy: Copy, file: PhotoFile | PhotoError | None, way: Way, refused: dict[PhotoRef, str]) -> Copied:
-    if copy.ref in refused:
-        return Copied(error=refused[copy.ref])
-    try:
-        if way.link and (linked := _link(copy, way)) is not None:
-            return linked
-        content, read, mtime_ns = _content(copy, file, way)
-    except PhotoError as error:
-        return Copied(error=str(error))
+def _write_file(copy: Copy, file: PhotoFile | PhotoError | None, way: Way, make: _Maker) -> Copied:
+    if way.link and (linked := _link(copy, way)) is not None:
+        return linked
+    made = make(copy, file)
+    if isinstance(made, str):
+        return Copied(error=made)
     place = way.target.below(copy.path)
     if place.remote:
-        write_file(place, content)
+        write_file(place, made.content)
     else:
         try:
-            _put(Path(place.path), content, mtime_ns)
+            _put(Path(place.path), made.content, made.mtime_ns)
         except OSError as error:
-            if error.errno in OF_THE_NAME:
-                return Copied(error=f"not written: {error.strerror}")
-            raise disk_failure(way.target, error) from None
-    return Copied(read, len(content), copied_not_linked=way.link)
+            return _refusal(way.target, error)
+    return Copied(made.read, len(made.content), copied_not_linked=way.link)
+
+
+def _refusal(target: Place, error: OSError) -> Copied:
+    """What comes of a photo that cannot be written.
+
+    Raises
+    ------
+    ReducerError
+        If nothing else could be either.
+    """
+    if error.errno in OF_THE_NAME:
+        return Copied(error=f"not written: {error.strerror}")
+    raise disk_failure(target, error) from None
 
 
 def _put(path: Path, content: bytes, mtime_ns: int | None) -> None:
@@ -277,42 +324,21 @@ def _put(path: Path, content: bytes, mtime_ns: int | None) -> None:
 
 
 def _link(copy: Copy, way: Way) -> Copied | None:
-    """Make a hard link; None where that cannot be done here.
-
-    Raises
-    ------
-    PhotoError
-        If there is no such photo.
-    """
+    """Make a hard link; None where that cannot be done here."""
     source, path = os.path.realpath(file_of(copy.ref)), Path(way.target.below(copy.path).path)
+    if not os.path.isfile(source):  # reading it tells what is wrong
+        return None
     try:
-        size = read_size(source)
-        if copy.bytes is not None and size != copy.bytes:
-            raise PhotoError("changed", f"it has {size:,} bytes, and had {copy.bytes:,} when the run found it")
+        size = os.stat(source).st_size
+        check_size(size, copy)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):
-            path.unlink()
+        path.unlink(missing_ok=True)
         os.link(source, path)
+    except PhotoError as error:
+        return Copied(error=str(error))
     except OSError as error:
-        if error.errno in NO_LINK:
-            return None
-        if error.errno in OF_THE_NAME:
-            return Copied(error=f"not written: {error.strerror}")
-        raise disk_failure(way.target, error) from None
+        return None if error.errno in NO_LINK else _refusal(way.target, error)
     return Copied(size, size)
-
-
-def read_size(path: str) -> int:
-    """Bytes of a local file.
-
-    Raises
-    ------
-    PhotoError
-        If it is not there.
-    """
-    if not os.path.isfile(path):
-        raise PhotoError("missing", "no such file")
-    return os.stat(path).st_size
 
 
 def disk_failure(target: Place, error: OSError) -> ReducerError:
@@ -325,11 +351,11 @@ def disk_failure(target: Place, error: OSError) -> ReducerError:
     return ReducerError(f"{target.path} cannot be written: {error.strerror or error}")
 
 
-def _write_shard(name: str, copies: Sequence[Copy], way: Way, refused: dict[PhotoRef, str]) -> list[Copied]:
+def _write_shard(name: str, copies: Sequence[Copy], way: Way, make: _Maker) -> list[Copied]:
     place = way.target.below(name)
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            return _write_shard_once(place, copies, way, refused)
+            return _write_shard_once(place, copies, way, make)
         except OSError as error:
             if not place.remote:
                 raise disk_failure(way.target, error) from None
@@ -342,140 +368,26 @@ def _write_shard(name: str, copies: Sequence[Copy], way: Way, refused: dict[Phot
     raise AssertionError
 
 
-def _write_shard_once(place: Place, copies: Sequence[Copy], way: Way, refused: dict[PhotoRef, str]) -> list[Copied]:
+def _write_shard_once(place: Place, copies: Sequence[Copy], way: Way, make: _Maker) -> list[Copied]:
     """A tar whose bytes depend on its photos only."""
-
-    def content(copy: Copy, file: PhotoFile | PhotoError | None) -> tuple[bytes, int] | str:
-        if copy.ref in refused:
-            return refused[copy.ref]
-        try:
-            return _content(copy, file, way)[:2]
-        except PhotoError as error:
-            return str(error)
-
     done = []
     with (
         _sink(place) as sink,
-        closing(_each(copies, way, content)) as contents,
+        closing(_each(copies, way, make)) as files,
         tarfile.open(fileobj=sink, mode="w", format=tarfile.PAX_FORMAT) as tar,
     ):
-        for copy, found in zip(copies, contents, strict=True):
-            if isinstance(found, str):
-                done.append(Copied(error=found))
+        for copy, made in zip(copies, files, strict=True):
+            if isinstance(made, str):
+                done.append(Copied(error=made))
                 continue
             stem = copy.path.rpartition(".")[0]
-            for path, part in ((copy.path, found[0]), *((stem + ending, part) for ending, part in copy.beside)):
+            for path, part in ((copy.path, made.content), *((stem + ending, part) for ending, part in copy.beside)):
                 member = tarfile.TarInfo(path)
                 member.size = len(part)
                 tar.addfile(member, io.BytesIO(part))
-            done.append(Copied(found[1], len(found[0])))
+            done.append(Copied(made.read, len(made.content)))
     return done
 
 
 def _sink(place: Place) -> AbstractContextManager[IO[bytes]]:
     return whole_object(place) if place.remote else whole_file(Path(place.path))
-
-
-def _write_group_there(group: Group, way: Way) -> list[Copied] | str:
-    """What runs on a worker: what came of the photos, or why the target cannot be written."""
-    from distributed import get_worker
-
-    from reducer.worker import memory_beside, memory_for_photos
-
-    worker = get_worker()
-    try:
-        with memory_bound(memory_for_photos(worker) if way.resize else None):
-            return list(write_group(group, way, memory_beside=memory_beside(worker)))
-    except ReducerError as error:
-        return str(error)
-
-
-def write_on(
-    client: Client, groups: Iterable[Group], way: Way, *, wait: float
-) -> Generator[tuple[tuple[int, ...], list[Copied]]]:
-    """Write photos on a cluster.
-
-    Parameters
-    ----------
-    client : distributed.Client
-        Of the cluster.
-    groups : iterable of Group
-        The photos. Few are with the cluster at a time.
-    way : Way
-        How.
-    wait : float
-        Seconds without any worker after which it is given up.
-
-    Yields
-    ------
-    tuple of int, list of Copied
-        Numbers, and what came of those photos, as they are done. Photos with which workers die again and again have
-        failed.
-
-    Raises
-    ------
-    ReducerError
-        If the target cannot be written.
-    ClusterError
-        If the cluster is gone.
-    """
-    done: queue.SimpleQueue[Sent[Any]] = queue.SimpleQueue()
-    sent: dict[Any, tuple[Sent[Any], Group]] = {}
-    waiting = iter(groups)
-    name = uuid.uuid4().hex
-    scheduler: Any = client.scheduler
-    last_seen, next_look, threads = time.monotonic(), float("-inf"), 0
-    try:
-        while True:
-            now = time.monotonic()
-            if now >= next_look:
-                next_look = now + TICK
-                try:
-                    threads = sum(client.sync(scheduler.ncores, callback_timeout=ANSWER).values())
-                except Exception as error:
-                    raise ClusterError(f"the scheduler is gone: {one_line(error)}") from None
-                last_seen = now if threads else last_seen
-                if now - last_seen > wait:
-                    raise ClusterError(f"no worker has been there for {wait:g} s (workers: wait)")
-            while len(sent) < WINDOW * max(1, threads) and (group := next(waiting, None)) is not None:
-                future = client.submit(
-                    _write_group_there, group, way, key=f"export-{name}-{group.numbers[0]}", pure=False
-                )
-                sent[future.key] = (future, group)
-                future.add_done_callback(done.put)
-            if not sent:
-                return
-            try:
-                future, group = sent.pop(done.get(timeout=TICK).key)
-            except queue.Empty:
-                continue
-            yield group.numbers, _outcome(future, group)
-    finally:
-        with suppress(Exception):
-            client.cancel([future for future, _ in sent.values()], force=True)
-
-
-def _outcome(future: Sent[Any], group: Group) -> list[Copied]:
-    if future.status == "finished":
-        found: list[Copied] | str = future.result(timeout=ANSWER)
-        future.release()
-        if isinstance(found, str):
-            raise ReducerError(found)
-        return found
-    if future.status != "error":
-        raise ClusterError("the cluster has lost what it was to do")
-    error = future.exception(timeout=ANSWER)
-    if type(error).__name__ == "KilledWorker":
-        return [Copied(error="not written: workers died with it and the photos beside it")] * len(group.copies)
-    raise ClusterError(f"a worker failed: {one_line(error)}") from None
-
-
-def in_this_process(groups: Iterable[Group], way: Way) -> Generator[tuple[tuple[int, ...], list[Copied]]]:
-    """Write photos here; results as from `write_on`, but a photo at a time where there are no shards."""
-    for group in groups:
-        with closing(write_group(group, way)) as results:
-            if group.shard is not None:
-                yield group.numbers, list(results)
-                continue
-            for number, found in zip(group.numbers, results, strict=True):
-                yield (number,), [found]

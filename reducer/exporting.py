@@ -6,23 +6,25 @@ import os
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
+from dask.system import CPU_COUNT
 from tqdm.auto import tqdm
 
 from reducer.clusterspec import ClusterSpec
 from reducer.config import SHARD_BYTES, Job
-from reducer.copying import PUTS, Way, in_this_process, write_on
+from reducer.copying import PUTS, Way
 from reducer.errors import InputError
 from reducer.exported import Exported, same_photos
 from reducer.layouts import BY_LABEL, FAILURES, LABELS, LIST, PLAN, SAME, index_name
 from reducer.places import Place, absolute
 from reducer.printing import as_size
+from reducer.sending import write_here, write_on
 from reducer.store import RunFolder
 from reducer.summary import check_storage_options, job_of
 from reducer.tables import EXAMPLES, in_nanoseconds, read_columns
@@ -168,7 +170,7 @@ def export(
             settings=job.photo_settings,
             resize=options.resize,
             link=options.link,
-            threads=PUTS if exported.place.remote else spec.threads or _threads(),
+            threads=PUTS if exported.place.remote else spec.threads or 2 * CPU_COUNT,
         )
         client = None
         if transfer.left and _on_cluster(job, exported.place) and not spec.serial:
@@ -176,8 +178,10 @@ def export(
 
             refuse_import_of_main()
             client = stack.enter_context(connect(spec))
+        else:
+            way = replace(way, decoders=spec.threads or CPU_COUNT)
         groups = transfer.groups(GROUP_HERE if client is None else GROUP)
-        done = in_this_process(groups, way) if client is None else write_on(client, groups, way, wait=spec.rules.wait)
+        done = write_here(groups, way) if client is None else write_on(client, groups, way, wait=spec.rules.wait)
         of_all = as_size(transfer.bytes_to_do)
         with closing(done), _bar(transfer, progress) as bar:
             for numbers, found in done:
@@ -290,12 +294,6 @@ def _check_room(target: Place, transfer: Transfer) -> None:
             f"TARGET {target.path}: the disk has {as_size(free)} free, and the {transfer.left:,} photos to be written "
             f"take about {as_size(needed)}. Make room, cut a shorter list (reducer cut, --list), or use --resize"
         )
-
-
-def _threads() -> int:
-    from dask.system import CPU_COUNT
-
-    return 2 * CPU_COUNT
 
 
 def _bar(transfer: Transfer, progress: bool) -> Any:

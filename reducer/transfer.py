@@ -220,25 +220,25 @@ class Transfer:
         """`EXPORT_SCHEMA` rows in the order of the manifest, as far as it is known what comes of the photos."""
         return self._planned().take(pc.sort_indices(self.rows["row"]))
 
-    def _planned(self) -> pa.Table:
-        shards = None if self.shards is None else [shard_name(number) for number in self.shards.tolist()]
-        done = self.sizes_there[self.first] if self.shards is None else self.sizes_there
-        errors = [self.errors.get(number) for number in (self.first if self.shards is None else range(len(done)))]
+    def _planned(self, own: slice = slice(None)) -> pa.Table:
+        """The same of some rows, in the order in which they are read."""
+        first = self.first[own] if self.shards is None else np.arange(len(self.first))[own]
+        done = self.sizes_there[first]
+        rows = self.rows.slice(own.start or 0, len(first))
+        shards = pa.nulls(len(first), pa.string())
+        if self.shards is not None:
+            shards = pa.array(map(shard_name, self.shards[own].tolist()), pa.string())
         columns = [
-            self.rows["id"],
-            self.rows["label"],
-            self.layout.paths,
-            shards or pa.nulls(len(done), pa.string()),
+            rows["id"],
+            rows["label"],
+            pa.array(self.layout.paths[own], pa.string()),
+            shards,
             pa.array(done, mask=done < 0),
-            self.rows["path"],
-            self.rows["shard"],
-            errors,
+            rows["path"],
+            rows["shard"],
+            pa.array(map(self.errors.get, first.tolist()), pa.string()),
         ]
-        arrays = [
-            column if isinstance(column, pa.ChunkedArray | pa.Array) else pa.array(column, field.type)
-            for column, field in zip(columns, EXPORT_SCHEMA, strict=True)
-        ]
-        return pa.table(arrays, schema=EXPORT_SCHEMA)
+        return pa.table(columns, schema=EXPORT_SCHEMA)
 
     def labels(self) -> pa.Table:
         """Of each label that has photos there its folder, and its number: as ImageFolder counts, or ``KEY.cls``."""
@@ -308,16 +308,19 @@ class Transfer:
 
     def _look_at_shards(self, exported: Exported, listing: Listing) -> None:
         assert self.shards is not None
-        planned = self._planned()
         for shard in np.unique(self.shards).tolist():
-            own = np.flatnonzero(self.shards == shard)
+            own = self._of_shard(shard)
             found = exported.read_index(shard_name(shard), listing)
-            rows = planned.slice(own[0], len(own))
-            if found is None or found["error"].null_count < len(own):
+            if found is None or found["error"].null_count < found.num_rows:
                 continue
-            if found.select(IDENTITY).equals(rows.select(IDENTITY)):
+            if found.select(IDENTITY).equals(self._planned(own).select(IDENTITY)):
                 self.is_left[own] = False
                 self.sizes_there[own] = found["bytes"].to_numpy()
+
+    def _of_shard(self, shard: int) -> slice:
+        """The rows whose photos go to a shard; they follow one another."""
+        assert self.shards is not None
+        return slice(*np.searchsorted(self.shards, [shard, shard + 1]).tolist())
 
     def groups(self, size: int) -> Generator[Group]:
         """The photos that are to be written, so many at a time, or a shard."""
@@ -357,8 +360,8 @@ class Transfer:
             self.bytes_done += one.read
             self.copied_not_linked += one.copied_not_linked
         if self.shards is not None:
-            own = np.flatnonzero(self.shards == self.shards[numbers[0]])
-            exported.write_index(shard_name(int(self.shards[numbers[0]])), self._planned().slice(own[0], len(own)))
+            shard = int(self.shards[numbers[0]])
+            exported.write_index(shard_name(shard), self._planned(self._of_shard(shard)))
 
 
 def _first_of_each(paths: list[str]) -> NDArray[np.int64]:

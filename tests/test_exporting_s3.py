@@ -304,7 +304,7 @@ def test_no_worker_left(
     server: S3Server, remote: Path, wanted: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("reducer.exporting.GROUP", 10)
-    monkeypatch.setattr("reducer.copying.TICK", 0.5)
+    monkeypatch.setattr("reducer.sending.TICK", 0.5)
     (tmp_path / "dask").mkdir()
     with DaskProcesses(tmp_path / "dask") as dask, FaultProxy(server.endpoint, delay_get=0.2) as proxy:
         address = dask.scheduler()
