@@ -23,10 +23,10 @@ from reducer.files import whole_file, whole_object, write_file
 from reducer.hashing import PhotoError, pillow_settings
 from reducer.isolation import refused_apart
 from reducer.layouts import Beside
-from reducer.objects import PhotoFile
+from reducer.objects import PhotoFile, another_size
 from reducer.places import ByteRange, PhotoRef, Place, Source, file_of, is_url
 from reducer.resizing import resized
-from reducer.sources import read_all, read_photo
+from reducer.sources import copy_in_store, read_all, read_photo
 
 T = TypeVar("T")
 
@@ -146,6 +146,12 @@ class Way:
     threads: int = PUTS
     decoders: int = 1
 
+    def in_store(self, copy: Copy) -> bool:
+        """Whether the store may copy a photo itself: it is one store, as far as can be told, and the bytes stay."""
+        place = Place(copy.ref) if isinstance(copy.ref, str) else None
+        both = place is not None and place.on_s3 and self.target.on_s3
+        return both and self.resize is None and self.source.options == self.target.options
+
 
 @dataclass(frozen=True)
 class Group:
@@ -191,9 +197,34 @@ def write_group(group: Group, way: Way, *, memory_beside: int | None = None) -> 
     refused = refused_apart(unknown, way.settings, way.source, memory=memory_beside, patience=TRIED) if unknown else {}
     make = _Maker(way, refused)
     if group.shard is None:
-        yield from _each(group.copies, way, partial(_write_file, way=way, make=make))
+        own = _copied_in_store(group.copies, way)
+        rest = [copy for copy, done in zip(group.copies, own, strict=True) if done is None]
+        with closing(_each(rest, way, partial(_write_file, way=way, make=make))) as written:
+            for done in own:
+                yield next(written) if done is None else done
     else:
         yield from _write_shard(group.shard, group.copies, way, make)
+
+
+def _copied_in_store(copies: Sequence[Copy], way: Way) -> list[Copied | None]:
+    """What has come of the photos that the store has copied itself; None of others."""
+    own = [copy for copy in copies if way.in_store(copy)]
+    found = iter(
+        copy_in_store(
+            [file_of(copy.ref) for copy in own],
+            [way.target.below(copy.path) for copy in own],
+            [copy.bytes for copy in own],
+            way.source,
+            at_a_time=way.threads,
+        )
+        if own
+        else ()
+    )
+    results = [next(found) if way.in_store(copy) else None for copy in copies]
+    return [
+        Copied(error=str(one)) if isinstance(one, PhotoError) else None if one is None else Copied(one, one)
+        for one in results
+    ]
 
 
 Act = Callable[[Copy, PhotoFile | PhotoError | None], T]
@@ -276,7 +307,7 @@ def check_size(size: int, copy: Copy) -> None:
         If it has another size.
     """
     if copy.bytes is not None and size != copy.bytes:
-        raise PhotoError("changed", f"it has {size:,} bytes, and had {copy.bytes:,} when the run read or listed it")
+        raise another_size(size, copy.bytes)
 
 
 def _write_file(copy: Copy, file: PhotoFile | PhotoError | None, way: Way, make: _Maker) -> Copied:

@@ -63,6 +63,10 @@ class Transient(Exception):
     """A request failed for a reason that may pass."""
 
 
+class CannotCopy(Exception):
+    """A store does not copy an object itself."""
+
+
 class _Clients:
     """File systems of one process, made once, since that takes longer than it seems."""
 
@@ -234,3 +238,52 @@ async def state_of(path: str, source: Source) -> FileState | None:
     head = _head_obstore if source.reader == "obstore" else _head_s3fs
     with _failures_of(place):
         return await head(place)
+
+
+async def copy_object(path: str, target: Place, size: int | None, source: Source) -> int:
+    """One attempt to let a store copy an object itself: none of its bytes comes here.
+
+    Parameters
+    ----------
+    path : str
+        Its URL.
+    target : Place
+        Where to, in the same store.
+    size : int or None
+        Bytes that it must have, if that is known.
+    source : Source
+        How the store is opened.
+
+    Returns
+    -------
+    int
+        Its bytes.
+
+    Raises
+    ------
+    PhotoError
+        If it is not there, or has another size.
+    CannotCopy
+        If the store does not do that, or not for us.
+    """
+    place = Place(path, source.options)
+    with _failures_of(place), _s3fs_failures(place):
+        client, where = await _s3fs_client(place)
+        head = await client.head_object(**where)
+    if size not in (None, head["ContentLength"]):
+        raise another_size(head["ContentLength"], size)
+    try:
+        with _s3fs_failures(target):
+            _, there = await _s3fs_client(target)
+            await client.copy_object(**there, CopySource=where, CopySourceIfMatch=head["ETag"])
+    except Transient:
+        raise
+    except Exception as error:
+        raise CannotCopy(target.safe(error)) from None
+    found: int = head["ContentLength"]
+    return found
+
+
+def another_size(size: int, before: int | None) -> PhotoError:
+    """The failure of a photo that is not the one that was listed; sizes in bytes."""
+    return PhotoError("changed", f"it has {size:,} bytes, and had {before:,} when the run read or listed it")

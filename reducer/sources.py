@@ -18,8 +18,8 @@ import pyarrow.compute as pc
 
 from reducer.config import template_fields
 from reducer.hashing import OUT_OF_MEMORY, PhotoError
-from reducer.objects import FileState, PhotoFile, Transient, fetch, state_of
-from reducer.places import RETRY_SECONDS, ByteRange, PhotoRef, Source, file_of, is_url, pauses
+from reducer.objects import CannotCopy, FileState, PhotoFile, Transient, copy_object, fetch, state_of
+from reducer.places import RETRY_SECONDS, ByteRange, PhotoRef, Place, Source, file_of, is_url, pauses
 from reducer.types import PathRule, Shard
 
 T = TypeVar("T")
@@ -383,6 +383,50 @@ def states_of(paths: Sequence[str], source: Source) -> list[FileState | None]:
         return await asyncio.gather(*map(ask, paths))
 
     return asyncio.run_coroutine_threadsafe(ask_all(), _shared().loop).result()
+
+
+def copy_in_store(
+    paths: Sequence[str], targets: Sequence[Place], sizes: Sequence[int | None], source: Source, *, at_a_time: int
+) -> list[int | PhotoError | None]:
+    """Let a store copy objects itself.
+
+    Parameters
+    ----------
+    paths : sequence of str, n
+        URLs.
+    targets : sequence of Place, n
+        Where to, in the same store.
+    sizes : sequence of int or None, n
+        Bytes that they must have, if that is known.
+    source : Source
+        How the store is opened.
+    at_a_time : int
+        So many.
+
+    Returns
+    -------
+    list of int or PhotoError or None, n
+        Their bytes, or what is wrong with them; None where the store does not do it.
+    """
+
+    async def copy_all() -> list[int | PhotoError | None]:
+        gate = asyncio.Semaphore(at_a_time)
+        can = True
+
+        async def copy(path: str, target: Place, size: int | None) -> int | PhotoError | None:
+            nonlocal can
+            async with gate:
+                try:
+                    return await _persistently(lambda: copy_object(path, target, size, source)) if can else None
+                except PhotoError as error:
+                    return error
+                except CannotCopy:
+                    can = False
+                    return None
+
+        return await asyncio.gather(*map(copy, paths, targets, sizes))
+
+    return asyncio.run_coroutine_threadsafe(copy_all(), _shared().loop).result()
 
 
 def _state_here(path: str) -> FileState | None:

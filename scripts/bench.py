@@ -74,6 +74,8 @@ from reducer.types import Certificate, Quality, Spread
 NUM_SAMPLES_TO_COMPARE = 1000
 NUM_SAMPLES_SAVE_PER_LANDMARK = 25
 PROCESSES = 2
+#: For all that can be told, it is not the store that the photos come from.
+OTHER_STORE = "--target-storage-option=region=us-east-1"
 #: Starts a command and tells its seconds and its peak memory in KiB. A process counts as its own what the one that it
 #: was forked from had in memory, so it is started from one that has nothing.
 LAUNCHER = """
@@ -948,9 +950,11 @@ def export(photos: int) -> None:
             row("folder to S3", exported("local", "s3://copies/up"), base)
             row("S3 to folder", exported("there", str(folder / "down")), base)
             own = row("the server's own copy", served("train/"))
-            for workers in (0, PROCESSES):
-                seconds = exported("there", f"s3://copies/there{workers}", "--workers", str(workers))
-                row(f"S3 to S3, {workers} workers", seconds, own)
+            for what, given in (("by the server's own copy", ""), ("through the workers", OTHER_STORE)):
+                for workers in (0, PROCESSES):
+                    target = f"s3://copies/{len(given)}-{workers}"
+                    seconds = exported("there", target, "--workers", str(workers), *given.split())
+                    row(f"S3 to S3 {what}, {workers or 'no'} workers", seconds, own)
             tars = ("--layout", "tar", "--shard-bytes", f"{size // 12}", "--workers", str(PROCESSES))
             row(f"tar on S3 to tar on S3, {PROCESSES} workers", exported("shards", "s3://copies/tars", *tars), own)
     print(

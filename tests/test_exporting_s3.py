@@ -22,6 +22,8 @@ from test_exporting import exported, files_below, photos_of
 from test_s3 import flags, options
 
 from reducer import ClusterSpec, InputError, Job, ReducerError, WorkerRules, reduce_images
+from reducer.copying import PUTS
+from reducer.objects import CannotCopy
 
 SERIAL = ClusterSpec(workers=0)
 
@@ -77,6 +79,12 @@ def wanted(local: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, b
 def both(server: S3Server, **others: Any) -> dict[str, Any]:
     """What opens photos and target."""
     return {"storage_options": options(server, **others), "target_storage_options": options(server)}
+
+
+def names_read(run: Path) -> list[str]:
+    """Kept photos whose sizes the run knows, by their names below ``IMAGES``."""
+    frame = pd.read_parquet(run / "reduced.parquet")
+    return ["/".join(path.split("/")[-4:]) for path in frame["path"][frame["bytes"].notna()]]
 
 
 @pytest.mark.parametrize("reader", ["s3fs", "obstore"])
@@ -140,6 +148,32 @@ def test_from_s3_to_s3(
     server.client().put_object(Bucket="exports", Key=f"there{workers}/{name}", Body=b"x" * len(wanted[name]))
     assert exported(remote, target, cluster=SERIAL, **both(server)).written == 1
     assert of_photos(objects(server, f"there{workers}")) == wanted
+
+
+def test_a_store_copies_itself(
+    server: S3Server, remote: Path, wanted: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans = [one_in(9, "status-503", ("HEAD", "PUT")), one_in(8, "reset", ("HEAD", "PUT"))]
+    with FaultProxy(server.endpoint, lambda *request: next(filter(None, (p(*request) for p in plans)), None)) as proxy:
+        opened = options(server, endpoint_url=proxy.endpoint)
+        given = {"storage_options": opened, "target_storage_options": opened, "cluster": SERIAL}
+        result = exported(remote, "s3://exports/itself", **given)
+        requests = [(method, path) for method, path, _ in proxy.log if ".jpg" in path]
+    assert {method for method, _ in requests} == {"HEAD", "PUT"}  # no photo has come here
+    assert len(proxy.counts) > 1
+    assert (result.photos, result.bytes) == (len(wanted), sum(map(len, wanted.values())))
+    assert of_photos(objects(server, "itself")) == wanted
+    # One that does not do it, or not for us, is read and written.
+    asked = []
+
+    async def refuses(path: str, *_: object) -> int:
+        asked.append(path)
+        raise CannotCopy
+
+    monkeypatch.setattr("reducer.sources.copy_object", refuses)
+    exported(remote, "s3://exports/refuses", cluster=SERIAL, **both(server))
+    assert of_photos(objects(server, "refuses")) == wanted
+    assert 0 < len(asked) <= PUTS
 
 
 def test_made_smaller_on_a_cluster(server: S3Server, remote: Path, tmp_path: Path) -> None:
@@ -225,8 +259,10 @@ def test_requests_that_fail_are_made_again(server: S3Server, remote: Path, wante
     ]
     with FaultProxy(server.endpoint, faults) as proxy:
         opened = options(server, endpoint_url=proxy.endpoint)
+        # For all that can be told they are two stores.
+        there = opened | {"region": "us-east-1"}
         result = exported(
-            remote, "s3://exports/faults", cluster=SERIAL, storage_options=opened, target_storage_options=opened
+            remote, "s3://exports/faults", cluster=SERIAL, storage_options=opened, target_storage_options=there
         )
         failed = proxy.counts
     assert (result.photos, len(result.failures)) == (len(wanted), 0)
@@ -250,6 +286,8 @@ def test_photos_that_are_gone_from_the_bucket(
     names = list(wanted)[:3]
     for name in names:
         server.client().delete_object(Bucket="tiny", Key=f"gone/{name}")
+    changed = next(name for name in names_read(tmp_path / "run") if name not in names)
+    server.client().put_object(Bucket="tiny", Key=f"gone/{changed}", Body=wanted[changed] + b"more")
     for target in (str(tmp_path / "out"), "s3://exports/gone"):
         code, out, err = invoke(
             *("export", tmp_path / "run", target, "--workers", 0),
@@ -257,11 +295,15 @@ def test_photos_that_are_gone_from_the_bucket(
             *flags(options(server), "--target-storage-option"),
         )
         assert code == 3, err
-        assert f"Exported {len(wanted) - 3} photos" in out
-        assert "3 photos are not in" in err
+        assert f"Exported {len(wanted) - 4} photos" in out
+        assert "4 photos are not in" in err
+    there = {name: content for name, content in wanted.items() if name not in (*names, changed)}
+    assert photos_of(tmp_path / "out") == of_photos(objects(server, "gone")) == there
     failures = pd.read_csv(tmp_path / "out" / "failures.csv")
-    assert set(failures["error"]) == {"missing: no such object"}
-    assert photos_of(tmp_path / "out") == {name: wanted[name] for name in wanted if name not in names}
+    size = len(wanted[changed])
+    why = f"changed: it has {size + 4:,} bytes, and had {size:,} when the run read or listed it"
+    assert sorted(failures["error"]) == [why, *["missing: no such object"] * 3]
+    assert objects(server, "gone")["failures.csv"] == (tmp_path / "out" / "failures.csv").read_bytes()
 
 
 def test_a_target_that_may_not_be_written(server: S3Server, local: Path, remote: Path) -> None:
