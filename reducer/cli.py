@@ -479,7 +479,7 @@ def export(
     if len(result.failures):
         raise TooManyFailuresError(
             f"{len(result.failures):,} photos are not in {result.target}: failures.csv there lists them. The same "
-            "command again tries those alone"
+            "command tries them again"
         )
 
 

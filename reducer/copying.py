@@ -22,8 +22,8 @@ from reducer.errors import ReducerError
 from reducer.files import whole_file, whole_object, write_file
 from reducer.hashing import PhotoError, pillow_settings
 from reducer.isolation import refused_apart
-from reducer.layouts import Beside
-from reducer.objects import PhotoFile, another_size
+from reducer.layouts import Beside, in_shard
+from reducer.objects import FileState, PhotoFile, another_object, another_size
 from reducer.places import ByteRange, PhotoRef, Place, Source, file_of, is_url
 from reducer.resizing import resized
 from reducer.sources import copy_in_store, read_all, read_photo
@@ -69,6 +69,8 @@ class Copy:
         Whether it was decoded before: then it is not tried in a process of its own first.
     beside : tuple of (str, bytes)
         In a shard, files that go with it: extensions and contents.
+    etag : str or None
+        Entity tag that it must have; None where that is not known.
     """
 
     ref: PhotoRef
@@ -76,6 +78,7 @@ class Copy:
     bytes: int | None
     is_known: bool = True
     beside: Beside = ()
+    etag: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +216,7 @@ def _copied_in_store(copies: Sequence[Copy], way: Way) -> list[Copied | None]:
         copy_in_store(
             [file_of(copy.ref) for copy in own],
             [way.target.below(copy.path) for copy in own],
-            [copy.bytes for copy in own],
+            [FileState(copy.bytes, None, copy.etag) for copy in own],
             way.source,
             at_a_time=way.threads,
         )
@@ -289,6 +292,8 @@ class _Maker:
                 return str(file)
             content, size = file.content, len(file.content)
             check_size(size, copy)
+            if copy.etag is not None and file.etag not in (None, copy.etag):
+                raise another_object()
             if self.way.resize is not None:
                 with self.gate:
                     content = resized(content, self.way.resize, max_pixels=max_pixels)
@@ -411,8 +416,8 @@ def _write_shard_once(place: Place, copies: Sequence[Copy], way: Way, make: _Mak
             if isinstance(made, str):
                 done.append(Copied(error=made))
                 continue
-            stem = copy.path.rpartition(".")[0]
-            for path, part in ((copy.path, made.content), *((stem + ending, part) for ending, part in copy.beside)):
+            with_it = ((in_shard(copy.path, ending), part) for ending, part in copy.beside)
+            for path, part in ((copy.path, made.content), *with_it):
                 member = tarfile.TarInfo(path)
                 member.size = len(part)
                 tar.addfile(member, io.BytesIO(part))

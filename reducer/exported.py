@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,8 @@ import pyarrow.parquet as pq
 from reducer.errors import InputError
 from reducer.files import Files, temporary_name
 from reducer.layouts import OWN_FILES, PLAN, STATE, index_name
-from reducer.naming import is_safe
 from reducer.objects import FileState, nanoseconds
-from reducer.places import explained
+from reducer.places import explained, persistently
 from reducer.schemas import EXPORT_SCHEMA
 from reducer.store import parquet_file
 
@@ -61,6 +61,8 @@ class Exported(Files):
                 with suppress(ValueError):
                     found = json.loads(self._read(STATE))
                     if isinstance(found, dict) and found.get("format") == FORMAT:
+                        if found.get("format_version") != FORMAT_VERSION:
+                            raise InputError(f"TARGET {self.path} was written by another version: give another folder")
                         return found
             elif all(name in map(temporary_name, OWN_FILES) for name in names):
                 return None
@@ -140,24 +142,56 @@ class Exported(Files):
         """Take out files of an earlier export, and folders that are empty then. What is not there is no matter.
 
         A name that leads out of the folder is left alone: the list it stands on is a file that anyone may have written.
+
+        Raises
+        ------
+        InputError
+            If they cannot be taken out.
         """
-        names = [name for name in names if all(map(is_safe, name.split("/")))]
-        if self.place.remote:
-            system, root = self.place.open()
-            there = self.listing()
-            paths = [f"{root}/{name}" for name in names if there(name) is not None]
-            with explained(self.place, f"TARGET {self.path} cannot be written"):
-                for start in range(0, len(paths), REMOVED_AT_A_TIME):
-                    system.rm(paths[start : start + REMOVED_AT_A_TIME])
+        names = [name for name in names if "\0" not in name and not {"", ".", ".."} & set(name.split("/"))]
+        if not names:
             return
+        with explained(self.place, f"TARGET {self.path} cannot be cleared"):
+            if self.place.remote:
+                self._remove_there(names)
+            else:
+                self._remove_here(names)
+
+    def _remove_there(self, names: list[str]) -> None:
+        system, root = self.place.open()
+        there = self.listing()
+        paths = [f"{root}/{name}" for name in names if there(name) is not None]
+        if self.place.on_s3:
+            # Not s3fs's own, which takes brackets for patterns and passes over what is refused.
+            keys = [system.split_path(path)[1] for path in paths]
+            for start in range(0, len(keys), REMOVED_AT_A_TIME):
+                objects = [{"Key": key} for key in keys[start : start + REMOVED_AT_A_TIME]]
+                delete = partial(
+                    system.call_s3, "delete_objects", Bucket=system.split_path(root)[0], Delete={"Objects": objects}
+                )
+                persistently(delete)
+        else:
+            for path in paths:
+                system.rm_file(path)
+        there = self.listing()
+        left = [name for name in names if there(name) is not None]
+        if left:
+            raise InputError(
+                f"TARGET {self.path} cannot be cleared: {len(left):,} of {len(names):,} files are still there, such as "
+                f"{left[0]}. Check that the credentials may delete, or give another folder"
+            )
+
+    def _remove_here(self, names: list[str]) -> None:
         top = Path(self.path)
-        with explained(self.place, f"TARGET {self.path} cannot be written"):
-            for name in names:
-                (top / name).unlink(missing_ok=True)
-        for folder in sorted({parent for name in names for parent in Path(name).parents}, reverse=True):
-            if folder != Path():
-                with suppress(OSError):
-                    (top / folder).rmdir()
+        folders: set[Path] = set()
+        for name in names:
+            for file in (top / name, (top / name).with_name(temporary_name(Path(name).name))):
+                with suppress(FileNotFoundError, NotADirectoryError):
+                    file.unlink()
+            folders.update(Path(name).parents)
+        for folder in sorted(folders - {Path()}, reverse=True):
+            with suppress(OSError):  # it is not empty
+                (top / folder).rmdir()
 
     def remove_own(self, names: list[str]) -> None:
         """Take out files of ours at the top, where they are."""
@@ -180,7 +214,8 @@ class Exported(Files):
 
     def write_index(self, shard: str, rows: pa.Table) -> None:
         """Write which photos a shard holds, which is whole: from then on it is done."""
-        state = self._state_of(shard)
+        with explained(self.place, f"{self.place.below(shard).path} cannot be looked at"):
+            state = persistently(lambda: self._state_of(shard))
         told = {"bytes": state.bytes, "mtime_ns": state.mtime_ns, "etag": state.etag}
         self._write(index_name(shard), parquet_file(rows.replace_schema_metadata({METADATA: json.dumps(told)})))
 

@@ -24,6 +24,7 @@ from reducer.exported import Exported, same_photos
 from reducer.layouts import BY_LABEL, FAILURES, LABELS, LIST, PLAN, SAME, index_name
 from reducer.places import Place, absolute
 from reducer.printing import as_size
+from reducer.schemas import EXPORT_SCHEMA
 from reducer.sending import write_here, write_on
 from reducer.store import RunFolder
 from reducer.summary import check_storage_options, job_of
@@ -146,16 +147,25 @@ def export(
     spec = _where(job, exported.place, options, cluster)
     every = in_nanoseconds(folder.whole_ledger(summary, COLUMNS))
     rows = _wanted(every, job, None if list_file is None else Place(str(list_file), folder.place.options))
+    if options.link and pc.any(pc.is_valid(every["shard"])).as_py():
+        raise InputError("--link cannot be: the photos lie in tar shards, and are no files of their own. Leave it out")
     transfer = Transfer.of(rows, every, job, options, exported.place)
     del every, rows
     before = exported.state()
-    leftovers = _leftovers(exported, before, options, transfer.plan, overwrite)
+    old = EXPORT_SCHEMA.empty_table() if before is None else exported.plan()
+    if before is not None and _settings(before, options) == options.settings:
+        transfer.keep_shards(old)
+    clear = before is not None and _is_cleared(exported, before, old, options, transfer.plan, overwrite)
     with ExitStack() as stack:
         stack.enter_context(exported.held())
-        exported.remove(leftovers)
-        transfer.look(exported, job)
-        if not exported.place.remote and not options.link:
-            _check_room(exported.place, transfer)
+        if not clear:
+            transfer.look(exported, old, job)
+        if not exported.place.remote and not (options.link and _on_one_disk(job, exported.place)):
+            freed = pc.sum(old["bytes"]).as_py() or 0
+            _check_room(exported.place, transfer, freed if clear else 0)
+        if clear:
+            exported.remove(_files_of(old))
+            exported.remove([PLAN])  # last: it is what tells of the others, if this is stopped
         state = {
             "status": "running",
             "run": summary["run"],
@@ -249,38 +259,52 @@ def _wanted(every: pa.Table, job: Job, list_place: Place | None) -> pa.Table:
     return every.join(wanted, ["id", "label"], join_type="inner")
 
 
-def _leftovers(
-    exported: Exported, before: dict[str, Any] | None, options: ExportOptions, plan: pa.Table, overwrite: bool
-) -> list[str]:
-    """Files of an earlier export that are to be taken out.
+def _settings(before: dict[str, Any], options: ExportOptions) -> dict[str, Any]:
+    """The settings of an earlier export, from its state."""
+    return {name: before.get(name) for name in options.settings}
+
+
+def _is_cleared(
+    exported: Exported, before: dict[str, Any], old: pa.Table, options: ExportOptions, plan: pa.Table, overwrite: bool
+) -> bool:
+    """Whether what an earlier export has written is to be taken out first.
 
     Raises
     ------
     InputError
-        If there are some, and they may not be.
+        If it is, and may not be.
     """
-    if before is None:
-        return []
-    old = exported.plan()
-    theirs = {name: before.get(name) for name in options.settings}
-    why = None
+    theirs = _settings(before, options)
     if theirs != options.settings:
         told = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in theirs.items() if value is not None)
         why = f"another export ({told})"
     elif not same_photos(old, plan):
         why = "photos of an earlier export that this one does not have, or has elsewhere"
-    if why is None:
-        return []
+    else:
+        return False
     if not overwrite:
         raise InputError(
             f"TARGET {exported.path} holds {why}: give another folder, or --overwrite, which takes them out"
         )
+    return True
+
+
+def _files_of(old: pa.Table) -> list[str]:
+    """What an export has written, but for its state and its plan."""
     shards = pc.unique(old["shard"].drop_null()).to_pylist()
-    single = old.filter(pc.is_null(old["shard"]))["path"].to_pylist()
-    return [LIST, LABELS, FAILURES, PLAN, *single, *shards, *map(index_name, shards)]
+    single = pc.unique(old.filter(pc.is_null(old["shard"]))["path"]).to_pylist()
+    return [LIST, LABELS, FAILURES, *single, *shards, *map(index_name, shards)]
 
 
-def _check_room(target: Place, transfer: Transfer) -> None:
+def _on_one_disk(job: Job, target: Place) -> bool:
+    """Whether links can be made from IMAGES to TARGET, as far as can be told beforehand."""
+    try:
+        return os.stat(job.images).st_dev == os.stat(target.path).st_dev
+    except OSError:
+        return False
+
+
+def _check_room(target: Place, transfer: Transfer, freed: int) -> None:
     """Refuse what the disk has no room for.
 
     Raises
@@ -288,7 +312,7 @@ def _check_room(target: Place, transfer: Transfer) -> None:
     InputError
         If it has less than is needed.
     """
-    free, needed = shutil.disk_usage(target.path).free, transfer.room_needed()
+    free, needed = shutil.disk_usage(target.path).free + freed, transfer.room_needed()
     if needed > free:
         raise InputError(
             f"TARGET {target.path}: the disk has {as_size(free)} free, and the {transfer.left:,} photos to be written "
@@ -342,7 +366,7 @@ def _result(exported: Exported, transfer: Transfer, options: ExportOptions) -> E
         labels=pc.count_distinct(there["label"]).as_py(),
         written=transfer.written,
         bytes_before=transfer.bytes_before,
-        bytes=pc.sum(there["bytes"]).as_py() or 0,
+        bytes=transfer.bytes_there,
         renamed=transfer.layout.renamed,
         copied_not_linked=transfer.copied_not_linked,
         passed_over=transfer.layout.passed_over if options.layout == BY_LABEL else [],

@@ -9,7 +9,7 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from tarfile import BLOCKSIZE, RECORDSIZE
+from tarfile import BLOCKSIZE, LENGTH_NAME, PAX_FORMAT, RECORDSIZE, TarInfo
 
 import pyarrow as pa
 
@@ -157,18 +157,31 @@ def into_shards(sizes: Sequence[int], most: int) -> list[int]:
     most : int
         Bytes of a shard at most, but that a photo which takes more gets one of its own.
     """
-    shards, number, used = [], 0, RECORDSIZE
+    end = 2 * BLOCKSIZE  # of two empty blocks, filled up to a record
+    shards, number, used = [], 0, 0
     for size in sizes:
-        if used + size > most and used > RECORDSIZE:
-            number, used = number + 1, RECORDSIZE
+        if used and -(-(used + size + end) // RECORDSIZE) * RECORDSIZE > most:
+            number, used = number + 1, 0
         used += size
         shards.append(number)
     return shards
 
 
-def size_in_shard(*sizes: int) -> int:
-    """Bytes that files of such sizes take in a tar."""
-    return sum(BLOCKSIZE + -(-size // BLOCKSIZE) * BLOCKSIZE for size in sizes)
+def size_in_shard(*files: tuple[str, int]) -> int:
+    """Bytes that files take in a tar, given by their names there and their sizes."""
+    return sum(_header(name) + -(-size // BLOCKSIZE) * BLOCKSIZE for name, size in files)
+
+
+def _header(name: str) -> int:
+    """Bytes of a member's header, which is longer where its name is long or not ASCII."""
+    if name.isascii() and len(name) <= LENGTH_NAME:
+        return BLOCKSIZE
+    return len(TarInfo(name).tobuf(PAX_FORMAT))
+
+
+def in_shard(path: str, ending: str) -> str:
+    """What a file is called that goes with a photo into its shard."""
+    return path.rpartition(".")[0] + ending
 
 
 def beside(photo: str, label: str, number: int) -> Beside:

@@ -240,7 +240,7 @@ async def state_of(path: str, source: Source) -> FileState | None:
         return await head(place)
 
 
-async def copy_object(path: str, target: Place, size: int | None, source: Source) -> int:
+async def copy_object(path: str, target: Place, state: FileState, source: Source) -> int:
     """One attempt to let a store copy an object itself: none of its bytes comes here.
 
     Parameters
@@ -249,8 +249,8 @@ async def copy_object(path: str, target: Place, size: int | None, source: Source
         Its URL.
     target : Place
         Where to, in the same store.
-    size : int or None
-        Bytes that it must have, if that is known.
+    state : FileState
+        Bytes and etag that it must have, as far as those are known.
     source : Source
         How the store is opened.
 
@@ -262,7 +262,7 @@ async def copy_object(path: str, target: Place, size: int | None, source: Source
     Raises
     ------
     PhotoError
-        If it is not there, or has another size.
+        If it is not there, or is another one.
     CannotCopy
         If the store does not do that, or not for us.
     """
@@ -270,8 +270,10 @@ async def copy_object(path: str, target: Place, size: int | None, source: Source
     with _failures_of(place), _s3fs_failures(place):
         client, where = await _s3fs_client(place)
         head = await client.head_object(**where)
-    if size not in (None, head["ContentLength"]):
-        raise another_size(head["ContentLength"], size)
+    if state.bytes not in (None, head["ContentLength"]):
+        raise another_size(head["ContentLength"], state.bytes)
+    if state.etag not in (None, head["ETag"].strip('"')):
+        raise another_object()
     try:
         with _s3fs_failures(target):
             _, there = await _s3fs_client(target)
@@ -287,3 +289,8 @@ async def copy_object(path: str, target: Place, size: int | None, source: Source
 def another_size(size: int, before: int | None) -> PhotoError:
     """The failure of a photo that is not the one that was listed; sizes in bytes."""
     return PhotoError("changed", f"it has {size:,} bytes, and had {before:,} when the run read or listed it")
+
+
+def another_object() -> PhotoError:
+    """The failure of a photo in a store that was written anew."""
+    return PhotoError("changed", "it is not the object that the run read: its etag is another")

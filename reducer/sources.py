@@ -386,7 +386,7 @@ def states_of(paths: Sequence[str], source: Source) -> list[FileState | None]:
 
 
 def copy_in_store(
-    paths: Sequence[str], targets: Sequence[Place], sizes: Sequence[int | None], source: Source, *, at_a_time: int
+    paths: Sequence[str], targets: Sequence[Place], states: Sequence[FileState], source: Source, *, at_a_time: int
 ) -> list[int | PhotoError | None]:
     """Let a store copy objects itself.
 
@@ -396,8 +396,8 @@ def copy_in_store(
         URLs.
     targets : sequence of Place, n
         Where to, in the same store.
-    sizes : sequence of int or None, n
-        Bytes that they must have, if that is known.
+    states : sequence of FileState, n
+        Bytes and etags that they must have, as far as those are known.
     source : Source
         How the store is opened.
     at_a_time : int
@@ -413,18 +413,18 @@ def copy_in_store(
         gate = asyncio.Semaphore(at_a_time)
         can = True
 
-        async def copy(path: str, target: Place, size: int | None) -> int | PhotoError | None:
+        async def copy(path: str, target: Place, state: FileState) -> int | PhotoError | None:
             nonlocal can
             async with gate:
                 try:
-                    return await _persistently(lambda: copy_object(path, target, size, source)) if can else None
+                    return await _persistently(lambda: copy_object(path, target, state, source)) if can else None
                 except PhotoError as error:
                     return error
                 except CannotCopy:
                     can = False
                     return None
 
-        return await asyncio.gather(*map(copy, paths, targets, sizes))
+        return await asyncio.gather(*map(copy, paths, targets, states))
 
     return asyncio.run_coroutine_threadsafe(copy_all(), _shared().loop).result()
 

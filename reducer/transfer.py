@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from reducer.layouts import (
     as_in_manifest,
     beside,
     by_label,
+    in_shard,
     into_shards,
     numbers,
     shard_name,
@@ -48,6 +50,8 @@ BATCH = 5000
 FEW = 1000
 #: Bytes that a disk gives to a file at a time.
 DISK_BLOCK = 4096
+#: Nanoseconds to which disks keep times: FAT, HFS+, exFAT, and NTFS.
+TIME_GRAINS = (2 * 10**9, 10**9, 10**7, 100)
 #: Digits of an MD5 sum, which is what the etag of an object is that was put in one piece.
 MD5_DIGITS = 32
 
@@ -185,18 +189,42 @@ class Transfer:
         return found
 
     def _into_shards(self) -> NDArray[np.int64]:
-        around = [
-            size_in_shard(*(len(content) for _, content in self._beside(number))) for number in range(len(self.sizes))
-        ]
-        sizes = [size_in_shard(size) + more for size, more in zip(self._likely_sizes().tolist(), around, strict=True)]
         assert isinstance(self.options.shard_bytes, int)
+        sizes = self._sizes_in_shards(self._likely_sizes())
         return np.array(into_shards(sizes, self.options.shard_bytes), dtype=np.int64)
+
+    def _sizes_in_shards(self, sizes: NDArray[np.int64]) -> list[int]:
+        """Bytes that photos of such sizes take in shards, with what goes with them."""
+        return [
+            size_in_shard((path, size), *((in_shard(path, ending), len(part)) for ending, part in self._beside(number)))
+            for number, (path, size) in enumerate(zip(self.layout.paths, sizes.tolist(), strict=True))
+        ]
+
+    def keep_shards(self, before: pa.Table) -> None:
+        """Take from an earlier plan of the same photos which shard each goes to, whatever their sizes are now."""
+        told = [name for name in IDENTITY if name != "shard"]
+        plan = self.plan
+        if self.shards is None or not before.select(told).equals(plan.select(told)):
+            return
+        names = {shard_name(number): number for number in range(before.num_rows)}
+        numbers = np.array([names.get(name, -1) for name in before["shard"].to_pylist()], dtype=np.int64)
+        shards = np.empty_like(numbers)
+        shards[pc.sort_indices(self.rows["row"]).to_numpy()] = numbers
+        if len(shards) and shards.min() >= 0 and (np.diff(shards) >= 0).all():
+            self.shards = shards
 
     def _likely_sizes(self) -> NDArray[np.int64]:
         """Bytes of the files as they are; of those that are not known the mean of the others."""
         known = self.sizes[self.sizes >= 0]
         mean = int(known.mean()) if len(known) else 0
         return np.where(self.sizes >= 0, self.sizes, mean)
+
+    @cached_property
+    def _alike(self) -> NDArray[np.int64]:
+        """How many rows stand for the same file as each."""
+        if self.shards is not None:
+            return np.ones(len(self.first), dtype=np.int64)
+        return np.bincount(self.first, minlength=len(self.first))
 
     @cached_property
     def _ids(self) -> list[str]:
@@ -271,6 +299,11 @@ class Transfer:
         there = self.sizes_there >= 0
         return int(self.sizes[there][self.sizes[there] >= 0].sum())
 
+    @property
+    def bytes_there(self) -> int:
+        """Bytes of the photos that are there."""
+        return int(self.sizes_there[self.sizes_there >= 0].sum())
+
     def room_needed(self) -> int:
         """About how many bytes of a disk the photos take that are to be written."""
         sizes = self._likely_sizes()
@@ -281,30 +314,49 @@ class Transfer:
             # Bytes go by the area at least.
             shrink = np.where(np.isnan(shrink), known.mean() if len(known) else 1.0, shrink) ** 2
             sizes = (sizes * shrink).astype(np.int64)
-        sizes = sizes[self.is_left]
         if self.shards is not None:
-            return int(sum(map(size_in_shard, sizes.tolist())) + 4 * 512 * len(sizes))
-        return int((-(-sizes // DISK_BLOCK) * DISK_BLOCK).sum())
+            return int(np.array(self._sizes_in_shards(sizes), dtype=np.int64)[self.is_left].sum())
+        return int((-(-sizes[self.is_left] // DISK_BLOCK) * DISK_BLOCK).sum())
 
-    def look(self, exported: Exported, job: Job) -> None:
-        """Find out which photos are there already, and equal."""
+    def look(self, exported: Exported, before: pa.Table, job: Job) -> None:
+        """Find out which photos are there already, and equal.
+
+        Parameters
+        ----------
+        exported : Exported
+            TARGET.
+        before : pyarrow.Table
+            Its ``export.parquet`` of an earlier export, all of whose photos are of this one too. What that has written
+            stays where the photo it came from is gone, or is another one now.
+        job : Job
+            Of the run.
+        """
         listing = exported.listing()
         if self.shards is not None:
             self._look_at_shards(exported, listing)
             return
+        done = before.filter(pc.is_valid(before["bytes"]))
+        written = dict(zip(done["path"].to_pylist(), done["bytes"].to_pylist(), strict=True))
+        resized = self.options.resize is not None
         left = np.flatnonzero(self.is_left)
-        for start in range(0, len(left), BATCH):
-            own = left[start : start + BATCH].tolist()
-            there = {number: state for number in own if (state := listing(self.layout.paths[number])) is not None}
-            if not there:
-                continue
-            refs = [ref_of(row) for row in self.rows.take(pa.array(list(there))).to_pylist()]
-            resized = self.options.resize is not None
-            for (number, state), ref, source in zip(there.items(), refs, _states(refs, job), strict=True):
-                if source is not None and _is_equal(state, source, ref, exported.place, resized=resized):
-                    self.is_left[number] = False
-                    self.sizes_there[number] = state.bytes or 0
-                    self.sizes[number] = -1 if source.bytes is None else source.bytes
+        with ThreadPoolExecutor() as pool:
+            for start in range(0, len(left), BATCH):
+                own = left[start : start + BATCH].tolist()
+                there = {number: state for number in own if (state := listing(self.layout.paths[number])) is not None}
+                if not there:
+                    continue
+                refs = [ref_of(row) for row in self.rows.take(pa.array(list(there))).to_pylist()]
+                sources = _states(refs, job)
+                equal = partial(_is_equal, target=exported.place, resized=resized)
+                for (number, state), source, is_equal in zip(
+                    there.items(), sources, pool.map(equal, there.values(), sources, refs), strict=True
+                ):
+                    gone = source is None or self.sizes[number] not in (-1, source.bytes)
+                    if is_equal or (gone and written.get(self.layout.paths[number]) == state.bytes):
+                        self.is_left[number] = False
+                        self.sizes_there[number] = state.bytes or 0
+                        if is_equal and source is not None and source.bytes is not None:
+                            self.sizes[number] = source.bytes
 
     def _look_at_shards(self, exported: Exported, listing: Listing) -> None:
         assert self.shards is not None
@@ -346,6 +398,7 @@ class Transfer:
             path=self.layout.paths[number],
             bytes=None if size < 0 else size,
             is_known=row["hash"] is not None,
+            etag=row["etag"] if row["shard"] is None else None,
             beside=() if self.shards is None else self._beside(number),
         )
 
@@ -356,7 +409,7 @@ class Transfer:
                 self.errors[number] = one.error
             else:
                 self.sizes[number], self.sizes_there[number] = one.read, one.written
-                self.written += 1
+                self.written += int(self._alike[number])
             self.bytes_done += one.read
             self.copied_not_linked += one.copied_not_linked
         if self.shards is not None:
@@ -377,21 +430,28 @@ def _states(refs: Sequence[PhotoRef], job: Job) -> list[FileState | None]:
     return [FileState(ref.bytes, ref.mtime_ns, None) if isinstance(ref, ByteRange) else next(single) for ref in refs]
 
 
-def _is_equal(there: FileState, source: FileState, ref: PhotoRef, target: Place, *, resized: bool) -> bool:
+def _is_equal(there: FileState, source: FileState | None, ref: PhotoRef, target: Place, *, resized: bool) -> bool:
     """Whether a file in TARGET is what a photo was made into.
 
     On a disk a copy has the time of its photo. A store tells the MD5 sum of what was put in one piece; where the
     photo's own is not known, the object must not be older than the photo, as for ``aws s3 sync``.
     """
-    if there.bytes != source.bytes and not (resized and there.bytes):
+    if source is None or (there.bytes != source.bytes and not (resized and there.bytes)):
         return False
     if not target.remote:
-        return source.mtime_ns == there.mtime_ns
+        return _same_time(source.mtime_ns, there.mtime_ns)
     if not resized and there.etag is not None and len(there.etag) == MD5_DIGITS:
         digest = _md5(ref, source)
         if digest is not None:
             return digest == there.etag
     return None not in (there.mtime_ns, source.mtime_ns) and (there.mtime_ns or 0) >= (source.mtime_ns or 0)
+
+
+def _same_time(time: int | None, kept: int | None) -> bool:
+    """Whether a disk has kept a time, which some do only roughly: in nanoseconds."""
+    if time is None or kept is None:
+        return False
+    return time == kept or any(kept % grain == 0 and abs(time - kept) < grain for grain in TIME_GRAINS)
 
 
 def _md5(ref: PhotoRef, state: FileState) -> str | None:

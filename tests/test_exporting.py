@@ -27,7 +27,6 @@ from test_deaths import killer_env
 
 import reducer.exporting
 from reducer import ClusterSpec, ExportResult, InputError, Job, ReducerError, cut, export, reduce_images
-from reducer.copying import Copied
 from reducer.layouts import IMAGE_FOLDER, into_shards, size_in_shard
 from reducer.printing import as_size
 
@@ -221,7 +220,9 @@ def test_photos_under_two_labels(some: list[bytes], tmp_path: Path) -> None:
     run = tmp_path / "two"
     job = Job(str(tmp_path / "images"), str(run), manifest=str(tmp_path / "manifest.parquet"), path_column="file")
     reduce_images(job, ClusterSpec(workers=0), progress=False)
-    assert exported(run, tmp_path / "same").photos == 3
+    result = exported(run, tmp_path / "same")
+    assert (result.photos, result.written) == (3, 3)
+    assert result.bytes == result.bytes_before == len(some[0]) + len(some[1])
     assert sorted(photos_of(tmp_path / "same")) == ["0.jpg", "2.jpg"]
     lines = (tmp_path / "same" / "train.csv").read_text().splitlines()
     assert lines == ["id,landmark_id,file", "a,1,0.jpg", "a,2,0.jpg", "b,2,2.jpg"]
@@ -436,6 +437,98 @@ def test_a_longer_list_adds_and_a_shorter_one_is_refused(ranked: Path, tmp_path:
     assert not list(out.glob("photos-*"))
 
 
+KILLED_CLEARING = """
+import os, pathlib, signal, sys
+left, real = int(sys.argv.pop(1)), pathlib.Path.unlink
+def unlink(path, missing_ok=False):
+    global left
+    left -= path.suffix == ".jpg"
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(path, missing_ok)
+pathlib.Path.unlink = unlink
+from reducer.cli import main
+main(sys.argv[1:])
+"""
+
+
+def test_killed_while_an_earlier_export_is_taken_out(ranked: Path, tmp_path: Path) -> None:
+    out, few = tmp_path / "out", tmp_path / "few.csv"
+    cut(ranked, few, keep=3)
+    exported(ranked, out, layout="by-label", resize=60)
+    command = ["export", ranked, out, "--layout", "by-label", "--resize", 40, "--list", few]
+    killed = [sys.executable, "-c", KILLED_CLEARING, "20", *map(str, command), "--overwrite"]
+    assert subprocess.run(killed, capture_output=True, check=False).returncode == -signal.SIGKILL
+    assert len(photos_of(out)) > 50
+    code, _, err = invoke(*command)  # it is still said what it takes
+    assert (code, "holds another export (layout by-label, resize 60)" in err) == (2, True)
+    assert invoke(*command, "--overwrite")[0] == 0
+    found = photos_of(out)
+    assert {max(Image.open(io.BytesIO(content)).size) for content in found.values()} == {40}
+    assert len(found) == len(few.read_text().splitlines()) - 1
+
+
+def test_leftovers_of_a_kill_go_with_what_they_were_of(ranked: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    cut(ranked, tmp_path / "few.csv", keep=1)
+    exported(ranked, out, layout="by-label")
+    name = next(name for name in photos_of(out) if name not in (tmp_path / "few.csv").read_text())
+    (out / name).with_name(f".{Path(name).name}.tmp").write_bytes(b"half")
+    exported(ranked, out, layout="by-label", overwrite=True, list_file=tmp_path / "few.csv")
+    assert not list(out.rglob(".*.tmp"))
+    assert image_folder(out)[0] == list(pd.read_csv(out / "labels.csv", dtype=str)["folder"])
+
+
+def test_long_names_are_taken_out_too(some: list[bytes], tmp_path: Path) -> None:
+    run = collection_of(tmp_path, [(f"{number}" + "x" * 238, "1", some[number]) for number in range(3)])
+    exported(run, tmp_path / "out", layout="by-label", resize=60)
+    exported(run, tmp_path / "out", layout="by-label", resize=40, overwrite=True)
+    sizes = {max(Image.open(io.BytesIO(content)).size) for content in photos_of(tmp_path / "out").values()}
+    assert sizes == {40}
+
+
+def test_photos_stay_when_those_they_came_from_are_gone(tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny, tmp_path / "tiny")
+    run_on(tmp_path / "tiny", tmp_path / "run")
+    for layout in ("same", "by-label", "tar"):
+        exported(tmp_path / "run", tmp_path / layout, layout=layout)
+    before = {layout: files_below(tmp_path / layout) for layout in ("same", "by-label", "tar")}
+    shutil.rmtree(tmp_path / "tiny" / "train")
+    (tmp_path / "tiny" / "train").mkdir()
+    for layout, files in before.items():
+        code, out, _ = invoke("export", tmp_path / "run", tmp_path / layout, "--layout", layout)
+        rows = len(kept(tmp_path / "run"))
+        assert (code, f"Exported {rows} photos of 12 labels; {rows} of them were there already" in out) == (0, True)
+        found = files_below(tmp_path / layout)
+        assert found.pop("export.json")
+        assert {name: content for name, content in files.items() if name != "export.json"} == found
+
+
+def test_finished_shards_stay_when_a_photo_that_was_not_read_changes(tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny, tmp_path / "tiny")
+    run_on(tmp_path / "tiny", tmp_path / "run", keep=15)
+    options = {"layout": "tar", "shard_bytes": 100_000}
+    exported(tmp_path / "run", tmp_path / "out", **options)
+    before = files_below(tmp_path / "out")
+    rows = kept(tmp_path / "run")
+    unread = Path(rows["path"][rows["bytes"].isna()].iloc[0])
+    unread.write_bytes(unread.read_bytes() + b"x" * 90_000)
+    result = exported(tmp_path / "run", tmp_path / "out", **options)
+    assert (result.written, len(result.failures)) == (0, 0)
+    assert {n: c for n, c in files_below(tmp_path / "out").items() if n.endswith(".tar")} == {
+        name: content for name, content in before.items() if name.endswith(".tar")
+    }
+
+
+@pytest.mark.parametrize("grain", [2 * 10**9, 10**7, 100])
+def test_disks_that_keep_times_roughly(run: Path, tmp_path: Path, grain: int) -> None:
+    exported(run, tmp_path / "out")
+    for name in photos_of(tmp_path / "out"):
+        time_ns = (tmp_path / "out" / name).stat().st_mtime_ns // grain * grain
+        os.utime(tmp_path / "out" / name, ns=(time_ns, time_ns))
+    assert exported(run, tmp_path / "out").written == 0
+
+
 # What cannot be
 
 
@@ -604,7 +697,9 @@ def test_paths_that_lead_out_stay_in_target(some: list[bytes], tmp_path: Path) -
     assert (tmp_path / "outside.jpg").read_bytes() == some[0]
 
 
-def test_hard_links(tiny: Path, run: Path, tmp_path: Path) -> None:
+def test_hard_links(run: Path, whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="the photos lie in tar shards"):
+        exported(whole, tmp_path / "shards", link=True)
     for layout in ("same", "by-label"):
         result = exported(run, tmp_path / layout, layout=layout, link=True)
         assert (result.photos, result.copied_not_linked) == (len(kept(run)), 0)
@@ -621,7 +716,10 @@ def test_hard_links(tiny: Path, run: Path, tmp_path: Path) -> None:
     for options in (("--resize", 9), ("--layout", "tar")):
         code, _, err = invoke("export", run, tmp_path / "no", "--link", *options)
         assert (code, "Error: --link cannot be" in err) == (2, True)
-    with small_disk(tmp_path / "disk", "8m"):
+    with small_disk(tmp_path / "disk", "100k") as resize:
+        code, _, err = invoke("export", run, tmp_path / "disk" / "out", "--link")
+        assert (code, "free, and the" in err) == (2, True)
+        resize("8m")
         code, out, _ = invoke("export", run, tmp_path / "disk" / "out", "--link")
         assert code == 0
         assert f"Copied, since they cannot be linked here: {len(kept(run))} photos" in out
@@ -688,8 +786,20 @@ def test_a_disk_that_fails_ends_it(run: Path, tmp_path: Path, monkeypatch: pytes
 
 
 def test_how_photos_go_into_shards() -> None:
-    assert size_in_shard(1, 512, 513) == 512 * (2 + 2 + 3)
-    assert into_shards([1000] * 5, 10240 + 2000) == [0, 0, 1, 1, 2]
+    assert size_in_shard(("a", 1), ("b" * 100, 512), ("c", 513)) == 512 * (2 + 2 + 3)
+    assert into_shards([4096] * 5, 10240) == [0, 0, 1, 1, 2]  # what ends a tar has room too
+    assert into_shards([4096] * 5, 10239) == [0, 1, 2, 3, 4]
     assert into_shards([50_000, 1, 50_000, 50_000], 20_000) == [0, 1, 2, 3]
     assert into_shards([], 1) == []
-    assert Copied().error is None
+
+
+def test_no_shard_is_larger_whatever_the_names(some: list[bytes], tmp_path: Path) -> None:
+    photos = [
+        (f"фото {number} " + "x" * (number % 3 * 60), "Санкт-Петербург", some[number % 4]) for number in range(60)
+    ]
+    run = collection_of(tmp_path, photos)
+    for most in (40_960, 50_000, 123_456):
+        exported(run, tmp_path / str(most), layout="tar", shard_bytes=most)
+        sizes = [path.stat().st_size for path in (tmp_path / str(most)).glob("*.tar")]
+        assert max(sizes) <= most
+        assert len(sizes) <= 1.5 * sum(sizes) / most + 1

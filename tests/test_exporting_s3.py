@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import subprocess
 import sys
@@ -11,14 +12,17 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import s3fs
 from conftest import run_on, wait_for
 from deployments import DaskProcesses
 from faultproxy import Fault, FaultProxy, one_in
+from fsspec.asyn import sync_wrapper
+from PIL import Image
 from s3server import S3Server
 from shardjobs import run_of
 from tarfiles import packed, write_tars
 from test_cli import invoke
-from test_exporting import exported, files_below, photos_of
+from test_exporting import collection_of, exported, files_below, photos_of
 from test_s3 import flags, options
 
 from reducer import ClusterSpec, InputError, Job, ReducerError, WorkerRules, reduce_images
@@ -132,6 +136,33 @@ def test_from_a_folder_to_s3(server: S3Server, local: Path, wanted: dict[str, by
     assert not set(found) & set(wanted)
     with pytest.raises(InputError, match="is not empty and is no export"):
         exported(local, "s3://tiny/train", overwrite=True, **given)
+
+
+def test_what_is_taken_out_of_a_bucket(
+    server: S3Server, some: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = collection_of(tmp_path, [(f"IMG [{number}] 100%+#&", "l[1]", some[number]) for number in range(4)])
+    given = {"target_storage_options": options(server), "layout": "by-label"}
+    exported(run, "s3://exports/odd", resize=60, **given)
+    mine = "odd/l[1]/IMG 3 100%+#&.jpg"
+    server.client().put_object(Bucket="exports", Key=mine, Body=b"mine")
+    server.client().put_object(Bucket="exports", Key="odd2/l[1]/IMG [3] 100%+#&.jpg", Body=b"mine")
+    result = exported(run, "s3://exports/odd", resize=40, overwrite=True, **given)
+    found = of_photos(objects(server, "odd"))
+    assert (result.written, found.pop(mine.partition("/")[2]), len(found)) == (4, b"mine", 4)
+    assert {max(Image.open(io.BytesIO(content)).size) for content in found.values()} == {40}
+    assert objects(server, "odd2") == {"l[1]/IMG [3] 100%+#&.jpg": b"mine"}
+    # Who may write may not always delete.
+    real = s3fs.S3FileSystem._call_s3
+
+    async def refuses(self: Any, method: str, *args: Any, **kwargs: Any) -> Any:
+        return {} if method == "delete_objects" else await real(self, method, *args, **kwargs)
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", refuses)
+    monkeypatch.setattr(s3fs.S3FileSystem, "call_s3", sync_wrapper(refuses))
+    with pytest.raises(InputError, match="cannot be cleared: 5 of 7 files are still there"):
+        exported(run, "s3://exports/odd", resize=30, overwrite=True, **given)
+    assert of_photos(objects(server, "odd")) == found | {mine.partition("/")[2]: b"mine"}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -286,8 +317,9 @@ def test_photos_that_are_gone_from_the_bucket(
     names = list(wanted)[:3]
     for name in names:
         server.client().delete_object(Bucket="tiny", Key=f"gone/{name}")
-    changed = next(name for name in names_read(tmp_path / "run") if name not in names)
+    changed, other = [name for name in names_read(tmp_path / "run") if name not in names][:2]
     server.client().put_object(Bucket="tiny", Key=f"gone/{changed}", Body=wanted[changed] + b"more")
+    server.client().put_object(Bucket="tiny", Key=f"gone/{other}", Body=b"x" * len(wanted[other]))
     for target in (str(tmp_path / "out"), "s3://exports/gone"):
         code, out, err = invoke(
             *("export", tmp_path / "run", target, "--workers", 0),
@@ -295,14 +327,15 @@ def test_photos_that_are_gone_from_the_bucket(
             *flags(options(server), "--target-storage-option"),
         )
         assert code == 3, err
-        assert f"Exported {len(wanted) - 4} photos" in out
-        assert "4 photos are not in" in err
-    there = {name: content for name, content in wanted.items() if name not in (*names, changed)}
+        assert f"Exported {len(wanted) - 5} photos" in out
+        assert "5 photos are not in" in err
+    there = {name: content for name, content in wanted.items() if name not in (*names, changed, other)}
     assert photos_of(tmp_path / "out") == of_photos(objects(server, "gone")) == there
     failures = pd.read_csv(tmp_path / "out" / "failures.csv")
     size = len(wanted[changed])
     why = f"changed: it has {size + 4:,} bytes, and had {size:,} when the run read or listed it"
-    assert sorted(failures["error"]) == [why, *["missing: no such object"] * 3]
+    whole = "changed: it is not the object that the run read: its etag is another"
+    assert sorted(failures["error"]) == [why, whole, *["missing: no such object"] * 3]
     assert objects(server, "gone")["failures.csv"] == (tmp_path / "out" / "failures.csv").read_bytes()
 
 
