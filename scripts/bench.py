@@ -916,7 +916,9 @@ def export(photos: int) -> None:
                 reduce_images(job, ClusterSpec(workers=0), progress=False)
 
             def row(what: str, seconds: float, base: float | None = None) -> float:
-                rows.append([what, seconds, round(photos / seconds), size / seconds / 1e6, base and base / seconds])
+                rows.append(
+                    [what, seconds, round(photos / seconds), size / seconds / 1e6, base / seconds if base else ""]
+                )
                 return seconds
 
             def exported(run: str, target: str, *given: str) -> float:
