@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from reducer.clusterspec import ClusterSpec
 from reducer.config import SHARD_BYTES, Job
 from reducer.copying import PUTS, Way
-from reducer.errors import InputError
+from reducer.errors import InputError, ReducerError
 from reducer.exported import Exported, same_photos
 from reducer.layouts import BY_LABEL, FAILURES, LABELS, LIST, PLAN, SAME, index_name
 from reducer.places import Place, absolute
@@ -151,13 +151,14 @@ def export(
         raise InputError("--link cannot be: the photos lie in tar shards, and are no files of their own. Leave it out")
     transfer = Transfer.of(rows, every, job, options, exported.place)
     del every, rows
-    before = exported.state()
-    old = EXPORT_SCHEMA.empty_table() if before is None else exported.plan()
-    if before is not None and _settings(before, options) == options.settings:
-        transfer.keep_shards(old)
-    clear = before is not None and _is_cleared(exported, before, old, options, transfer.plan, overwrite)
+    exported.state()  # what is no export is refused before anything is made
     with ExitStack() as stack:
         stack.enter_context(exported.held())
+        before = exported.state()
+        old = EXPORT_SCHEMA.empty_table() if before is None else exported.plan()
+        if before is not None and _settings(before, options) == options.settings:
+            transfer.keep_shards(old)
+        clear = before is not None and _is_cleared(exported, before, old, options, transfer.plan, overwrite)
         if not clear:
             transfer.look(exported, old, job)
         if not exported.place.remote and not (options.link and _on_one_disk(job, exported.place)):
@@ -172,7 +173,10 @@ def export(
             "images": summary["job"]["images"],
             **options.settings,
         }
-        exported.write_state(state)
+        try:
+            exported.write_state(state)
+        except ReducerError as error:
+            raise InputError(f"TARGET {exported.path} may not be written: {error}") from None
         exported.write_plan(transfer.plan)
         way = Way(
             source=job.source,
@@ -226,6 +230,8 @@ def _where(job: Job, target: Place, options: ExportOptions, cluster: ClusterSpec
         )
     if options.link and (job.images_place.remote or target.remote):
         raise InputError("--link cannot be: hard links are of files of one disk, and a URL is none. Leave it out")
+    if target.options and not target.remote:
+        raise InputError("--target-storage-option says how a URL is opened, and TARGET is none: leave it out")
     images = absolute(job.images)
     inside = absolute(target.path) if target.remote else os.path.realpath(target.path)
     if f"{inside}/".startswith(f"{images if job.images_place.remote else os.path.realpath(images)}/"):

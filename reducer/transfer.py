@@ -203,8 +203,7 @@ class Transfer:
     def keep_shards(self, before: pa.Table) -> None:
         """Take from an earlier plan of the same photos which shard each goes to, whatever their sizes are now."""
         told = [name for name in IDENTITY if name != "shard"]
-        plan = self.plan
-        if self.shards is None or not before.select(told).equals(plan.select(told)):
+        if self.shards is None or not before.select(told).equals(self.plan.select(told)):
             return
         names = {shard_name(number): number for number in range(before.num_rows)}
         numbers = np.array([names.get(name, -1) for name in before["shard"].to_pylist()], dtype=np.int64)

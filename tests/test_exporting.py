@@ -735,6 +735,7 @@ def test_hard_links(run: Path, whole: Path, tmp_path: Path) -> None:
         (("--shard-bytes", "big", "--layout", "tar"), "--shard-bytes is 'big': expected a number of bytes"),
         (("--workers", 2), "--cluster, --address and --workers are for photos of a URL that go to a URL"),
         (("--address", "tcp://127.0.0.1:1"), "--cluster, --address and --workers are for photos of a URL"),
+        (("--target-storage-option", "key=a"), "says how a URL is opened, and TARGET is none"),
         (("--list", "nowhere.csv"), "--list nowhere.csv: No such file or directory"),
     ],
 )
