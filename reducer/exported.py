@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -16,10 +17,12 @@ import pyarrow.parquet as pq
 
 from reducer.errors import InputError
 from reducer.files import Files, temporary_name
+from reducer.hashing import PhotoError
 from reducer.layouts import OWN_FILES, PLAN, STATE, index_name
 from reducer.objects import FileState, nanoseconds
-from reducer.places import explained, persistently
+from reducer.places import PhotoRef, Place, explained, file_of, is_url, persistently
 from reducer.schemas import EXPORT_SCHEMA
+from reducer.sources import read_photo
 from reducer.store import parquet_file
 
 FORMAT, FORMAT_VERSION = "reducer-export", 1
@@ -29,6 +32,11 @@ IDENTITY = ["id", "label", "path", "shard", "source", "source_shard"]
 METADATA = b"reducer"
 #: Objects that a store takes out with one request.
 REMOVED_AT_A_TIME = 1000
+
+#: Nanoseconds to which disks keep times: FAT, HFS+, exFAT, and NTFS.
+TIME_GRAINS = (2 * 10**9, 10**9, 10**7, 100)
+#: Digits of an MD5 sum, which is what the etag of an object is that was put in one piece.
+MD5_DIGITS = 32
 
 #: How a file of the folder is; None where there is none.
 Listing = Callable[[str], FileState | None]
@@ -256,3 +264,37 @@ def same_photos(rows: pa.Table, others: pa.Table) -> bool:
 
 def _filled(table: pa.Table) -> pa.Table:
     return pa.table({name: pc.fill_null(table[name], "") for name in table.column_names})
+
+
+def is_equal(there: FileState, source: FileState | None, ref: PhotoRef, target: Place, *, resized: bool) -> bool:
+    """Whether a file in TARGET is what a photo was made into.
+
+    On a disk a copy has the time of its photo. A store tells the MD5 sum of what was put in one piece; where the
+    photo's own is not known, the object must not be older than the photo, as for ``aws s3 sync``.
+    """
+    if source is None or (there.bytes != source.bytes and not (resized and there.bytes)):
+        return False
+    if not target.remote:
+        return _same_time(source.mtime_ns, there.mtime_ns)
+    if not resized and there.etag is not None and len(there.etag) == MD5_DIGITS:
+        digest = _md5(ref, source)
+        if digest is not None:
+            return digest == there.etag
+    return None not in (there.mtime_ns, source.mtime_ns) and (there.mtime_ns or 0) >= (source.mtime_ns or 0)
+
+
+def _same_time(time: int | None, kept: int | None) -> bool:
+    """Whether a disk has kept a time, which some do only roughly: in nanoseconds."""
+    if time is None or kept is None:
+        return False
+    return time == kept or any(kept % grain == 0 and abs(time - kept) < grain for grain in TIME_GRAINS)
+
+
+def _md5(ref: PhotoRef, state: FileState) -> str | None:
+    """A photo's MD5 sum, where it takes no request."""
+    if not is_url(file_of(ref)):
+        try:
+            return hashlib.md5(read_photo(ref, max_pixels=0).content, usedforsecurity=False).hexdigest()
+        except PhotoError:
+            return None
+    return state.etag if state.etag is not None and len(state.etag) == MD5_DIGITS else None

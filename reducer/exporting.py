@@ -21,7 +21,7 @@ from reducer.config import SHARD_BYTES, Job
 from reducer.copying import PUTS, Way
 from reducer.errors import InputError, ReducerError
 from reducer.exported import Exported, same_photos
-from reducer.layouts import BY_LABEL, FAILURES, LABELS, LIST, PLAN, SAME, index_name
+from reducer.layouts import BY_LABEL, FAILURES, LABELS, LIST, PLAN, SAME, ExportOptions, index_name
 from reducer.places import Place, absolute
 from reducer.printing import as_size
 from reducer.schemas import EXPORT_SCHEMA
@@ -29,7 +29,7 @@ from reducer.sending import write_here, write_on
 from reducer.store import RunFolder
 from reducer.summary import check_storage_options, job_of
 from reducer.tables import EXAMPLES, in_nanoseconds, read_columns
-from reducer.transfer import COLUMNS, ExportOptions, Transfer
+from reducer.transfer import COLUMNS, Transfer
 
 #: Photos that go to a worker together, and that this process prepares together.
 GROUP, GROUP_HERE = 200, 1000

@@ -10,13 +10,16 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from tarfile import BLOCKSIZE, LENGTH_NAME, PAX_FORMAT, RECORDSIZE, TarInfo
+from typing import Any
 
 import pyarrow as pa
 
-from reducer.config import LAYOUT_NAMES
+from reducer.config import LAYOUT_NAMES, SHARD_BYTES
+from reducer.errors import InputError
 from reducer.manifest import is_photo
 from reducer.naming import distinct_names, safe_path, with_digest
 from reducer.places import is_url
+from reducer.rules import bytes_of, check_count
 
 SAME, BY_LABEL, TAR = LAYOUT_NAMES
 #: Files of ours at the top of TARGET.
@@ -34,6 +37,47 @@ NOT_IN_KEYS = "."
 #: Extensions and contents of files that go with a photo into a shard.
 Beside = tuple[tuple[str, bytes], ...]
 WHOLE_NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How photos are exported.
+
+    Attributes
+    ----------
+    layout, link, resize, shard_bytes
+        As for `reducer.export`; ``shard_bytes`` becomes a number.
+
+    Raises
+    ------
+    InputError
+        If a value is out of its range or two contradict each other.
+    """
+
+    layout: str = SAME
+    link: bool = False
+    resize: int | None = None
+    shard_bytes: int | str = SHARD_BYTES
+
+    def __post_init__(self) -> None:
+        if self.layout not in LAYOUT_NAMES:
+            raise InputError(f"--layout is {self.layout!r}: expected one of {', '.join(LAYOUT_NAMES)}")
+        check_count("resize", self.resize)
+        if isinstance(self.shard_bytes, str):
+            object.__setattr__(self, "shard_bytes", bytes_of("shard_bytes", self.shard_bytes))
+        check_count("shard_bytes", self.shard_bytes)
+        for other, why in (
+            (self.resize is not None, "--resize makes other files"),
+            (self.layout == TAR, "--layout tar packs photos together"),
+        ):
+            if self.link and other:
+                raise InputError(f"--link cannot be: {why}. Leave one of the two out")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What two exports into one folder must have in common."""
+        shards = {"shard_bytes": self.shard_bytes} if self.layout == TAR else {}
+        return {"layout": self.layout, "resize": self.resize, **shards}
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,15 +13,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from reducer.config import LAYOUT_NAMES, SHARD_BYTES, Job
+from reducer.config import Job
 from reducer.copying import Copied, Copy, Group
-from reducer.errors import InputError
-from reducer.exported import IDENTITY, Exported, Listing
-from reducer.hashing import PhotoError
+from reducer.exported import IDENTITY, Exported, Listing, is_equal
 from reducer.layouts import (
     SAME,
     TAR,
     Beside,
+    ExportOptions,
     Layout,
     as_in_manifest,
     beside,
@@ -34,10 +32,9 @@ from reducer.layouts import (
     size_in_shard,
 )
 from reducer.objects import FileState
-from reducer.places import ByteRange, PhotoRef, Place, absolute, file_of, is_url, ref_of
-from reducer.rules import bytes_of, check_count
+from reducer.places import ByteRange, PhotoRef, Place, absolute, ref_of
 from reducer.schemas import EXPORT_SCHEMA
-from reducer.sources import read_photo, states_of
+from reducer.sources import states_of
 
 #: Columns of the ledger that an export goes by.
 COLUMNS = [
@@ -50,51 +47,6 @@ BATCH = 5000
 FEW = 1000
 #: Bytes that a disk gives to a file at a time.
 DISK_BLOCK = 4096
-#: Nanoseconds to which disks keep times: FAT, HFS+, exFAT, and NTFS.
-TIME_GRAINS = (2 * 10**9, 10**9, 10**7, 100)
-#: Digits of an MD5 sum, which is what the etag of an object is that was put in one piece.
-MD5_DIGITS = 32
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """How photos are exported.
-
-    Attributes
-    ----------
-    layout, link, resize, shard_bytes
-        As for `reducer.export`; ``shard_bytes`` becomes a number.
-
-    Raises
-    ------
-    InputError
-        If a value is out of its range or two contradict each other.
-    """
-
-    layout: str = SAME
-    link: bool = False
-    resize: int | None = None
-    shard_bytes: int | str = SHARD_BYTES
-
-    def __post_init__(self) -> None:
-        if self.layout not in LAYOUT_NAMES:
-            raise InputError(f"--layout is {self.layout!r}: expected one of {', '.join(LAYOUT_NAMES)}")
-        check_count("resize", self.resize)
-        if isinstance(self.shard_bytes, str):
-            object.__setattr__(self, "shard_bytes", bytes_of("shard_bytes", self.shard_bytes))
-        check_count("shard_bytes", self.shard_bytes)
-        for other, why in (
-            (self.resize is not None, "--resize makes other files"),
-            (self.layout == TAR, "--layout tar packs photos together"),
-        ):
-            if self.link and other:
-                raise InputError(f"--link cannot be: {why}. Leave one of the two out")
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What two exports into one folder must have in common."""
-        shards = {"shard_bytes": self.shard_bytes} if self.layout == TAR else {}
-        return {"layout": self.layout, "resize": self.resize, **shards}
 
 
 @dataclass(eq=False)
@@ -346,15 +298,15 @@ class Transfer:
                     continue
                 refs = [ref_of(row) for row in self.rows.take(pa.array(list(there))).to_pylist()]
                 sources = _states(refs, job)
-                equal = partial(_is_equal, target=exported.place, resized=resized)
-                for (number, state), source, is_equal in zip(
+                equal = partial(is_equal, target=exported.place, resized=resized)
+                for (number, state), source, same in zip(
                     there.items(), sources, pool.map(equal, there.values(), sources, refs), strict=True
                 ):
                     gone = source is None or self.sizes[number] not in (-1, source.bytes)
-                    if is_equal or (gone and written.get(self.layout.paths[number]) == state.bytes):
+                    if same or (gone and written.get(self.layout.paths[number]) == state.bytes):
                         self.is_left[number] = False
                         self.sizes_there[number] = state.bytes or 0
-                        if is_equal and source is not None and source.bytes is not None:
+                        if same and source is not None and source.bytes is not None:
                             self.sizes[number] = source.bytes
 
     def _look_at_shards(self, exported: Exported, listing: Listing) -> None:
@@ -427,37 +379,3 @@ def _states(refs: Sequence[PhotoRef], job: Job) -> list[FileState | None]:
     paths = [ref for ref in refs if isinstance(ref, str)]
     single = iter(states_of(paths, job.source))
     return [FileState(ref.bytes, ref.mtime_ns, None) if isinstance(ref, ByteRange) else next(single) for ref in refs]
-
-
-def _is_equal(there: FileState, source: FileState | None, ref: PhotoRef, target: Place, *, resized: bool) -> bool:
-    """Whether a file in TARGET is what a photo was made into.
-
-    On a disk a copy has the time of its photo. A store tells the MD5 sum of what was put in one piece; where the
-    photo's own is not known, the object must not be older than the photo, as for ``aws s3 sync``.
-    """
-    if source is None or (there.bytes != source.bytes and not (resized and there.bytes)):
-        return False
-    if not target.remote:
-        return _same_time(source.mtime_ns, there.mtime_ns)
-    if not resized and there.etag is not None and len(there.etag) == MD5_DIGITS:
-        digest = _md5(ref, source)
-        if digest is not None:
-            return digest == there.etag
-    return None not in (there.mtime_ns, source.mtime_ns) and (there.mtime_ns or 0) >= (source.mtime_ns or 0)
-
-
-def _same_time(time: int | None, kept: int | None) -> bool:
-    """Whether a disk has kept a time, which some do only roughly: in nanoseconds."""
-    if time is None or kept is None:
-        return False
-    return time == kept or any(kept % grain == 0 and abs(time - kept) < grain for grain in TIME_GRAINS)
-
-
-def _md5(ref: PhotoRef, state: FileState) -> str | None:
-    """A photo's MD5 sum, where it takes no request."""
-    if not is_url(file_of(ref)):
-        try:
-            return hashlib.md5(read_photo(ref, max_pixels=0).content, usedforsecurity=False).hexdigest()
-        except PhotoError:
-            return None
-    return state.etag if state.etag is not None and len(state.etag) == MD5_DIGITS else None
