@@ -324,7 +324,7 @@ def test_photos_that_are_gone_from_the_bucket(
         code, out, err = invoke(
             *("export", tmp_path / "run", target, "--workers", 0),
             *flags(options(server)),
-            *flags(options(server), "--target-storage-option"),
+            *(flags(options(server), "--target-storage-option") if "://" in target else ()),
         )
         assert code == 3, err
         assert f"Exported {len(wanted) - 5} photos" in out
@@ -380,6 +380,7 @@ def test_no_worker_left(
 ) -> None:
     monkeypatch.setattr("reducer.exporting.GROUP", 10)
     monkeypatch.setattr("reducer.sending.TICK", 0.5)
+    monkeypatch.setattr("reducer.sending.ANSWER", 2.0)
     (tmp_path / "dask").mkdir()
     with DaskProcesses(tmp_path / "dask") as dask, FaultProxy(server.endpoint, delay_get=0.2) as proxy:
         address = dask.scheduler()
