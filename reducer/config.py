@@ -19,7 +19,7 @@ STRATEGY_NAMES = ("farthest-first", "facility-location", "pairs", "random")
 HASH_NAMES = ("dhash", "dhash-vertical", "phash", "ahash", "whash")
 #: Bits of a hash are the square of its size.
 SMALLEST_HASH, LARGEST_HASH = 2, 32
-DECODE_NAMES = ("fast", "exact")
+DECODE_NAMES = ("fast", "fastest", "exact")
 FORMATS = ("csv", "parquet", "both")
 STORAGE_OPTIONS = ("storage_options", "manifest_storage_options", "output_storage_options")
 READER_NAMES = ("s3fs", "obstore")
@@ -50,7 +50,7 @@ class PhotoSettings:
     hash_size : int
         Rows of the hash, of so many bits each.
     decode : str
-        ``"fast"`` or ``"exact"``.
+        One of `DECODE_NAMES`.
     exif_orientation : bool
         Whether photos are turned upright before they are hashed.
     drop_flat : bool
@@ -127,7 +127,7 @@ class Job:
         a column ``hash``, or one hash a line, in hex.
     avoid_distance : int, optional
         How near, in bits; default as for near copies, 6 of 64.
-    decode : {"fast", "exact"}
+    decode : {"fast", "fastest", "exact"}
         How JPEGs are decoded.
     seed : int
         Of every random choice.

@@ -19,6 +19,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 
 from reducer.config import PhotoSettings
+from reducer.progressive import bytes_needed, first_scan_only
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,14 +265,15 @@ def hash_photo(content: bytes, settings: PhotoSettings) -> PhotoHash:
     Parameters
     ----------
     content : bytes
-        The whole file.
+        The whole file; of one that `enough_of` knows, so much of it is enough.
     settings : PhotoSettings
         ``hash`` and ``hash_size`` say which. With ``decode="exact"`` it is bit for bit imagehash's function of
         ``Image.open(path)``; ``"fast"`` lets libjpeg decode a JPEG to grey at 1/2, 1/4 or 1/8 of its size (Pillow's
         draft mode), never below `DRAFT_FLOOR` times the grid that the hash resizes to; other formats are decoded
-        exactly. With ``exif_orientation`` the photo is turned upright first. A photo that declares more pixels than
-        ``max_pixels`` is not decoded. Call inside ``with pillow_settings(max_pixels):``, or Pillow's own limit holds
-        too.
+        exactly. ``"fastest"`` is ``"fast"``, but that a large progressive JPEG is decoded by its first scan only
+        (`reducer.progressive`): what follows is not even looked at. With ``exif_orientation`` the photo is turned
+        upright first. A photo that declares more pixels than ``max_pixels`` is not decoded. Call inside ``with
+        pillow_settings(max_pixels):``, or Pillow's own limit holds too.
 
     Returns
     -------
@@ -284,6 +286,8 @@ def hash_photo(content: bytes, settings: PhotoSettings) -> PhotoHash:
         For anything that Pillow or the limit refuses, `MemoryError` included.
     """
     kind = HASHES[settings.hash]
+    if settings.decode == "fastest":
+        content = first_scan_only(content, largest_grid(settings)) or content
     with opened_photo(content, settings.max_pixels) as opened:
         image = opened
         width, height = image.size
@@ -294,7 +298,7 @@ def hash_photo(content: bytes, settings: PhotoSettings) -> PhotoHash:
             turn = orientation(image)
         else:
             turn = 1
-        if settings.decode == "fast" and jpeg:
+        if settings.decode != "exact" and jpeg:
             columns, rows = kind.grid(settings.hash_size)
             if turn >= 5:  # stored lying on its side
                 columns, rows = rows, columns
@@ -304,6 +308,30 @@ def hash_photo(content: bytes, settings: PhotoSettings) -> PhotoHash:
         flat = settings.drop_flat and grey_deviation(image) < FLAT_DEVIATION
         bits: NDArray[np.bool_] = getattr(imagehash, kind.function)(image, hash_size=settings.hash_size).hash
         return PhotoHash(np.packbits(bits).tobytes(), width, height, opened.format or "unknown", flat)
+
+
+def largest_grid(settings: PhotoSettings) -> tuple[int, int]:
+    """Columns and rows, in pixels, that a photo is resized to at most, upright or lying on its side."""
+    columns, rows = HASHES[settings.hash].grid(settings.hash_size)
+    return (max(columns, rows),) * 2 if settings.exif_orientation else (columns, rows)
+
+
+def enough_of(head: bytes, settings: PhotoSettings) -> int | None:
+    """How many bytes of a file that begins like this are enough for `hash_photo`.
+
+    Parameters
+    ----------
+    head : bytes
+        Its beginning.
+    settings : PhotoSettings
+        As for `hash_photo`.
+
+    Returns
+    -------
+    int or None
+        As `reducer.progressive.bytes_needed` tells; None for all of them.
+    """
+    return bytes_needed(head, largest_grid(settings)) if settings.decode == "fastest" else None
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -25,16 +25,24 @@ class PhotoFile:
     Attributes
     ----------
     content : bytes
-        The whole file, or of a `ByteRange` that part of it.
+        The whole file, or of a `ByteRange` that part of it, or as much of its beginning as was asked for.
     mtime_ns : int or None
         Time of its last change, nanoseconds since 1970 UTC.
     etag : str or None
         Entity tag of an object in a store.
+    size : int or None
+        Bytes of the whole file, where ``content`` may be only its beginning.
     """
 
     content: bytes
     mtime_ns: int | None
     etag: str | None = None
+    size: int | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Of the photo, whether all of it was read or not."""
+        return len(self.content) if self.size is None else self.size
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +97,61 @@ def _clients() -> _Clients:
     return _Clients()
 
 
+#: So much of a photo is read before it is known how much is enough: what first scans of 800 x 600 pixels take, with all
+#: that stands before them.
+FIRST_BYTES = 2**15
+
+#: Waits until there is room for so many bytes of a photo; what was asked for before is given back.
 Room = Callable[[int], Awaitable[None]]
+#: From the beginning of a file to how many of its bytes are enough; None for all of them.
+Enough = Callable[[bytes], int | None]
 
 
 async def fetch(ref: PhotoRef, source: Source, room: Room) -> PhotoFile:
     """One attempt to read a URL, or a part of what lies there; a part that is not there whole is cut short."""
+    return replace(await _fetch(ref, source, room), size=None)
+
+
+async def fetch_start(path: str, source: Source, room: Room, enough: Enough) -> PhotoFile:
+    """One attempt to read as much of an object on S3 as is enough, from its beginning.
+
+    Parameters
+    ----------
+    path : str
+        Its URL.
+    source : Source
+        How it is read.
+    room : callable
+        As for `fetch`.
+    enough : callable
+        Tells from a beginning how much is enough.
+    """
+    try:
+        start = await _fetch(ByteRange(path, 0, FIRST_BYTES), source, room)
+    except (PhotoError, Transient):  # an empty object has no part, say; what is wrong with any other shows again
+        return await fetch(path, source, room)
+    if start.size is None:  # from a server that knows no parts: it is all there
+        return start
+    await room(start.size)  # refuses what is too large
+    content = start.content
+    while len(content) < start.size:
+        wanted = enough(content)
+        if wanted is not None and wanted <= len(content):
+            break
+        end = start.size if wanted is None else min(wanted, start.size)
+        more = await _fetch(ByteRange(path, len(content), end - len(content)), source, _no_more_room)
+        if (more.etag, more.mtime_ns, more.size) != (start.etag, start.mtime_ns, start.size) or not more.content:
+            raise Transient("it was written anew while it was read")
+        content += more.content
+    return replace(start, content=content)
+
+
+async def _no_more_room(size: int) -> None:
+    """Nothing to wait for: there is room for the whole photo already."""
+
+
+async def _fetch(ref: PhotoRef, source: Source, room: Room) -> PhotoFile:
+    """The same as `fetch`, of a part with the size of the whole where that is told."""
     place = Place(file_of(ref), source.options)
     part = None if isinstance(ref, str) else ref
     if part is not None and not part.bytes:  # HTTP has no empty range
@@ -164,7 +222,9 @@ async def _fetch_s3fs(place: Place, room: Room, part: ByteRange | None) -> Photo
             content = await body.read()
     if len(content) != answer["ContentLength"]:
         raise Transient(f"{len(content)} of {answer['ContentLength']} bytes came")
-    return PhotoFile(content, nanoseconds(answer["LastModified"]), answer["ETag"].strip('"'))
+    total = answer.get("ContentRange", "").rpartition("/")[2]  # of "bytes 0-99/1234"
+    size = int(total) if total.isdigit() else None
+    return PhotoFile(content, nanoseconds(answer["LastModified"]), answer["ETag"].strip('"'), size)
 
 
 async def _head_s3fs(place: Place) -> FileState:
@@ -196,7 +256,7 @@ async def _fetch_obstore(place: Place, room: Room, part: ByteRange | None) -> Ph
         await room(end - start)
         content = bytes(await answer.bytes_async())
     state = _obstore_state(answer.meta)
-    return PhotoFile(content, state.mtime_ns, state.etag)
+    return PhotoFile(content, state.mtime_ns, state.etag, None if part is None else state.bytes)
 
 
 async def _head_obstore(place: Place) -> FileState:

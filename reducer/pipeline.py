@@ -16,7 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from reducer.config import PhotoSettings
-from reducer.hashing import PhotoError, PhotoHash, from_hex, hash_photo, pillow_settings, to_hex
+from reducer.hashing import PhotoError, PhotoHash, enough_of, from_hex, hash_photo, pillow_settings, to_hex
 from reducer.objects import FileState, PhotoFile
 from reducer.places import ByteRange, PhotoRef, Source, file_of
 from reducer.quality import judge
@@ -59,7 +59,14 @@ def look_at_all(refs: Sequence[PhotoRef], settings: PhotoSettings, source: Sourc
     """Read and hash photos in turn; whatever is wrong with one is in its result."""
     with (
         pillow_settings(settings.max_pixels),
-        closing(read_all(refs, source or Source(), max_pixels=settings.max_pixels)) as files,
+        closing(
+            read_all(
+                refs,
+                source or Source(),
+                max_pixels=settings.max_pixels,
+                enough=(lambda head: enough_of(head, settings)) if settings.decode == "fastest" else None,
+            )
+        ) as files,
     ):
         for file in files:
             yield look_at(file, settings)
@@ -69,7 +76,7 @@ def look_at(file: PhotoFile | PhotoError, settings: PhotoSettings) -> Look:
     """Hash a photo that was read; whatever is wrong with it is in the result."""
     if isinstance(file, PhotoError):
         return Look(error=str(file))
-    seen = Look(bytes=len(file.content), mtime_ns=file.mtime_ns, etag=file.etag)
+    seen = Look(bytes=file.bytes, mtime_ns=file.mtime_ns, etag=file.etag)
     try:
         return replace(seen, hash=hash_photo(file.content, settings))
     except PhotoError as error:

@@ -18,7 +18,17 @@ import pyarrow.compute as pc
 
 from reducer.config import template_fields
 from reducer.hashing import OUT_OF_MEMORY, PhotoError
-from reducer.objects import CannotCopy, FileState, PhotoFile, Transient, copy_object, fetch, state_of
+from reducer.objects import (
+    CannotCopy,
+    Enough,
+    FileState,
+    PhotoFile,
+    Transient,
+    copy_object,
+    fetch,
+    fetch_start,
+    state_of,
+)
 from reducer.places import RETRY_SECONDS, ByteRange, PhotoRef, Place, Source, file_of, is_url, pauses
 from reducer.types import PathRule, Shard
 
@@ -36,6 +46,10 @@ DISK_BLOCK, STORE_BLOCK, DISK_AHEAD = 2**20, 4 * 2**20, 16 * 2**20
 #: A block of a store is under way in the place of so many photos (`Source.read_ahead`): by default 8 of them, enough
 #: that a round trip of 100 ms costs nothing at the speed of hashing.
 PHOTOS_A_BLOCK = 4
+
+#: Of every so many objects one is read by its beginning first even where that has not been worth it, which it is where
+#: at least one in so many needs no second request.
+STARTS_TO_TRY, WORTH_A_START = 16, 4
 
 
 def paths_by_rule(rule: PathRule, ids: pa.ChunkedArray, labels: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -62,7 +76,9 @@ def paths_by_rule(rule: PathRule, ids: pa.ChunkedArray, labels: pa.ChunkedArray)
     return pc.binary_join_element_wise(*parts, "")
 
 
-def read_all(refs: Sequence[PhotoRef], source: Source, *, max_pixels: int) -> Generator[PhotoFile | PhotoError]:
+def read_all(
+    refs: Sequence[PhotoRef], source: Source, *, max_pixels: int, enough: Enough | None = None
+) -> Generator[PhotoFile | PhotoError]:
     """Read photos in turn, those of URLs ahead of time.
 
     Parameters
@@ -73,6 +89,9 @@ def read_all(refs: Sequence[PhotoRef], source: Source, *, max_pixels: int) -> Ge
         How URLs are read.
     max_pixels : int
         The job's limit; a file with more bytes than any photo of so many pixels needs is not read.
+    enough : callable, optional
+        From the beginning of a file to how many of its bytes are enough (None for all): of objects on S3 no more is
+        read, or little more.
 
     Yields
     ------
@@ -80,7 +99,8 @@ def read_all(refs: Sequence[PhotoRef], source: Source, *, max_pixels: int) -> Ge
         One a photo, in their order.
     """
     if any(is_url(file_of(ref)) for ref in refs):
-        yield from _read_ahead(refs, source, max_pixels, source.read_ahead)
+        starts = None if enough is None else _Starts(enough)
+        yield from _read_ahead(refs, source, max_pixels, source.read_ahead, starts)
         return
     for ref in refs:
         try:
@@ -188,8 +208,29 @@ def _shared() -> _Shared:
     return _Shared()
 
 
+class _Starts:
+    """Whether to ask for the beginnings of objects first: not where hardly any beginning is enough.
+
+    That decides how many requests there are, and nothing else. All of it runs in the loop's thread.
+    """
+
+    def __init__(self, enough: Enough) -> None:
+        self.enough = enough
+        self.photos = self.asked = self.saved = 0
+
+    async def fetch(self, path: str, source: Source, room: Callable[[int], Awaitable[None]]) -> PhotoFile:
+        self.photos += 1
+        few = self.asked >= STARTS_TO_TRY and self.saved * WORTH_A_START < self.asked
+        if few and self.photos % STARTS_TO_TRY:
+            return await fetch(path, source, room)
+        file = await fetch_start(path, source, room, self.enough)
+        self.asked += 1
+        self.saved += len(file.content) < file.bytes
+        return file
+
+
 def _read_ahead(
-    refs: Iterable[PhotoRef], source: Source, max_pixels: int, under_way_at_most: int
+    refs: Iterable[PhotoRef], source: Source, max_pixels: int, under_way_at_most: int, starts: _Starts | None = None
 ) -> Generator[PhotoFile | PhotoError]:
     loop, budget = _shared().loop, _shared().budget
     hashed = 0  # how many are done with
@@ -212,6 +253,8 @@ def _read_ahead(
         try:
             if not is_url(file_of(ref)):
                 return await asyncio.to_thread(read_photo, ref, max_pixels=max_pixels)
+            if starts is not None and isinstance(ref, str) and Place(ref).on_s3:
+                return await _persistently(lambda: starts.fetch(ref, source, room))
             file = await _persistently(lambda: fetch(ref, source, room))
             if isinstance(ref, ByteRange) and ref.etag is not None and file.etag not in (None, ref.etag):
                 raise changed(ref.path)

@@ -13,7 +13,7 @@ from reducer.config import template_fields
         ({"keep": 2.5}, r"--keep is 2.5"),
         ({"candidates": 24}, r"--candidates 24 is less than --keep 25"),
         ({"strategy": "farthest"}, r"--strategy 'farthest' \(did you mean 'farthest-first'\?\)"),
-        ({"decode": "slow"}, r"expected one of fast, exact"),
+        ({"decode": "slow"}, r"expected one of fast, fastest, exact"),
         ({"format": "json"}, r"--format 'json'"),
         ({"max_failures": 1.5}, r"--max-failures is 1.5: expected a share from 0 to 1"),
         ({"limit_labels": 0}, r"--limit-labels is 0"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import subprocess
@@ -18,8 +19,17 @@ from PIL.JpegImagePlugin import JpegImageFile
 import reducer.environment
 from reducer import Job
 from reducer.config import DECODE_NAMES, HASH_NAMES, PhotoSettings
-from reducer.environment import Environment, compare_with, differences, environment, probe_files, versions
+from reducer.environment import (
+    FIRST_SCAN_PROBE,
+    Environment,
+    compare_with,
+    differences,
+    environment,
+    probe_files,
+    versions,
+)
 from reducer.hashing import HASHES
+from reducer.progressive import first_scan_only
 
 PROBES = ROOT / "reducer" / "probes"
 SETTINGS = Job("-", "-").photo_settings
@@ -40,7 +50,7 @@ def here(probes: dict[str, str] | None = None, **changed: str) -> Environment:
 def test_probes_are_few_small_and_of_all_kinds() -> None:
     found = probe_files()
     assert sorted(found) == list(found) == sorted(path.name for path in PROBES.iterdir())
-    assert sum(map(len, found.values())) < 80_000
+    assert sum(map(len, found.values())) < 95_000
     opened = {name: Image.open(PROBES / name) for name in found}
     for image in opened.values():
         image.load()
@@ -90,13 +100,24 @@ def test_probes_go_both_ways_of_decoding(decode: str, monkeypatch: pytest.Monkey
     if decode == "exact":
         assert not drafted
     else:
-        assert len(drafted) == len(list(PROBES.glob("*.jpg"))) < len(probe_files())
+        # One of them has the size of another.
+        assert len(drafted) == len(list(PROBES.glob("*.jpg"))) - 1 < len(probe_files())
         assert drafted[416, 312] == ((208, 156), "L")
         assert drafted[1056, 1056] == ((264, 264), "L")
         assert drafted[301, 199] == ((301, 199), "L")
     # A finer grid needs the large one.
     environment(settings(decode=decode, hash="phash"))
-    assert drafted.get((1056, 1056)) == (((528, 528), "L") if decode == "fast" else None)
+    assert drafted.get((1056, 1056)) == (None if decode == "exact" else ((528, 528), "L"))
+
+
+def test_one_probe_is_there_for_first_scans() -> None:
+    assert FIRST_SCAN_PROBE not in environment(settings(decode="fast")).probes
+    fastest = environment(settings(decode="fastest")).probes
+    content = probe_files()[FIRST_SCAN_PROBE]
+    assert first_scan_only(content, (9, 8)) is not None
+    exact = imagehash.dhash(Image.open(io.BytesIO(content)))
+    assert 0 < imagehash.hex_to_hash(fastest[FIRST_SCAN_PROBE]) - exact < 8
+    assert set(fastest) == set(probe_files())
 
 
 def test_settings_decide() -> None:

@@ -1,0 +1,199 @@
+"""The beginning of a progressive JPEG that is enough for a hash: its first scan, an eighth of the picture's size."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+#: The picture that the first scan holds has at least so many times the columns and rows of the hash's grid; a smaller
+#: one is not taken for the whole.
+FIRST_SCAN_FLOOR = 8
+BLOCK = 8
+#: Nobody's header ends behind so many bytes.
+MOST_HEADER = 2**24
+START, PROGRESSIVE, SCAN, END = b"\xff\xd8", 0xC2, 0xDA, b"\xff\xd9"
+#: Frames of all kinds but for tables that have numbers between theirs.
+FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+APP2, APP14, YCBCR = 0xE2, 0xEE, b"\x01"
+#: A marker behind the bits of a scan: neither a byte 255 of theirs nor one that says where to start anew.
+NEXT_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
+#: Bits are filled up with ones to a whole byte, and a byte 255 is followed by a 0.
+NO_RESTARTS = b"\xff\xdd\x00\x04\x00\x00"
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """One of a picture's components, as its frame tells of it: its number, and its samples in each direction."""
+
+    number: int
+    columns: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class FirstScan:
+    """Where the first scan of a progressive JPEG ends, and what it lacks.
+
+    Attributes
+    ----------
+    end : int or None
+        Bytes of the file up to there; None if the file goes on behind what was given.
+    width, height : int
+        Of the picture, in pixels.
+    components : tuple of Component
+        Of its frame.
+    low_bits : int
+        How many of the lowest bits of the blocks' means follow in later scans.
+    """
+
+    end: int | None
+    width: int
+    height: int
+    components: tuple[Component, ...]
+    low_bits: int
+
+
+class _Odd(Exception):
+    """A file that is no progressive JPEG, or not one of the usual kind."""
+
+
+class _Short(Exception):
+    """What was given of a file ends before it can be told."""
+
+
+def bytes_needed(head: bytes, grid: tuple[int, int]) -> int | None:
+    """How much of a file that begins like this is needed for a hash.
+
+    Parameters
+    ----------
+    head : bytes
+        Its beginning.
+    grid : tuple of int
+        Columns and rows, in pixels, that the hash resizes it to.
+
+    Returns
+    -------
+    int or None
+        Bytes; more than there are in ``head`` where it ends too early to tell. None for all of them.
+    """
+    try:
+        found = _first_scan(head, grid)
+    except _Odd:
+        return None
+    except _Short:
+        return 4 * len(head)
+    return 4 * len(head) if found.end is None else found.end
+
+
+def first_scan_only(content: bytes, grid: tuple[int, int]) -> bytes | None:
+    """A JPEG of the first scan of a progressive one, to be decoded in its place.
+
+    The means of the blocks of 8 by 8 pixels are all that it holds. Where their last bit follows in a later scan (as
+    libjpeg's own script has it), it stands as 0 and 1 in turn: left out, everything would be half a step too dark, and
+    neighbouring cells of the grid that are nearly equal would round apart.
+
+    Parameters
+    ----------
+    content : bytes
+        The file, or as much of it as `bytes_needed`.
+    grid : tuple of int
+        As for `bytes_needed`.
+
+    Returns
+    -------
+    bytes or None
+        None if it is no progressive JPEG, or too small or too unusual a one: then all of it is to be decoded.
+
+    Notes
+    -----
+    Progressive JPEG: ITU-T T.81 (1992), annex G; a scan that gives one more bit of the means is one bit a block, in
+    rows.
+    """
+    try:
+        found = _first_scan(content, grid)
+    except (_Odd, _Short):
+        return None
+    if found.end is None:
+        return None
+    return b"".join([content[: found.end], _alternating_bits(found) if found.low_bits else b"", END])
+
+
+def _alternating_bits(scan: FirstScan) -> bytes:
+    """A scan that gives the last bit of the first component's blocks, as a chessboard."""
+    first = scan.components[0]
+    most_columns = max(component.columns for component in scan.components)
+    most_rows = max(component.rows for component in scan.components)
+    columns = math.ceil(math.ceil(scan.width * first.columns / most_columns) / BLOCK)
+    rows = math.ceil(math.ceil(scan.height * first.rows / most_rows) / BLOCK)
+    black, white = ("01" * columns)[:columns], ("10" * columns)[:columns]
+    bits = "".join(white if row % 2 else black for row in range(rows))
+    packed = int(bits + "1" * (-len(bits) % 8), 2).to_bytes(-(-len(bits) // 8))
+    header = bytes([0xFF, SCAN, 0, 8, 1, first.number, 0, 0, 0, 0x10])
+    return NO_RESTARTS + header + packed.replace(b"\xff", b"\xff\x00")
+
+
+def _first_scan(content: bytes, grid: tuple[int, int]) -> FirstScan:
+    if not content.startswith(START):
+        raise _Odd if len(content) >= len(START) or not START.startswith(content) else _Short
+    position, frame = len(START), b""
+    while True:
+        kind, segment, position = _segment(content, position)
+        if kind in FRAMES:
+            if kind != PROGRESSIVE:
+                raise _Odd
+            frame = segment
+        elif kind == SCAN:
+            break
+        several = kind == APP2 and segment.startswith(b"MPF\0")  # pictures, found by their places in the file
+        if several or (kind == APP14 and segment.startswith(b"Adobe") and segment[-1:] != YCBCR):
+            raise _Odd
+    width, height, components = _frame(frame)
+    low_bits = _scan(segment, components)
+    for pixels, cells in zip((width, height), grid, strict=True):
+        if math.ceil(pixels / BLOCK) < FIRST_SCAN_FLOOR * cells:
+            raise _Odd
+    found = NEXT_MARKER.search(content, position)
+    return FirstScan(found and found.start(), width, height, components, low_bits)
+
+
+def _segment(content: bytes, position: int) -> tuple[int, bytes, int]:
+    """The segment that begins at a place: its marker, what it holds, where it ends."""
+    if position > MOST_HEADER:
+        raise _Odd
+    while content[position : position + 2] == b"\xff\xff":  # markers may be preceded by any number of these
+        position += 1
+    start = content[position : position + 4]
+    if start[:1] not in (b"", b"\xff"):
+        raise _Odd
+    if len(start) < 4:
+        raise _Short
+    end = position + 2 + int.from_bytes(start[2:])
+    if end > len(content):
+        raise _Short
+    return start[1], content[position + 4 : end], end
+
+
+def _frame(segment: bytes) -> tuple[int, int, tuple[Component, ...]]:
+    """Width, height and components of 8 bits; grey or YCbCr."""
+    count = segment[5] if len(segment) > 5 else 0
+    if count not in (1, 3) or len(segment) != 6 + 3 * count or segment[0] != 8:
+        raise _Odd
+    parts = [segment[start : start + 3] for start in range(6, len(segment), 3)]
+    components = tuple(Component(number, factors >> 4, factors & 15) for number, factors, _ in parts)
+    if bytes(component.number for component in components) == b"RGB":
+        raise _Odd
+    if not all(component.columns and component.rows for component in components):
+        raise _Odd
+    return int.from_bytes(segment[3:5]), int.from_bytes(segment[1:3]), components
+
+
+def _scan(segment: bytes, components: tuple[Component, ...]) -> int:
+    """How many low bits a scan leaves out that gives the means of the first component's blocks."""
+    count = segment[0] if segment else 0
+    if not count or len(segment) != 4 + 2 * count or components[0].number not in segment[1 : 1 + 2 * count : 2]:
+        raise _Odd
+    first, last, bits = segment[-3:]
+    if first or last or bits > 1:
+        raise _Odd
+    return bits
