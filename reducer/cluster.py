@@ -257,6 +257,8 @@ def dask_setup(worker: object) -> None:
     """
     if multiprocessing.parent_process() is None:  # a worker that is a thread of the client
         return
+    # What takes longest to import is there before there is work.
+    importlib.import_module("reducer.environment")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.getLogger("distributed.worker.state_machine").setLevel(logging.ERROR)
     logging.getLogger("distributed.worker").addFilter(_worth_saying)

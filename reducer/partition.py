@@ -13,6 +13,10 @@ FEWEST_PHOTOS, MOST_PHOTOS = 500, 2000
 #: What a partition holds at least where a small job is spread over all worker threads.
 SMALLEST_PARTITION = 50
 PARTITIONS_A_THREAD = 4
+#: A label in one piece is at most one in so many of a thread's photos, and so many photos; unless other partitions are
+#: as large.
+SHARE_OF_A_THREAD = 8
+PIECES_FROM = 4 * MOST_PHOTOS
 #: The largest partition holds at most this many times the mean, unless one label alone is larger.
 IMBALANCE = 1.5
 
@@ -36,10 +40,23 @@ def partition_count(photos: int, threads: int, partition_images: int | None = No
 
 
 def piece_size(photos: int, threads: int, partition_images: int | None = None) -> int:
-    """Labels of more photos than this are hashed in pieces of at most so many; parameters as for `partition_count`."""
+    """A piece of a label holds at most so many photos; parameters as for `partition_count`."""
     if partition_images is not None:
         return max(SMALLEST_PARTITION, partition_images)
     return target_size(photos, threads)
+
+
+def largest_whole(photos: int, threads: int, partition_images: int | None = None) -> int:
+    """Labels of more photos than this are hashed in pieces; parameters as for `partition_count`.
+
+    Not as soon as a label is larger than other partitions: all pieces are hashed before the first label is ranked, and
+    workers wait in between. A label that is a small share of a thread's work costs no time in one piece, for it comes
+    first.
+    """
+    size = piece_size(photos, threads, partition_images)
+    if partition_images is not None:
+        return size
+    return max(size, min(PIECES_FROM, photos // (SHARE_OF_A_THREAD * threads)))
 
 
 def target_size(photos: int, threads: int) -> int:
@@ -91,15 +108,17 @@ def _longest_first(
     return partition, photos, np.bincount(partition, minlength=count)
 
 
-def pieces(label: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+def pieces(label: NDArray[np.int64], whole: int, most: int) -> NDArray[np.int64]:
     """Divide labels that are too large for a partition into pieces of about equal size.
 
     Parameters
     ----------
     label : ndarray of int64, shape (photos,)
         Labels by number, equal ones together.
+    whole : int
+        Labels with no more photos are not divided.
     most : int
-        Photos a piece at most; labels with no more are not divided.
+        Photos a piece at most.
 
     Returns
     -------
@@ -109,7 +128,7 @@ def pieces(label: NDArray[np.int64], most: int) -> NDArray[np.int64]:
     piece = np.full(len(label), -1, dtype=np.int64)
     _, starts, sizes = np.unique(label, return_index=True, return_counts=True)
     first = 0
-    for start, size in zip(starts[sizes > most].tolist(), sizes[sizes > most].tolist(), strict=True):
+    for start, size in zip(starts[sizes > whole].tolist(), sizes[sizes > whole].tolist(), strict=True):
         count = -(-size // most)
         piece[start : start + size] = first + np.arange(size) * count // size
         first += count

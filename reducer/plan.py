@@ -18,7 +18,7 @@ from reducer.draw import CANDIDATES, TRIAL_LABELS, draw_order
 from reducer.errors import BudgetError, InputError
 from reducer.lists import find_always_keep
 from reducer.manifest import Manifest, read_manifest
-from reducer.partition import assign, partition_count, piece_size, pieces
+from reducer.partition import assign, largest_whole, partition_count, piece_size, pieces
 from reducer.ranking import FACILITY_LOCATION_CANDIDATES
 from reducer.schemas import (
     KEPT_SMALL_LABEL,
@@ -116,7 +116,7 @@ class Plan:
             Partitions are numbered by falling number of photos, so that the end of the job is short.
         """
         if self.shards is None:
-            return _assigned(self.job, self.read_label, threads, self._piece_size(threads))
+            return _assigned(self.job, self.read_label, threads, largest_whole(*self._size(threads)))
         return _assigned(self.job, self.read_label, threads)
 
     def numbered(self, threads: int) -> Plan:
@@ -126,13 +126,14 @@ class Plan:
         partition = pc.replace_with_mask(nulls, chosen, pa.array(self.assigned(threads), pa.int32()))
         rows = with_column(self.rows, "partition", partition)
         if self.shards is None:
-            number = pieces(self.read_label, self._piece_size(threads))
+            size = self._size(threads)
+            number = pieces(self.read_label, largest_whole(*size), piece_size(*size))
             piece = pc.replace_with_mask(nulls, chosen, pa.array(number, pa.int32(), mask=number < 0))
             rows = with_column(rows, "piece", piece)
         return replace(self, rows=rows)
 
-    def _piece_size(self, threads: int) -> int:
-        return piece_size(int(self.is_read.sum()), threads, self.job.partition_images)
+    def _size(self, threads: int) -> tuple[int, int, int | None]:
+        return int(self.is_read.sum()), threads, self.job.partition_images
 
     @property
     def pieced(self) -> frozenset[int]:

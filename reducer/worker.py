@@ -23,13 +23,17 @@ from reducer.isolation import (
     memory_left,
 )
 from reducer.pieces import PlainLooker, run_piece, run_shards
-from reducer.pipeline import Look, look_at_all, run_partition
+from reducer.pipeline import Look, LookAtAll, look_at_all, run_partition
 from reducer.places import ByteRange, PhotoRef, Source
 from reducer.shipping import code_digest
 from reducer.types import PartitionResult, PiecesResult, ShardTask, Terms, Unfit, Work
 
 if TYPE_CHECKING:
     from distributed import Scheduler, Worker
+
+#: What reads and hashes photos on a worker, where nothing goes wrong. It is the seam for runs without photos: a Dask
+#: preload may put here something that knows the hashes (`scripts/benchmarks/stored.py`); all else stays as it is.
+look: LookAtAll = look_at_all
 
 
 def work_off(work: Work, shared: NDArray[np.uint8] | None = None) -> PartitionResult | PiecesResult | Unfit:
@@ -87,7 +91,7 @@ class _CarefulLooker:
                 yield seen
             return
         with memory_bound(self.bound):
-            for ref, seen in zip(refs, look_at_all(refs, settings, source), strict=True):
+            for ref, seen in zip(refs, look(refs, settings, source), strict=True):
                 self.alive()
                 yield self._alone(ref, settings, source) if _may_be_innocent(seen) else seen
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -24,20 +25,38 @@ def by_label(collection: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
-@pytest.mark.parametrize("command", ["quality", "fidelity", "flat", "ranking", "plan", "cut", "report"])
+@pytest.mark.parametrize(
+    "command",
+    ["speed", "floor", "startup", "codec", "quality", "fidelity", "flat", "ranking", "plan", "scale", "cut", "report"],
+)
 def test_a_benchmark_prints_its_tables(command: str, by_label: Path, tmp_path: Path) -> None:
     sizes = tmp_path / "sizes.tsv"
     sizes.write_text("images_in_class\tn_classes\tstatus\n2\t9\texact\n5\t4\texact\n30\t3\texact\n1200\t1\texact\n")
+    once = ["--repetitions", "1"]
     arguments = {
-        "ranking": ["60", "130"],
-        "plan": ["--photos", "3000"],
-        "cut": [str(sizes), "--keep-in", str(tmp_path / "run")],
-        "report": [str(sizes)],
+        "speed": ["--folder", str(by_label), "--without", "imagededup", "CleanVision", *once],
+        "floor": ["--photos", "120", *once],
+        "startup": once,
+        "codec": [str(by_label), *once],
+        "fidelity": [str(by_label), *once],
+        "ranking": ["60", "130", "--repetitions", "2"],
+        "plan": ["--photos", "3000", *once],
+        "scale": [str(sizes), "--times", "1", "2", "--plan-times", "2", *once],
+        "cut": [str(sizes), "--keep-in", str(tmp_path / "run"), *once],
+        "report": [str(sizes), *once],
     }.get(command, [str(by_label)])
-    program = [sys.executable, str(ROOT / "scripts" / "bench.py"), command, *arguments]
+    told = tmp_path / "told.json"
+    program = [sys.executable, str(ROOT / "scripts" / "bench.py"), command, *arguments, "--json", str(told)]
     out = subprocess.check_output(program, text=True)
+    tables = [part for part in json.loads(told.read_text())["told"] if "header" in part]
+    assert sum(len(part["rows"]) + 2 for part in tables) == sum(line.startswith("|") for line in out.splitlines())
     first_cells = [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("|")]
     expected = {
+        "speed": ["`reducer run`", "`reducer run --decode exact`", "the notebook", "the notebook's hashing alone"],
+        "floor": ["fast", "exact"],
+        "startup": ["`reducer --help`", "`reducer run` on 100 photos"],
+        "codec": ["as they are", "saved progressively"],
+        "scale": ["1,328 rows", "2,656 rows"],
         "quality": ["the notebook as it stands", *STRATEGY_NAMES],
         "fidelity": HASH_NAMES,
         "flat": ["1", "24"],

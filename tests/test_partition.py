@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reducer.partition import IMBALANCE, assign, partition_count
+from reducer.partition import IMBALANCE, assign, largest_whole, partition_count, piece_size, pieces
 
 
 @given(st.lists(st.integers(1, 3000), min_size=1, max_size=300), st.integers(1, 400))
@@ -49,3 +49,28 @@ def test_enough_photos_give_every_thread_four_partitions_of_some_size() -> None:
             count = partition_count(photos, threads)
             assert count >= min(4 * threads, photos // 50)
             assert photos / count <= 2_000
+
+
+@pytest.mark.parametrize(
+    ("photos", "threads", "asked", "whole", "piece"),
+    [
+        (1_000_000, 2, None, 8000, 2000),  # an eighth of a thread's photos would be more
+        (30_000, 2, None, 1875, 500),
+        (30_000, 64, None, 500, 500),  # as large as any partition
+        (1_000_000, 256, None, 2000, 2000),
+        (30_000, 2, 60, 60, 60),
+        (30_000, 2, 5, 50, 50),
+    ],
+)
+def test_a_label_is_divided_where_the_others_would_wait_for_it(
+    photos: int, threads: int, asked: int | None, whole: int, piece: int
+) -> None:
+    assert largest_whole(photos, threads, asked) == whole
+    assert piece_size(photos, threads, asked) == piece
+
+
+def test_pieces_are_about_equal() -> None:
+    label = np.repeat(np.arange(4), [100, 7, 101, 250])
+    found = pieces(label, 100, 60)
+    assert set(found[:107].tolist()) == {-1}
+    assert np.bincount(found[107:]).tolist() == [51, 50, 50, 50, 50, 50, 50]
