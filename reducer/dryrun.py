@@ -18,6 +18,7 @@ from reducer.config import SAMPLE_PHOTOS, Job, PhotoSettings
 from reducer.draw import TIME_SAMPLE, draw_order
 from reducer.errand import ShardErrand
 from reducer.lists import read_avoided
+from reducer.manifest import with_paths
 from reducer.pieces import PlainLooker, run_shards
 from reducer.pipeline import Look, look_at_all
 from reducer.places import ByteRange
@@ -108,11 +109,11 @@ def forecast(job: Job, cluster: ClusterSpec | None = None, *, sample: int = SAMP
         return _of_shards(plan, reuse, threads, sample)
     photos_known = 0
     if reuse is not None:
-        photos_known = int(pc.sum(pc.is_valid(beside(plan.read, reuse.known)["known_hash"])).as_py() or 0)
+        photos_known = int(pc.sum(pc.is_valid(beside(plan.read, reuse.known, job)["known_hash"])).as_py() or 0)
     rows = plan.read.num_rows
     ids = plan.read["id"].to_pylist() if sample else []
     drawn = plan.read.take(pa.array(draw_order(TIME_SAMPLE, job.seed, "", ids)[:sample], pa.int64()))
-    paths = drawn["path"].to_pylist()
+    paths = with_paths(job, drawn)["path"].to_pylist()
     clock = time.perf_counter()
     looks = list(look_at_all(paths, job.photo_settings, job.source))
     seconds = time.perf_counter() - clock

@@ -11,7 +11,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from reducer.config import Job
-from reducer.manifest import path_rule
+from reducer.manifest import path_rule, with_paths
+from reducer.partition import Division
 from reducer.pieces import Wanted
 from reducer.places import ByteRange, PhotoRef
 from reducer.ranking import Hashes
@@ -34,7 +35,7 @@ class Errand:
     ----------
     job : Job
         Whose they are.
-    rows : dict of int to pyarrow.Table
+    rows : Division
         Rows of each by its number, in the order in which they are to be done: `TASK_SCHEMA`, `KNOWN_SCHEMA` where
         anything is known, and `PLACE_SCHEMA` where photos lie in shards.
     trusted : frozenset of int
@@ -46,7 +47,7 @@ class Errand:
     """
 
     job: Job
-    rows: dict[int, pa.Table]
+    rows: Division
     trusted: frozenset[int] = frozenset()
     is_pieces: bool = False
     avoid: Hashes | None = None
@@ -64,18 +65,12 @@ class Errand:
     @property
     def photos(self) -> int:
         """How many there are in all."""
-        return sum(rows.num_rows for rows in self.rows.values())
+        return self.rows.photos
 
     def probes(self) -> list[PhotoRef]:
         """A few photos from all over, the first among them; none where nothing needs to be read."""
-        paths = pa.chunked_array(
-            [chunk for index, rows in self.rows.items() if index not in self.trusted for chunk in rows["path"].chunks],
-            pa.string(),
-        )
-        if not len(paths):
-            return []
-        found: list[PhotoRef] = paths.take(pa.array(range(0, len(paths), -(-len(paths) // FEW)))).to_pylist()
-        return found
+        few = self.rows.without(self.trusted).few(FEW)
+        return [with_paths(self.job, row)["path"][0].as_py() for row in few]
 
     def task(self, index: int) -> PartitionTask:
         """What is to be done with a partition or piece."""

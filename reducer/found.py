@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from reducer.hashing import PhotoError
 from reducer.pieces import WRONG_MD5
 from reducer.pipeline import as_ledger
-from reducer.plan import Plan
+from reducer.plan import Plan, as_unread
 from reducer.schemas import FAILED, KNOWN_SCHEMA, PLACE_SCHEMA, TASK_SCHEMA
 from reducer.tables import with_column
 from reducer.types import MemberKeys, PieceReport
@@ -26,7 +26,7 @@ def beside_plan(plan: Plan, found: pa.Table, keys: MemberKeys | None) -> pa.Tabl
     Parameters
     ----------
     plan : Plan
-        The plan.
+        The plan, with its paths.
     found : pyarrow.Table
         `HASHES_SCHEMA` rows, in the order of the shards. Of rows with one key the last holds, as it would if all shards
         were unpacked in turn.
@@ -96,7 +96,7 @@ def without_errors(rows: pa.Table) -> pa.Table:
 
 def unread_ledger(plan: Plan, found: pa.Table, missing: str) -> pa.Table:
     """`LEDGER_SCHEMA` rows of the photos in shards that are not read: where they lie, or that they are nowhere."""
-    rows = plan.unread
+    rows = as_unread(plan.unread)
     own = found.filter(pa.array(~plan.is_read))
     error = pc.if_else(pc.is_null(own["key"]), pa.scalar(missing, pa.string()), own["error"])
     failed = pc.is_valid(error)

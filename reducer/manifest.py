@@ -6,6 +6,7 @@ import os
 import stat
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +19,18 @@ from reducer.errors import InputError
 from reducer.places import Place, absolute, explained, is_url
 from reducer.schemas import MANIFEST_SCHEMA
 from reducer.sources import paths_by_rule
-from reducer.tables import EXAMPLES, column_names, read_columns, refuse_empty, text_ranks
+from reducer.tables import (
+    EXAMPLES,
+    column_names,
+    in_groups,
+    ranked,
+    read_columns,
+    refuse_empty,
+    release_unused,
+    text_order,
+    text_ranks,
+    with_column,
+)
 from reducer.types import MemberKeys, PathRule
 
 #: The column of GLDv2's train_clean.csv that lists the ids of a label.
@@ -32,7 +44,8 @@ class Manifest:
     Attributes
     ----------
     table : pyarrow.Table
-        `MANIFEST_SCHEMA` rows, sorted by (label, id), no two with the same (id, label).
+        `MANIFEST_SCHEMA` rows, sorted by (label, id), no two with the same (id, label). The paths are null where
+        `with_paths` tells them.
     duplicates : int
         Rows left out because an equal (id, label) was there already.
     shared_ids : int
@@ -103,47 +116,94 @@ def path_rule(job: Job) -> PathRule | None:
     return PathRule(root, "{id}" if job.manifest is None else job.template)
 
 
+def with_paths(job: Job, rows: pa.Table) -> pa.Table:
+    """Rows of a manifest or plan with their paths, which they lack where a rule tells them.
+
+    Parameters
+    ----------
+    job : Job
+        Whose rows they are.
+    rows : pyarrow.Table
+        With ``id``, ``label`` and ``path``. Better a few than all: a path takes as much memory as all else of a row.
+    """
+    rule = path_rule(job)
+    if rule is None or not rows["path"].null_count:
+        return rows
+    return with_column(rows, "path", paths_by_rule(rule, rows["id"], rows["label"]))
+
+
 def check(table: pa.Table, skipped_files: dict[str, int]) -> Manifest:
     """Sort the rows by (label, id) and leave out all but one of those with the same (id, label).
 
     Parameters
     ----------
     table : pyarrow.Table
-        `MANIFEST_SCHEMA` rows, without nulls in id, label and path.
+        ``id`` and ``label``, and ``path`` and ``bytes`` where they are known, in the order of the manifest.
     skipped_files : dict of str to int
         Passed on.
     """
-    ids, labels = text_ranks(table["id"]), text_ranks(table["label"])
-    order = np.lexsort((ids, labels))
-    new = _starts(ids[order], labels[order])
-    if not new.all():
-        # The smallest path stands for all rows of a duplicate, whatever the order of the manifest.
-        order = np.lexsort((text_ranks(table["path"]), ids, labels))
-    keep = order[new]
-    shared = np.flatnonzero(np.bincount(ids[keep]) > 1)
-    examples = _values_of_ranks(table["id"], shared[:EXAMPLES])
+    label, names = ranked(table["label"])
+    table = table.drop_columns("label")
+    release_unused()
+    order, new = text_order(table["id"])
+    release_unused()
+    order, shared = _without_duplicates(table, label, order, new)
+    order = order[np.argsort(label[order], kind="stable")]
+    known = {name: table[name].take(pa.array(order)) for name in table.column_names}
+    known |= {"row": pa.array(order), "label": names.take(pa.array(label[order]))}
+    columns = [known.get(field.name, pa.nulls(len(order), field.type)) for field in MANIFEST_SCHEMA]
     return Manifest(
-        table=table.take(pa.array(keep)),
-        duplicates=len(order) - len(keep),
+        table=pa.table(columns, schema=MANIFEST_SCHEMA),
+        duplicates=table.num_rows - len(order),
         shared_ids=len(shared),
-        shared_examples=tuple(examples),
+        shared_examples=tuple(table["id"].take(pa.array(shared[:EXAMPLES])).to_pylist()),
         skipped_files=skipped_files,
     )
 
 
-def _starts(*columns: NDArray[np.int64]) -> NDArray[np.bool_]:
+def _without_duplicates(
+    table: pa.Table, label: NDArray[np.int32], order: NDArray[np.int64], new: NDArray[np.bool_]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Leave out all but one row of those with the same id and label.
+
+    Parameters
+    ----------
+    table : pyarrow.Table
+        As for `check`.
+    label : ndarray of int32, shape (n,)
+        The number of each row's label.
+    order, new : ndarray, shape (n,)
+        From `text_order` of the ids.
+
+    Returns
+    -------
+    ndarray of int64
+        The order without the others.
+    ndarray of int64
+        The first row of each id that stands under several labels, sorted by id.
+    """
+    places = in_groups(new)
+    rows, group = order[places], np.cumsum(new)[places]
+    # The smallest path stands for all rows of a duplicate, whatever the order of the manifest.
+    keys = [label[rows], group]
+    if "path" in table.column_names:
+        keys.insert(0, text_ranks(table["path"].take(pa.array(rows))))
+    own = np.lexsort(keys)
+    rows, group = rows[own], group[own]
+    first = _starts(group, label[rows])
+    if not first.all():
+        out = np.zeros(len(order), dtype=bool)
+        out[rows[~first]] = True
+        order = order[~out[order]]
+    _, starts, labels = np.unique(group[first], return_index=True, return_counts=True)
+    return order, rows[first][starts[labels > 1]]
+
+
+def _starts(*columns: NDArray[Any]) -> NDArray[np.bool_]:
     """Where sorted rows differ from the row before."""
     new = np.ones(len(columns[0]), dtype=bool)
     new[1:] = np.logical_or.reduce([column[1:] != column[:-1] for column in columns])
     return new
-
-
-def _values_of_ranks(column: pa.ChunkedArray, ranks: NDArray[np.int64]) -> list[str]:
-    if len(ranks) == 0:
-        return []
-    values = pc.unique(column).sort()
-    found: list[str] = values.take(pa.array(ranks)).to_pylist()
-    return found
 
 
 def _read_table(job: Job, keys: MemberKeys | None) -> pa.Table:
@@ -163,6 +223,7 @@ def _read_table(job: Job, keys: MemberKeys | None) -> pa.Table:
     if lists:
         table = _one_row_a_photo(where, table, job)
     ids, labels = table[job.id_column], table[job.label_column]
+    columns = {"id": ids, "label": labels}
     rule = path_rule(job)
     if keys is not None and rule is not None:
         rule = PathRule("", "{id}" if keys is MemberKeys.STEM else job.template)
@@ -174,13 +235,12 @@ def _read_table(job: Job, keys: MemberKeys | None) -> pa.Table:
             found = [path if is_url(path) else os.path.join(root, path) for path in found]
         else:
             found = [path.removeprefix("./") for path in found]
-        paths = pa.array(found, pa.string())
+        columns["path"] = pa.array(found, pa.string())
     else:
         _check_lengths(where, rule, ids, labels)
-        paths = paths_by_rule(rule, ids, labels)
-    rows = pa.array(np.arange(table.num_rows, dtype=np.int64))
-    unknown = pa.nulls(table.num_rows, pa.int64())
-    return pa.table([rows, ids, labels, paths, unknown], schema=MANIFEST_SCHEMA)
+        if keys is not None:
+            columns["path"] = paths_by_rule(rule, ids, labels)
+    return pa.table(columns)
 
 
 def _one_row_a_photo(where: str, table: pa.Table, job: Job) -> pa.Table:
@@ -275,7 +335,7 @@ def is_photo(name: str) -> bool:
 def _photos_below(
     images: str, root: str, photos: dict[str, int | None], skipped: Counter[str]
 ) -> tuple[pa.Table, dict[str, int]]:
-    """Manifest rows of photo files, given by relative path with their sizes."""
+    """Rows for `check` of photo files, given by relative path with their sizes."""
     odd = [name for name in photos if not _is_text(name)]
     if odd:
         raise InputError(
@@ -286,16 +346,15 @@ def _photos_below(
         found = ", ".join(f"{count} x {why}" for why, count in skipped.items() if count) or "nothing"
         raise InputError(f"IMAGES {images} holds no photo; found {found}")
     ids = sorted(photos)
-    columns = [
-        np.arange(len(ids), dtype=np.int64),
-        ids,
+    columns = {
+        "id": ids,
         # A photo that lies in IMAGES itself is labelled ".", as a relative path to its folder would be.
-        [name.rpartition("/")[0] or "." for name in ids],
-        [f"{root}/{name}" for name in ids],
-        [photos[name] for name in ids],
-    ]
-    arrays = [pa.array(column, f.type) for column, f in zip(columns, MANIFEST_SCHEMA, strict=True)]
-    return pa.table(arrays, schema=MANIFEST_SCHEMA), {why: n for why, n in skipped.items() if n}
+        "label": [name.rpartition("/")[0] or "." for name in ids],
+        "path": [f"{root}/{name}" for name in ids],
+        "bytes": [photos[name] for name in ids],
+    }
+    arrays = {name: pa.array(column, MANIFEST_SCHEMA.field(name).type) for name, column in columns.items()}
+    return pa.table(arrays), {why: n for why, n in skipped.items() if n}
 
 
 def _is_text(name: str) -> bool:
@@ -325,11 +384,4 @@ def samples(found: pa.Table) -> Manifest:
             "KEY.json with --label-field; or give a --manifest"
         )
     found = found.sort_by([("key", "ascending"), ("label", "ascending")])
-    columns = [
-        pa.array(np.arange(found.num_rows, dtype=np.int64)),
-        found["key"],
-        found["label"],
-        found["key"],
-        pa.nulls(found.num_rows, pa.int64()),
-    ]
-    return check(pa.table(columns, schema=MANIFEST_SCHEMA), {})
+    return check(pa.table({"id": found["key"], "label": found["label"], "path": found["key"]}), {})

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Collection, Iterator, Mapping
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 #: A partition holds about this many photos: enough to drown the cost of a task, few enough that the work
@@ -108,12 +110,12 @@ def _longest_first(
     return partition, photos, np.bincount(partition, minlength=count)
 
 
-def pieces(label: NDArray[np.int64], whole: int, most: int) -> NDArray[np.int64]:
+def pieces(label: NDArray[np.int32], whole: int, most: int) -> NDArray[np.int32]:
     """Divide labels that are too large for a partition into pieces of about equal size.
 
     Parameters
     ----------
-    label : ndarray of int64, shape (photos,)
+    label : ndarray of int32, shape (photos,)
         Labels by number, equal ones together.
     whole : int
         Labels with no more photos are not divided.
@@ -122,14 +124,73 @@ def pieces(label: NDArray[np.int64], whole: int, most: int) -> NDArray[np.int64]
 
     Returns
     -------
-    ndarray of int64, shape (photos,)
+    ndarray of int32, shape (photos,)
         The piece of each photo; -1 for photos of labels that are not divided.
     """
-    piece = np.full(len(label), -1, dtype=np.int64)
-    _, starts, sizes = np.unique(label, return_index=True, return_counts=True)
+    piece = np.full(len(label), -1, dtype=np.int32)
+    starts = np.flatnonzero(np.append(True, label[1:] != label[:-1])[: len(label)])
+    sizes = np.diff(starts, append=len(label))
     first = 0
     for start, size in zip(starts[sizes > whole].tolist(), sizes[sizes > whole].tolist(), strict=True):
         count = -(-size // most)
         piece[start : start + size] = first + np.arange(size) * count // size
         first += count
     return piece
+
+
+class Division(Mapping[int, pa.Table]):
+    """The rows of partitions or pieces by their numbers, each copied only when it is asked for: few are held.
+
+    Parameters
+    ----------
+    rows : pyarrow.Table
+        All of them, in one chunk lest taking some is slow.
+    parts : mapping of int to ndarray of int64 or pyarrow.Table
+        The places of each part's rows, or the rows themselves, in the order in which they are to be done.
+    """
+
+    def __init__(self, rows: pa.Table, parts: Mapping[int, NDArray[np.int64] | pa.Table]) -> None:
+        self._rows, self._parts = rows, parts
+
+    @classmethod
+    def by(cls, number: NDArray[np.int32], rows: pa.Table) -> Division:
+        """Rows by their numbers; those of negative ones are left out."""
+        order = np.argsort(number, kind="stable")
+        numbers, sizes = np.unique(number, return_counts=True)
+        places = np.split(order, np.cumsum(sizes)[:-1])
+        parts = {n: own for n, own in zip(numbers.tolist(), places, strict=False) if n >= 0}
+        return cls(rows.combine_chunks(), parts)
+
+    def __getitem__(self, number: int) -> pa.Table:
+        part = self._parts[number]
+        return part if isinstance(part, pa.Table) else self._rows.take(pa.array(part))
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __or__(self, others: Mapping[int, pa.Table]) -> Division:
+        """With other rows of some parts, or of others behind them."""
+        return Division(self._rows, {**self._parts, **others})
+
+    def without(self, numbers: Collection[int]) -> Division:
+        """All but some parts."""
+        return Division(self._rows, {n: part for n, part in self._parts.items() if n not in numbers})
+
+    @property
+    def photos(self) -> int:
+        """Rows in all."""
+        return sum(map(len, self._parts.values()))
+
+    def few(self, most: int) -> list[pa.Table]:
+        """A few single rows from all over, the first among them."""
+        sizes = np.array([*map(len, self._parts.values())], dtype=np.int64)
+        ends, numbers = np.cumsum(sizes), list(self)
+        places = range(0, self.photos, -(-self.photos // most) or 1)
+        parts = np.searchsorted(ends, places, side="right").tolist()
+        return [
+            self[numbers[part]].slice(place - int(ends[part] - sizes[part]), 1)
+            for place, part in zip(places, parts, strict=True)
+        ]

@@ -18,7 +18,7 @@ from reducer.draw import CANDIDATES, TRIAL_LABELS, draw_order
 from reducer.errors import BudgetError, InputError
 from reducer.lists import find_always_keep
 from reducer.manifest import Manifest, read_manifest
-from reducer.partition import assign, largest_whole, partition_count, piece_size, pieces
+from reducer.partition import Division, assign, largest_whole, partition_count, piece_size, pieces
 from reducer.ranking import FACILITY_LOCATION_CANDIDATES
 from reducer.schemas import (
     KEPT_SMALL_LABEL,
@@ -29,7 +29,7 @@ from reducer.schemas import (
     TASK_SCHEMA,
 )
 from reducer.shards import find_shards, member_keys
-from reducer.tables import with_column
+from reducer.tables import release_unused, with_column
 from reducer.types import MemberKeys, Shard
 
 
@@ -43,7 +43,7 @@ class Plan:
         Whose plan it is.
     rows : pyarrow.Table
         `PLAN_SCHEMA` rows of all photos, of the chosen labels only, sorted by (label, id). The partitions are null
-        before `numbered`.
+        before `numbered`, and the paths where `reducer.manifest.with_paths` tells them.
     manifest : mapping
         What ``summary.json`` tells of the manifest.
     shards : tuple of Shard, optional
@@ -81,20 +81,14 @@ class Plan:
         return self.rows.select(TASK_SCHEMA.names).filter(pa.array(self.is_read))
 
     @property
-    def read_label(self) -> NDArray[np.int64]:
+    def read_label(self) -> NDArray[np.int32]:
         """The number of the label of each row to read."""
         return self.labels.of_row[self.is_read]
 
     @property
     def unread(self) -> pa.Table:
-        """`LEDGER_SCHEMA` rows of the photos that are not read."""
-        rows = self.rows.filter(pa.array(~self.is_read))
-        kept = pc.equal(rows["reason"], KEPT_SMALL_LABEL)
-        known = {name: rows[name] for name in (*MANIFEST_SCHEMA.names, "reason")}
-        known["kept"] = kept
-        known["nearest_kept"] = pc.if_else(kept, rows["id"], pa.scalar(None, pa.string()))
-        columns = [known.get(f.name, pa.nulls(rows.num_rows, f.type)) for f in LEDGER_SCHEMA]
-        return pa.table(columns, schema=LEDGER_SCHEMA)
+        """`PLAN_SCHEMA` rows of the photos that are not read."""
+        return self.rows.filter(pa.array(~self.is_read))
 
     @cached_property
     def always_kept_rows(self) -> NDArray[np.int64]:
@@ -102,7 +96,7 @@ class Plan:
         found: NDArray[np.int64] = self.rows.filter(self.rows["always_keep"])["row"].to_numpy()
         return found
 
-    def assigned(self, threads: int) -> NDArray[np.int64]:
+    def assigned(self, threads: int) -> NDArray[np.int32]:
         """The partition of each row to read.
 
         Parameters
@@ -112,7 +106,7 @@ class Plan:
 
         Returns
         -------
-        ndarray of int64, shape (rows to read,)
+        ndarray of int32, shape (rows to read,)
             Partitions are numbered by falling number of photos, so that the end of the job is short.
         """
         if self.shards is None:
@@ -123,12 +117,12 @@ class Plan:
         """The same plan with its partitions, and of single files the pieces of labels too large for one."""
         chosen = pa.array(self.is_read)
         nulls = pa.nulls(self.rows.num_rows, pa.int32())
-        partition = pc.replace_with_mask(nulls, chosen, pa.array(self.assigned(threads), pa.int32()))
+        partition = pc.replace_with_mask(nulls, chosen, pa.array(self.assigned(threads)))
         rows = with_column(self.rows, "partition", partition)
         if self.shards is None:
             size = self._size(threads)
             number = pieces(self.read_label, largest_whole(*size), piece_size(*size))
-            piece = pc.replace_with_mask(nulls, chosen, pa.array(number, pa.int32(), mask=number < 0))
+            piece = pc.replace_with_mask(nulls, chosen, pa.array(number, mask=number < 0))
             rows = with_column(rows, "piece", piece)
         return replace(self, rows=rows)
 
@@ -140,7 +134,7 @@ class Plan:
         """Partitions whose photos are hashed in pieces, or by the shard, before they are ranked."""
         return pieced_partitions(self.rows, self.shards is not None)
 
-    def pieces(self, rows: pa.Table | None = None) -> dict[int, pa.Table]:
+    def pieces(self, rows: pa.Table | None = None) -> Division:
         """The rows of each piece by its number; parameters as for `partitions`."""
         return self._divided("piece", rows)
 
@@ -157,12 +151,12 @@ class Plan:
         first = 0 if largest is None else largest + 1
         new = first + _assigned(self.job, self.labels.of_row[small], threads)
         chosen = pa.array(small)
-        partition = pc.replace_with_mask(self.rows["partition"], chosen, pa.array(new, pa.int32()))
+        partition = pc.replace_with_mask(self.rows["partition"], chosen, pa.array(new))
         reason = pc.replace_with_mask(self.rows["reason"], chosen, pa.nulls(int(small.sum()), pa.string()))
         rows = with_column(with_column(self.rows, "partition", partition), "reason", reason)
         return replace(self, job=replace(self.job, rank_all=True), rows=rows)
 
-    def partitions(self, rows: pa.Table | None = None) -> dict[int, pa.Table]:
+    def partitions(self, rows: pa.Table | None = None) -> Division:
         """The rows of each partition by its number, in the order in which they are to be done.
 
         Parameters
@@ -172,17 +166,22 @@ class Plan:
         """
         return self._divided("partition", rows)
 
-    def _divided(self, by: str, rows: pa.Table | None) -> dict[int, pa.Table]:
-        """Rows by their number in a column of the plan; those without one are left out."""
-        number = pc.fill_null(self.rows[by].filter(pa.array(self.is_read)), -1).to_numpy()
-        order = np.argsort(number, kind="stable")
-        order = order[np.count_nonzero(number < 0) :]
-        ordered = (self.read if rows is None else rows).take(pa.array(order))
-        numbers, sizes = np.unique(number[order], return_counts=True)
-        return {
-            number: ordered.slice(stop - size, size)
-            for number, size, stop in zip(numbers.tolist(), sizes.tolist(), np.cumsum(sizes).tolist(), strict=True)
-        }
+    def _divided(self, by: str, rows: pa.Table | None) -> Division:
+        """Rows by their number in a column of the plan; those without one, as all that are not read, are left out."""
+        number = pc.fill_null(self.rows[by], -1).to_numpy()
+        if rows is None:
+            return Division.by(number, self.rows.select(TASK_SCHEMA.names))
+        return Division.by(number[self.is_read], rows)
+
+
+def as_unread(rows: pa.Table) -> pa.Table:
+    """`LEDGER_SCHEMA` rows of photos that are not read, from those of `Plan.unread`."""
+    kept = pc.equal(rows["reason"], KEPT_SMALL_LABEL)
+    known = {name: rows[name] for name in (*MANIFEST_SCHEMA.names, "reason")}
+    known["kept"] = kept
+    known["nearest_kept"] = pc.if_else(kept, rows["id"], pa.scalar(None, pa.string()))
+    columns = [known.get(f.name, pa.nulls(rows.num_rows, f.type)) for f in LEDGER_SCHEMA]
+    return pa.table(columns, schema=LEDGER_SCHEMA)
 
 
 def pieced_partitions(rows: pa.Table, in_shards: bool) -> frozenset[int]:
@@ -201,20 +200,21 @@ class Labels:
         Sorted.
     starts : ndarray of int64, shape (labels + 1,)
         Where each begins, and the end.
-    of_row : ndarray of int64, shape (rows,)
+    of_row : ndarray of int32, shape (rows,)
         The number of the label of each row.
     """
 
     names: list[str]
     starts: NDArray[np.int64]
-    of_row: NDArray[np.int64]
+    of_row: NDArray[np.int32]
 
     @classmethod
     def of(cls, column: pa.ChunkedArray) -> Labels:
         """Those of a column in which equal labels stand together."""
         ends = pc.run_end_encode(column.combine_chunks(), run_end_type=pa.int64())
         starts = np.concatenate([[0], ends.run_ends.to_numpy()]).astype(np.int64)
-        return cls(ends.values.to_pylist(), starts, np.repeat(np.arange(len(starts) - 1), np.diff(starts)))
+        numbers = np.arange(len(starts) - 1, dtype=np.int32)
+        return cls(ends.values.to_pylist(), starts, np.repeat(numbers, np.diff(starts)))
 
     @property
     def sizes(self) -> NDArray[np.int64]:
@@ -241,7 +241,9 @@ def make_plan(job: Job) -> Plan:
     keys = None if found is None else member_keys(job)
     if keys is MemberKeys.SAMPLE:
         return Plan(job, PLAN_SCHEMA.empty_table(), {}, shards, is_listed=False)
-    return plan_of(job, read_manifest(job, keys), shards)
+    manifest = read_manifest(job, keys)
+    release_unused()
+    return plan_of(job, manifest, shards)
 
 
 def plan_of(job: Job, manifest: Manifest, shards: tuple[Shard, ...] | None = None) -> Plan:
@@ -290,13 +292,13 @@ def plan_of(job: Job, manifest: Manifest, shards: tuple[Shard, ...] | None = Non
     _check_total(job, label_of_row[read], always_keep[read])
     _check_memory(job, names, np.bincount(label_of_row[read], minlength=len(sizes)))
 
-    reasons = np.where(ranked[label_of_row], NOT_SAMPLED, KEPT_SMALL_LABEL)
+    reasons = pa.array([KEPT_SMALL_LABEL, NOT_SAMPLED])
     columns = {
         **{name: table[name] for name in MANIFEST_SCHEMA.names},
         "always_keep": pa.array(always_keep),
         "partition": pa.nulls(table.num_rows, pa.int32()),
         "piece": pa.nulls(table.num_rows, pa.int32()),
-        "reason": pa.array(reasons, pa.string(), mask=read),
+        "reason": reasons.take(pa.array(ranked[label_of_row].astype(np.int8), mask=read)),
     }
     return Plan(
         job=job,
@@ -312,7 +314,7 @@ def plan_of(job: Job, manifest: Manifest, shards: tuple[Shard, ...] | None = Non
     )
 
 
-def _check_total(job: Job, label: NDArray[np.int64], always_keep: NDArray[np.bool_]) -> None:
+def _check_total(job: Job, label: NDArray[np.int32], always_keep: NDArray[np.bool_]) -> None:
     """Refuse a budget of fewer photos than are guaranteed, before any is read."""
     rules = job.cut_rules
     if rules.total is None:
@@ -348,17 +350,20 @@ def parse_labels(text: str) -> tuple[str, ...]:
     return tuple(label for row in csv.reader([text]) for label in row)
 
 
-def _assigned(job: Job, label: NDArray[np.int64], threads: int, most: int | None = None) -> NDArray[np.int64]:
+def _assigned(job: Job, label: NDArray[np.int32], threads: int, most: int | None = None) -> NDArray[np.int32]:
     """The partition of each row, by the numbers of their labels; labels of more than `most` rows have one each."""
-    numbers, own, photos = np.unique(label, return_inverse=True, return_counts=True)
-    partition = np.zeros(len(numbers), dtype=np.int64)
+    photos = np.bincount(label)
+    has_any = photos > 0
+    own, photos = np.cumsum(has_any) - 1, photos[has_any]
+    partition = np.zeros(len(photos), dtype=np.int32)
     large = photos > (len(label) if most is None else most)
     if not large.all():
         left = int(photos[~large].sum())
         partition[~large] = assign(photos[~large], partition_count(left, threads, job.partition_images))
     first = 0 if large.all() else int(partition[~large].max()) + 1
     partition[large] = np.arange(first, first + np.count_nonzero(large))
-    return partition[own]
+    of_row: NDArray[np.int32] = partition[own][label]
+    return of_row
 
 
 def _choose_labels(job: Job, names: list[str]) -> NDArray[np.int64] | None:

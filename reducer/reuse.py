@@ -14,6 +14,7 @@ from reducer.config import Job
 from reducer.environment import Environment, compare_with
 from reducer.errors import InputError
 from reducer.fingerprint import Fingerprint
+from reducer.manifest import with_paths
 from reducer.pieces import stem_of
 from reducer.rules import flag
 from reducer.schemas import FLAT, KNOWN_SCHEMA, PLACE_SCHEMA
@@ -213,22 +214,24 @@ def as_known(ledger: pa.Table) -> pa.Table:
     return pa.table(columns)
 
 
-def beside(rows: pa.Table, known: pa.Table) -> pa.Table:
+def beside(rows: pa.Table, known: pa.Table, job: Job) -> pa.Table:
     """Put what is known of photos, by their id and path, beside rows of a plan.
 
     Parameters
     ----------
     rows : pyarrow.Table
-        With ``id`` and ``path``.
+        Of the plan.
     known : pyarrow.Table
         From `as_known`.
+    job : Job
+        Whose plan it is.
 
     Returns
     -------
     pyarrow.Table
         The rows with the columns of `KNOWN_SCHEMA`.
     """
-    places = pc.index_in(_keys(rows), value_set=_keys(known))
+    places = pc.index_in(_keys(with_paths(job, rows)), value_set=_keys(known))
     for field in KNOWN_SCHEMA:
         rows = rows.append_column(field, known[field.name].take(places).cast(field.type))
     return rows

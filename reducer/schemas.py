@@ -84,7 +84,8 @@ SHARDS_SCHEMA = pa.schema(
     ]
 )
 
-#: The plan `RUN/plan.parquet`: one row per manifest row (after duplicates), sorted by (label, id).
+#: The plan `RUN/plan.parquet`: one row per manifest row (after duplicates), sorted by (label, id). The path is null
+#: where a rule tells it from id and label (`reducer.manifest.with_paths`).
 PLAN_SCHEMA = pa.schema(
     [
         *TASK_SCHEMA,

@@ -23,6 +23,7 @@ from reducer.dispatch import Dispatch, InProcess
 from reducer.errand import Errand, ShardErrand
 from reducer.errors import BudgetError, ListingError, LostLockError, ReducerError, TooManyFailuresError
 from reducer.found import merged
+from reducer.manifest import with_paths
 from reducer.pipeline import ledger_rows
 from reducer.plan import Plan
 from reducer.quality import figures, judge_again
@@ -373,7 +374,7 @@ class Run:
         with self._working(work, errand.photos, " photos") as (results, bar):
             for result in results:
                 assert isinstance(result, PartitionResult)
-                rows = errand.rows[result.index]
+                rows = with_paths(errand.job, errand.rows[result.index])
                 ledger, tally = ledger_rows(rows, result), result.tally
                 if result.index in self.todo.failed and not self.todo.again:
                     ledger, tally = self._merged(result, ledger)

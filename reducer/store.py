@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -281,10 +281,10 @@ class RunFolder(Files):
         """
         self.replace_part(f"part-{index:05d}.parquet", ledger, tally or Tally())
 
-    def write_unread(self, ledger: pa.Table) -> None:
+    def write_unread(self, ledgers: Iterable[pa.Table]) -> None:
         """Write the ledger rows of the photos that are not read, in parts of their own."""
-        for number, start in enumerate(range(0, ledger.num_rows, ROW_GROUP)):
-            self.replace_part(f"{UNREAD}{number:05d}.parquet", ledger.slice(start, ROW_GROUP), Tally())
+        for number, ledger in enumerate(ledgers):
+            self.replace_part(f"{UNREAD}{number:05d}.parquet", ledger, Tally())
 
     def remove_unread(self) -> None:
         """Take out what `write_unread` has written: it may not hold any more."""

@@ -179,7 +179,7 @@ def _labels_short(job: Job, ledger: pa.Table) -> list[str]:
 
 def _always_keep_failed(plan: Plan, ledger: pa.Table) -> list[str]:
     """Ids of photos that were to be kept whatever else, and could not be read."""
-    wanted = plan.read.filter(plan.read["always_keep"])["row"]
+    wanted = plan.rows["row"].filter(pc.and_(plan.rows["always_keep"], pa.array(plan.is_read)))
     failed = ledger.filter(pc.equal(ledger["reason"], FAILED))
     return sorted(failed.filter(pc.is_in(failed["row"], value_set=wanted.combine_chunks()))["id"].to_pylist())
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -12,14 +13,15 @@ import pyarrow.compute as pc
 from reducer.errand import Errand, ShardErrand
 from reducer.errors import InputError, ListingError
 from reducer.found import beside_plan, missing_error, rows_with, unread_ledger, without_errors
-from reducer.manifest import samples
+from reducer.manifest import samples, with_paths
+from reducer.partition import Division
 from reducer.pieces import wanted_keys
-from reducer.plan import Plan, plan_of
+from reducer.plan import Plan, as_unread, plan_of
 from reducer.ranking import Hashes
 from reducer.reuse import Reuse, as_known, beside
 from reducer.schemas import FAILED, HASHES_SCHEMA, KNOWN_SCHEMA, TASK_SCHEMA
 from reducer.shards import member_keys
-from reducer.store import RunFolder
+from reducer.store import ROW_GROUP, RunFolder
 from reducer.tables import with_column
 from reducer.types import MemberKeys, PieceReport
 
@@ -97,8 +99,7 @@ class Todo:
         done = self.folder.done_pieces() if self.is_begun else {}
         job = self.plan.job
         if self.plan.shards is None:
-            known = None if self.reuse is None else beside(self.plan.read, self.reuse.known)
-            rows = {number: rows for number, rows in self.plan.pieces(known).items() if number not in done}
+            rows = self.plan.pieces(self._read_with_known).without(done)
             return Errand(job, rows, is_pieces=True) if rows else None
         left = [shard for shard in self.plan.shards if shard.number not in done and shard.number not in self.spared]
         left += [shard for shard in self.plan.shards if shard.number in self.again & done.keys()]
@@ -141,32 +142,40 @@ class Todo:
         """The partitions that are left, and of those with failures the labels that have them."""
         plan = self.plan
         names = self.folder.done_partitions() if self.is_begun and not self.again else {}
-        rows = plan.read if self.reuse is None or plan.shards is not None else beside(plan.read, self.reuse.known)
-        pieced: frozenset[int] = frozenset()
-        if plan.is_listed and (plan.shards is not None or plan.rows["piece"].null_count < plan.rows.num_rows):
-            found = self._found_beside
-            pieced = plan.pieced
-            if plan.shards is not None:
-                rows = rows_with(plan, found, self.missing)
-                if self.is_retry:
-                    rows = without_errors(rows)
-            else:
-                is_pieced = pc.is_valid(plan.rows["piece"]).filter(pa.array(plan.is_read))
-                rows = _with_known(rows, rows_with(plan, found, self.missing), is_pieced)
-        partitions = plan.partitions(rows)
-        left = {number: own for number, own in partitions.items() if number not in names}
+        pieced = plan.pieced if plan.is_listed else frozenset()
+        if plan.shards is not None:
+            rows = rows_with(plan, self._found_beside, self.missing) if plan.is_listed else None
+            partitions = plan.partitions(without_errors(rows) if rows is not None and self.is_retry else rows)
+        else:
+            partitions = plan.partitions(self._read_with_known)
+            if pieced:
+                partitions |= self._hashed_in_pieces()
+        left = partitions.without(names)
         for number in () if self.again else self.failed:
             ledger, _ = self.folder.read_part(names[number])
             labels = pc.unique(ledger.filter(pc.equal(ledger["reason"], FAILED))["label"])
-            own = partitions[number].filter(pc.is_in(partitions[number]["label"], value_set=labels))
-            before = beside(own.select(TASK_SCHEMA.names), as_known(ledger))
+            own = partitions[number]
+            own = own.filter(pc.is_in(own["label"], value_set=labels))
+            before = beside(own.select(TASK_SCHEMA.names), as_known(ledger), plan.job)
             own = own if plan.shards is not None else own.select(TASK_SCHEMA.names)
-            left[number] = _with_known(own, before, pc.is_valid(before["known_hash"]))
+            left |= {number: _with_known(own, before, pc.is_valid(before["known_hash"]))}
         return Errand(plan.job, left, pieced | frozenset(self.failed), avoid=self.avoid)
+
+    @property
+    def _read_with_known(self) -> pa.Table | None:
+        """The single files to read with what an earlier run tells of them; None where there is none."""
+        return None if self.reuse is None else beside(self.plan.read, self.reuse.known, self.plan.job)
+
+    def _hashed_in_pieces(self) -> Division:
+        """The partitions of single files that were hashed in pieces, with what was found of them."""
+        rows = self.plan.rows
+        plan = replace(self.plan, rows=with_paths(self.plan.job, rows.filter(pc.is_valid(rows["piece"]))))
+        rows = rows_with(plan, beside_plan(plan, self.found(), self.keys), self.missing)
+        return plan.partitions(rows.select([*TASK_SCHEMA.names, *KNOWN_SCHEMA.names]))
 
     @cached_property
     def _found_beside(self) -> pa.Table:
-        """What was found of each row of the plan; asked for only when all shards and pieces are done."""
+        """What was found in shards of each row of the plan; asked for only when all of them are done."""
         return beside_plan(self.plan, self.found(), self.keys)
 
     @cached_property
@@ -174,11 +183,13 @@ class Todo:
         """The error of photos that no shard holds."""
         return missing_error(self.folder.piece_reports() if self.is_begun else {})
 
-    def unread(self) -> pa.Table:
-        """`LEDGER_SCHEMA` rows of the photos that are not read."""
-        if self.plan.shards is None:
-            return self.plan.unread
-        return unread_ledger(self.plan, self._found_beside, self.missing)
+    def unread(self) -> Iterator[pa.Table]:
+        """`LEDGER_SCHEMA` rows of the photos that are not read, those of one part file at a time."""
+        plan, in_shards = self.plan, self.plan.shards is not None
+        rows = unread_ledger(plan, self._found_beside, self.missing) if in_shards else plan.unread
+        for start in range(0, rows.num_rows, ROW_GROUP):
+            own = rows.slice(start, ROW_GROUP)
+            yield own if in_shards else as_unread(with_paths(plan.job, own))
 
 
 def _with_known(rows: pa.Table, known: pa.Table, where: pa.ChunkedArray) -> pa.Table:

@@ -2,26 +2,34 @@ from __future__ import annotations
 
 import gzip
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from reducer import InputError, Job
-from reducer.manifest import read_manifest
+from reducer.manifest import Manifest, read_manifest, with_paths
 from reducer.schemas import MANIFEST_SCHEMA
+from reducer.tables import text_order
 
 
-def manifest_of(folder: Path, content: str | bytes, name: str = "train.csv", **options: object):
+def manifest_of(folder: Path, content: str | bytes, name: str = "train.csv", **options: object) -> Manifest:
+    """The manifest with all its paths."""
     path = folder / name
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     (folder / "train").mkdir(exist_ok=True)
     settings: dict[str, object] = {"path_template": "{id}.jpg", **options}
     if "path_column" in options:
         del settings["path_template"]
-    return read_manifest(Job(str(folder / "train"), str(folder / "run"), manifest=str(path), **settings))
+    job = Job(str(folder / "train"), str(folder / "run"), manifest=str(path), **settings)
+    found = read_manifest(job)
+    assert found.table["path"].null_count == (0 if "path_column" in options else found.table.num_rows)
+    return replace(found, table=with_paths(job, found.table))
 
 
 def rows(manifest) -> list[tuple[int, str, str]]:
@@ -169,6 +177,15 @@ def test_duplicates_leave_one_row_whatever_the_order(tmp_path: Path) -> None:
         kept = sorted(zip(found.table["id"].to_pylist(), found.table["path"].to_pylist(), strict=True))
         assert [(photo, Path(path).name) for photo, path in kept] == [("a", "m.jpg"), ("b", "b.jpg"), ("c", "c.jpg")]
         assert found.table["row"].to_pylist()[0] == order.index("a,1,m.jpg")
+
+
+@given(st.lists(st.lists(st.text() | st.text("a\0", max_size=40)), min_size=1))
+def test_texts_are_sorted_by_code_point(chunks: list[list[str]]) -> None:
+    texts = [text for chunk in chunks for text in chunk]
+    order, new = text_order(pa.chunked_array(chunks, pa.string()))
+    assert order.tolist() == sorted(range(len(texts)), key=lambda place: texts[place].encode())
+    ordered = [texts[place] for place in order.tolist()]
+    assert new.tolist() == [place == 0 or ordered[place] != ordered[place - 1] for place in range(len(ordered))]
 
 
 def test_an_id_under_two_labels_is_kept_under_both_and_reported(tmp_path: Path) -> None:

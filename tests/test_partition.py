@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reducer.partition import IMBALANCE, assign, largest_whole, partition_count, piece_size, pieces
+from reducer.partition import IMBALANCE, Division, assign, largest_whole, partition_count, piece_size, pieces
 
 
 @given(st.lists(st.integers(1, 3000), min_size=1, max_size=300), st.integers(1, 400))
@@ -74,3 +75,25 @@ def test_pieces_are_about_equal() -> None:
     found = pieces(label, 100, 60)
     assert set(found[:107].tolist()) == {-1}
     assert np.bincount(found[107:]).tolist() == [51, 50, 50, 50, 50, 50, 50]
+
+
+def test_labels_that_are_too_large_are_divided_evenly() -> None:
+    label = np.repeat(np.array([3, 4, 7, 9], np.int32), [2, 5, 3, 7])
+    assert pieces(label, 3, 3).tolist() == [-1] * 2 + [0, 0, 0, 1, 1] + [-1] * 3 + [2, 2, 2, 3, 3, 4, 4]
+    assert pieces(label[:0], 3, 3).tolist() == []
+
+
+def test_a_division_knows_its_rows_and_holds_those_of_others() -> None:
+    rows = pa.table({"row": pa.chunked_array([range(4), range(4, 9)])})
+    number = np.array([1, 0, -1, 1, 0, 2, -1, 2, 1], np.int32)
+    division = Division.by(number, rows)
+    assert {n: own["row"].to_pylist() for n, own in division.items()} == {0: [1, 4], 1: [0, 3, 8], 2: [5, 7]}
+    assert (len(division), division.photos) == (3, 7)
+    left = division.without([1]) | {2: pa.table({"row": [9], "other": ["x"]}), 1: pa.table({"row": [0]})}
+    assert [(n, own["row"].to_pylist()) for n, own in left.items()] == [(0, [1, 4]), (2, [9]), (1, [0])]
+    assert left.photos == 4
+    for most, expected in [(1, [0]), (2, [0, 4]), (3, [0, 3, 6]), (7, list(range(7))), (20, list(range(7)))]:
+        in_turn = [1, 4, 0, 3, 8, 5, 7]
+        assert [row["row"].to_pylist() for row in division.few(most)] == [[in_turn[place]] for place in expected]
+    nothing = Division.by(number[:0], rows.slice(0, 0))
+    assert (dict(nothing), nothing.photos, nothing.few(3)) == ({}, 0, [])

@@ -11,8 +11,9 @@ from reducer import InputError, Job
 from reducer.dispatch import as_bag
 from reducer.draw import CANDIDATES, draw_order
 from reducer.errand import Errand
+from reducer.manifest import with_paths
 from reducer.pipeline import photo_paths
-from reducer.plan import make_plan, parse_labels
+from reducer.plan import as_unread, make_plan, parse_labels
 from reducer.ranking import FACILITY_LOCATION_CANDIDATES
 from reducer.schemas import LEDGER_SCHEMA, TASK_SCHEMA, from_ipc
 from reducer.types import Terms, Work
@@ -35,9 +36,10 @@ def plan_of(folder: Path, **options: object):
 def test_small_labels_are_kept_whole_and_unread(listed: Path) -> None:
     plan = plan_of(listed)
     assert Counter(plan.read["label"].to_pylist()) == {"d": 8, "e": 16, "f": 32}
-    unread = plan.unread.to_pylist()
+    ledger = as_unread(plan.unread)
+    unread = ledger.to_pylist()
     assert Counter(row["label"] for row in unread) == {"a": 1, "b": 2, "c": 4}
-    assert plan.unread.schema == LEDGER_SCHEMA
+    assert ledger.schema == LEDGER_SCHEMA
     for row in unread:
         assert (row["kept"], row["reason"]) == (True, "kept-small-label")
         assert row["nearest_kept"] == row["id"]
@@ -50,7 +52,7 @@ def test_candidates_are_the_smallest_keys_and_a_larger_draw_holds_the_smaller(li
     for count in (4, 10, 20):
         plan = plan_of(listed, candidates=count)
         drawn[count] = set(plan.read["id"].to_pylist())
-        left_out = [row for row in plan.unread.to_pylist() if row["reason"] == "not-sampled"]
+        left_out = [row for row in as_unread(plan.unread).to_pylist() if row["reason"] == "not-sampled"]
         assert all(row["kept"] is False and row["nearest_kept"] is None for row in left_out)
         assert Counter(row["label"] for row in left_out)["f"] == 32 - count
     assert drawn[4] < drawn[10] < drawn[20]
@@ -107,7 +109,7 @@ def test_tasks_hold_whole_labels_once_and_no_path_in_their_names(listed: Path) -
             sent = from_ipc(task.rows)
             assert sent.column_names == ["id", "label"]
             assert sent.equals(table.select(["id", "label"]))
-            assert photo_paths(task, sent).equals(table["path"])
+            assert photo_paths(task, sent).equals(with_paths(plan.job, table)["path"])
         assert sorted(row for table in tables for row in table["row"].to_pylist()) == list(range(63))
         homes = [label for table in tables for label in set(table["label"].to_pylist())]
         assert sorted(homes) == list("abcdef")
@@ -139,7 +141,7 @@ def test_tasks_travel_small(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("id,landmark_id\n" + "\n".join(lines) + "\n")
     for size in (1000, 10_000):
         plan = plan_of(tmp_path, path_template=None, partition_images=size)
-        terms = Terms("f" * 32, "f" * 16, "f" * 16, plan.read["path"][0].as_py(), 10.0, 600.0)
+        terms = Terms("f" * 32, "f" * 16, "f" * 16, with_paths(plan.job, plan.read)["path"][0].as_py(), 10.0, 600.0)
         errand = Errand(plan.job, plan.numbered(1).partitions())
         works = [Work(errand.task(index), terms) for index in errand.rows]
         assert len(works) == 10_000 // size

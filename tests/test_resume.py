@@ -27,6 +27,7 @@ import reducer.session
 from reducer import ClusterSpec, InputError, TooManyFailuresError, reduce_images, resume
 from reducer.environment import Environment
 from reducer.errors import LostLockError
+from reducer.manifest import with_paths
 from reducer.places import Place
 from reducer.store import RunFolder
 
@@ -237,6 +238,19 @@ def half(collection: Path, tmp_path: Path) -> Path:
     run_on(collection, tmp_path / "half", partition_images=30)
     shorten(tmp_path / "half", 2)
     return tmp_path / "half"
+
+
+def test_a_plan_that_holds_paths_is_gone_on_with(half: Path, collection: Path, tmp_path: Path) -> None:
+    """As plans did before rules told them."""
+    folder = RunFolder(str(half))
+    rows, terms = folder.read_plan()
+    assert rows["path"].null_count == rows.num_rows
+    job = job_on(collection, half)
+    folder.write_plan(with_paths(job, rows), terms)
+    assert folder.read_plan()[0]["path"].null_count == 0
+    resume(half, SERIAL, progress=False)
+    run_on(collection, tmp_path / "whole", partition_images=30)
+    assert_same(half, tmp_path / "whole")
 
 
 def change(run: Path, **values: Any) -> None:
