@@ -259,7 +259,8 @@ class Run:
             work = self._hash_and_rank(work)
         plan, job = self.plan, self.plan.job
         if not job.report:  # the rest needs no workers
-            open_cluster.close()
+            with session.timing("cluster_close"):
+                open_cluster.close()
         with session.timing("write"):
             folder.write_unread(self.todo.unread())
             if job.has_filters:

@@ -37,7 +37,7 @@ from benchmarks.codec import codec, fidelity, flat
 from benchmarks.common import REPETITIONS, say, write_json
 from benchmarks.planning import plan, scale
 from benchmarks.runs import cut, report
-from benchmarks.scaling import scaling
+from benchmarks.scaling import SECONDS, scaling
 from benchmarks.selection import quality, ranking
 from benchmarks.speed import floor, memory, speed, startup
 from benchmarks.storage import export, s3, shards, tar
@@ -91,6 +91,8 @@ def parser() -> argparse.ArgumentParser:
     adders["ranking"]("candidates", type=int, nargs="*", default=[1_000, 6_272, 20_000])
     adders["scale"]("--times", type=int, nargs="*", default=[1, 10], help="how often each label is there")
     adders["scale"]("--plan-times", type=int, default=64, help="the same of a manifest that is only planned")
+    adders["scaling"]("--most", type=int, default=256, metavar="WORKERS", help="from 1, always twice as many")
+    adders["scaling"]("--seconds", type=float, default=SECONDS, help="a replay lasts about so long at most")
     adders["shards"]("--gigabytes", type=float, default=8.0, help="10^9 bytes, in shards of one")
     adders["cut"]("--keep-in", metavar="DIR", help="leave the generated run here (default: a temporary directory)")
     return top

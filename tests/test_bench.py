@@ -27,7 +27,21 @@ def by_label(collection: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.mark.parametrize(
     "command",
-    ["speed", "floor", "startup", "codec", "quality", "fidelity", "flat", "ranking", "plan", "scale", "cut", "report"],
+    [
+        "speed",
+        "floor",
+        "startup",
+        "codec",
+        "quality",
+        "fidelity",
+        "flat",
+        "ranking",
+        "plan",
+        "scale",
+        "scaling",
+        "cut",
+        "report",
+    ],
 )
 def test_a_benchmark_prints_its_tables(command: str, by_label: Path, tmp_path: Path) -> None:
     sizes = tmp_path / "sizes.tsv"
@@ -41,6 +55,7 @@ def test_a_benchmark_prints_its_tables(command: str, by_label: Path, tmp_path: P
         "fidelity": [str(by_label), *once],
         "ranking": ["60", "130", "--repetitions", "2"],
         "plan": ["--photos", "3000", *once],
+        "scaling": [str(sizes), "--photos", "120", "--most", "4", "--seconds", "1"],
         "scale": [str(sizes), "--times", "1", "2", "--plan-times", "2", *once],
         "cut": [str(sizes), "--keep-in", str(tmp_path / "run"), *once],
         "report": [str(sizes), *once],
@@ -56,6 +71,7 @@ def test_a_benchmark_prints_its_tables(command: str, by_label: Path, tmp_path: P
         "floor": ["fast", "exact"],
         "startup": ["`reducer --help`", "`reducer run` on 100 photos"],
         "codec": ["as they are", "saved progressively"],
+        "scaling": ["1", "2", "4", "photos/s a core, real run"],
         "scale": ["1,328 rows", "2,656 rows"],
         "quality": ["the notebook as it stands", *STRATEGY_NAMES],
         "fidelity": HASH_NAMES,

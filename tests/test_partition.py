@@ -58,7 +58,8 @@ def test_enough_photos_give_every_thread_four_partitions_of_some_size() -> None:
         (1_000_000, 2, None, 8000, 2000),  # an eighth of a thread's photos would be more
         (30_000, 2, None, 1875, 500),
         (30_000, 64, None, 500, 500),  # as large as any partition
-        (1_000_000, 256, None, 2000, 2000),
+        (1_000_000, 64, None, 1953, 500),
+        (10_000_000, 256, None, 4882, 1220),
         (30_000, 2, 60, 60, 60),
         (30_000, 2, 5, 50, 50),
     ],

@@ -17,7 +17,7 @@ from unittest import mock
 import dask
 import numpy as np
 import pyarrow as pa
-from benchmarks.common import PROCESSES, linked_collection, machine, run_job, sizes_of, table
+from benchmarks.common import PROCESSES, linked_collection, machine, run_job, say, sizes_of, table
 from distributed import Client, LocalCluster, get_worker
 from numpy.typing import NDArray
 
@@ -37,7 +37,7 @@ Told = tuple[list[str], list[list[object]]] | str
 #: Of the rate that the harness can do, no more than one in so many is asked for; and one in so many where that takes no
 #: longer than `seconds`, since what a partition costs beside its sleep would else show as a loss of that share.
 LEAST_ROOM, GOOD_ROOM = 5, 20
-SECONDS = 60.0
+SECONDS = 40.0
 #: For what one large machine would need.
 CORES = 32
 PHOTO_KB = 142
@@ -105,8 +105,8 @@ class Replay:
 
 def scaling(
     sizes: str, photos: int = 30_000, most: int = 256, seconds: float = SECONDS, protocol: str = "inproc://"
-) -> list[Told]:
-    """The job's own dispatch with 1, 2, 4, ... workers that sleep for as long as a real run's workers have hashed.
+) -> None:
+    """1 to 256 workers, simulated: they sleep for as long as a real run's have hashed, the job's own dispatch is real.
 
     Parameters
     ----------
@@ -120,11 +120,6 @@ def scaling(
         A replay lasts about so long at most, but where the harness needs it to be longer.
     protocol : str
         How clients, scheduler and workers talk: ``inproc://``, or ``tcp://``, which packs all messages.
-
-    Returns
-    -------
-    list of str or (list of str, list of list)
-        What was printed: lines of text, and tables as header and rows.
     """
     recorded = record(photos)
     plan = plan_for(sizes_of(sizes))
@@ -138,10 +133,11 @@ def scaling(
         work = sum(sum(phase.seconds.values()) for phase in phases)
         ideal = sum(longest_first(list(phase.seconds.values()), workers) for phase in phases)
         client = sum(fmean(recorded.writing[phase.errand.is_pieces]) * len(phase.seconds) for phase in phases)
+        expected = max(work / workers, client)
         with cluster_of(workers, protocol) as dask_client:
             ceiling = tasks / replay(dask_client, workers, phases, recorded, 0.0).seconds
             lasts = max(LEAST_ROOM * tasks / ceiling, min(GOOD_ROOM * tasks / ceiling, seconds))
-            scale = lasts / (work / workers)
+            scale = lasts / expected
             found = replay(dask_client, workers, phases, recorded, scale)
         efficiencies[workers] = work * scale / workers / found.seconds
         rows.append(
@@ -149,23 +145,23 @@ def scaling(
                 workers,
                 tasks,
                 work / workers,
-                tasks / (work / workers),
+                tasks / expected,
                 round(ceiling),
                 scale,
                 found.seconds,
                 f"{efficiencies[workers]:.1%}",
                 f"{work / workers / ideal:.1%}",
+                f"{work / workers / max(ideal, client):.1%}",
                 f"{found.tail:.2f} ({found.tail / found.seconds:.1%})",
-                f"{client / (work / workers):.1%}",
+                f"{client / expected:.0%}",
             ]
         )
-    told = told_of(plan, recorded, rows, efficiencies, photos, seconds, protocol)
-    for part in told:
+        print(rows[-1], file=sys.stderr)
+    for part in told_of(plan, recorded, rows, efficiencies, photos, seconds, protocol):
         if isinstance(part, str):
-            print(f"{part}\n")
+            say(part)
         else:
             table(*part)
-    return told
 
 
 def record(photos: int) -> Recorded:
@@ -329,12 +325,14 @@ def told_of(
         "replayed, s",
         "efficiency",
         "without Dask, longest first",
+        "and the client writes",
         "tail, s (share)",
         "client busy",
     ]
     return [
         f"{plan.rows.num_rows} photos of {len(plan.labels.names)} labels, of which {read} are read, {machine()}.",
-        f"Times are of a real run: {photos} photos (hard links to 2000 drawn ones, 800x600), {PROCESSES} workers, "
+        f"Times are of a real run: {photos} photos (hard links to drawn ones, 720 to 960 pixels wide), {PROCESSES} "
+        "workers, "
         f"{len(recorded.hashing)} tasks with {milliseconds[1]:.2f} ms a photo (5 % to 95 %: {milliseconds[0]:.2f} to "
         f"{milliseconds[2]:.2f}), {rate:.0f} photos/s a worker. Its client took "
         f"{1000 * fmean(recorded.writing[False]):.1f} ms to write a partition and "
@@ -351,8 +349,10 @@ def told_of(
         "lowered by all workers sharing one interpreter.",
         (header, rows),
         "Efficiency: sleeps / workers / time replayed. Without Dask: the same for the same times dealt out by a heap, "
-        "so what the sizes of tasks lose. Tail: from the first worker's last task to the end, over both phases. Client "
-        "busy: the share of the ideal time for which the client writes; near 100 % it is what limits a run.",
+        "so what the sizes of tasks lose; and if the client has to write as long as in the real run, one result after "
+        "the other. What the replay is below that is Dask's. Tail: from the first worker's last task to the end, over "
+        "both phases. Client busy: the share of the time that it needs at least for which the client writes; at 100 % "
+        "that is what limits the run, and more workers do not help.",
         (
             [f"{CORES} cores, estimated", "is"],
             [

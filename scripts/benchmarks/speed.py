@@ -69,7 +69,7 @@ def speed(photos: int, folder_of_photos: str | None, repetitions: int, without: 
         def job(decode: str) -> float:
             timings = run_job(folder, manifest, "run", decode=decode, keep=25, rank_all=True).summary["timings"]
             starts.append(timings["cluster_start_seconds"])
-            return float(timings["total_seconds"] - timings["cluster_start_seconds"])
+            return without_the_cluster(timings)
 
         def pooled(function: Callable[..., object]) -> float:
             with multiprocessing.Pool(PROCESSES) as pool:
@@ -93,7 +93,7 @@ def speed(photos: int, folder_of_photos: str | None, repetitions: int, without: 
     what = (
         f"copies of those of {folder_of_photos}"
         if folder_of_photos
-        else f"hard links to {min(DRAWN, photos)} drawn ones, 800x600"
+        else f"hard links to {min(DRAWN, photos)} drawn ones, 720 to 960 pixels wide"
     )
     say(
         f"{photos} photos ({what}), {len(by_label)} labels, median of {repetitions} rounds (least to most), {machine()}"
@@ -107,9 +107,14 @@ def speed(photos: int, folder_of_photos: str | None, repetitions: int, without: 
         [[name, rate, rates["`reducer run`"] / rate] for name, rate in rates.items()],
     )
     say(
-        "Reducer's rate is over all that a job does but for the start of the cluster, which took "
+        "Reducer's rate is over all that a job does but for the start and the end of the cluster; the start took "
         f"{Figure(tuple(starts))} s."
     )
+
+
+def without_the_cluster(timings: dict[str, float]) -> float:
+    """Seconds of a job but for the start and the end of its cluster."""
+    return timings["total_seconds"] - timings["cluster_start_seconds"] - timings["cluster_close_seconds"]
 
 
 def imagededup(folder: Path) -> float:
@@ -150,7 +155,7 @@ def floor(photos: int, repetitions: int) -> None:
 
                 def job(decode: str = decode, spent: dict[str, list[float]] = spent) -> float:
                     timings = run_job(folder, manifest, "run", decode=decode, rank_all=True).summary["timings"]
-                    total = float(timings["total_seconds"] - timings["cluster_start_seconds"])
+                    total = without_the_cluster(timings)
                     idle = PROCESSES * timings["hash_seconds"] - timings["worker_seconds"]
                     rest = total - sum(timings[f"{name}_seconds"] for name in ("plan", "hash", "write"))
                     spent["planning the job"].append(timings["plan_seconds"])
@@ -168,8 +173,8 @@ def floor(photos: int, repetitions: int) -> None:
                     base = found["bare processes"] if name.startswith("work,") else None
                     where.append([decode, name, own, own / base if base else ""])
     say(
-        f"{photos} photos (hard links to {min(DRAWN, photos)} drawn ones, 800x600), median of {repetitions} rounds, "
-        f"{machine()}"
+        f"{photos} photos (hard links to {min(DRAWN, photos)} drawn ones, 720 to 960 pixels wide), median of "
+        f"{repetitions} rounds, {machine()}"
     )
     table(
         ["`--decode`", f"{PROCESSES} bare processes, photos/s", f"the job on {PROCESSES} workers, photos/s", "ratio"],
