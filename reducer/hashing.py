@@ -287,7 +287,8 @@ def hash_photo(content: bytes, settings: PhotoSettings) -> PhotoHash:
     """
     kind = HASHES[settings.hash]
     if settings.decode == "fastest":
-        content = first_scan_only(content, largest_grid(settings)) or content
+        with _photo_failures(settings.max_pixels):
+            content = first_scan_only(content, largest_grid(settings), settings.max_pixels) or content
     with opened_photo(content, settings.max_pixels) as opened:
         image = opened
         width, height = image.size
@@ -331,7 +332,9 @@ def enough_of(head: bytes, settings: PhotoSettings) -> int | None:
     int or None
         As `reducer.progressive.bytes_needed` tells; None for all of them.
     """
-    return bytes_needed(head, largest_grid(settings)) if settings.decode == "fastest" else None
+    if settings.decode != "fastest":
+        return None
+    return bytes_needed(head, largest_grid(settings), settings.max_pixels)
 
 
 @contextmanager
@@ -357,12 +360,18 @@ def opened_photo(content: bytes, max_pixels: int) -> Iterator[Image.Image]:
     """
     if not content:
         raise PhotoError("empty", "the file has 0 bytes")
+    with _photo_failures(max_pixels), Image.open(io.BytesIO(content)) as image:
+        for columns, rows in (image.size, _tile_size(image)):
+            if columns * rows > max_pixels:
+                raise PhotoError("too large", f"{columns} x {rows} pixels, over --max-pixels {max_pixels}")
+        yield image
+
+
+@contextmanager
+def _photo_failures(max_pixels: int) -> Iterator[None]:
+    """Turn whatever goes wrong with a photo meanwhile into its own failure."""
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            for columns, rows in (image.size, _tile_size(image)):
-                if columns * rows > max_pixels:
-                    raise PhotoError("too large", f"{columns} x {rows} pixels, over --max-pixels {max_pixels}")
-            yield image
+        yield
     except PhotoError:
         raise
     except Image.DecompressionBombError as error:

@@ -71,6 +71,13 @@ class Transient(Exception):
     """A request failed for a reason that may pass."""
 
 
+class NoSuchPart(PhotoError):
+    """An object ends before the part that was asked for begins."""
+
+    def __init__(self) -> None:
+        super().__init__("changed", "it ends before the bytes that were asked for")
+
+
 class CannotCopy(Exception):
     """A store does not copy an object itself."""
 
@@ -100,6 +107,8 @@ def _clients() -> _Clients:
 #: So much of a photo is read before it is known how much is enough: what first scans of 800 x 600 pixels take, with all
 #: that stands before them.
 FIRST_BYTES = 2**15
+#: The status of an answer to a request for bytes behind an object's end.
+NO_SUCH_PART = 416
 
 #: Waits until there is room for so many bytes of a photo; what was asked for before is given back.
 Room = Callable[[int], Awaitable[None]]
@@ -128,22 +137,24 @@ async def fetch_start(path: str, source: Source, room: Room, enough: Enough) -> 
     """
     try:
         start = await _fetch(ByteRange(path, 0, FIRST_BYTES), source, room)
-    except (PhotoError, Transient):  # an empty object has no part, say; what is wrong with any other shows again
+    except NoSuchPart:  # an empty object has no part
         return await fetch(path, source, room)
-    if start.size is None:  # from a server that knows no parts: it is all there
-        return start
-    await room(start.size)  # refuses what is too large
-    content = start.content
-    while len(content) < start.size:
-        wanted = enough(content)
-        if wanted is not None and wanted <= len(content):
-            break
-        end = start.size if wanted is None else min(wanted, start.size)
-        more = await _fetch(ByteRange(path, len(content), end - len(content)), source, _no_more_room)
-        if (more.etag, more.mtime_ns, more.size) != (start.etag, start.mtime_ns, start.size) or not more.content:
-            raise Transient("it was written anew while it was read")
-        content += more.content
-    return replace(start, content=content)
+    if start.size is None:  # the server does not tell how much there is
+        return await fetch(path, source, room)
+    with _failures_of(Place(path, source.options)):  # no memory, say
+        await room(start.size)  # refuses what is too large
+        content = start.content
+        while len(content) < start.size:
+            wanted = enough(content)
+            if wanted is not None and wanted <= len(content):
+                break
+            end = start.size if wanted is None else min(wanted, start.size)
+            more = await _fetch(ByteRange(path, len(content), end - len(content)), source, _no_more_room)
+            if (more.etag, more.mtime_ns, more.size) != (start.etag, start.mtime_ns, start.size) or not more.content:
+                raise Transient("it was written anew while it was read")
+            content += more.content
+        await room(len(content))
+        return replace(start, content=content)
 
 
 async def _no_more_room(size: int) -> None:
@@ -194,6 +205,8 @@ def _s3fs_failures(place: Place) -> Iterator[None]:
         yield
     except botocore.ClientError as error:
         status = error.response["ResponseMetadata"]["HTTPStatusCode"]
+        if status == NO_SUCH_PART:
+            raise NoSuchPart from None
         if status >= 500 or status in (408, 429) or error.response["Error"].get("Code") == "RequestTimeout":
             raise Transient(place.safe(error)) from None
         raise translate_boto_error(error) from None
@@ -243,6 +256,8 @@ def _obstore_failures(place: Place) -> Iterator[tuple[Any, str]]:
     try:
         yield obstore_at(bucket, place.options), key
     except GenericError as error:
+        if f"{NO_SUCH_PART} Range Not Satisfiable" in str(error):
+            raise NoSuchPart from None
         raise Transient(place.safe(error)) from None
 
 

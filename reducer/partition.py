@@ -53,7 +53,7 @@ def largest_whole(photos: int, threads: int, partition_images: int | None = None
 
     Not as soon as a label is larger than other partitions: all pieces are hashed before the first label is ranked, and
     workers wait in between. A label that is a small share of a thread's work costs no time in one piece, for it comes
-    first.
+    first. What is lost with a worker is hashed again, so there is a limit.
     """
     size = piece_size(photos, threads, partition_images)
     if partition_images is not None:

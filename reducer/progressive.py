@@ -10,12 +10,14 @@ from dataclasses import dataclass
 #: one is not taken for the whole.
 FIRST_SCAN_FLOOR = 8
 BLOCK = 8
-#: Nobody's header ends behind so many bytes.
-MOST_HEADER = 2**24
+#: Nobody's header has so many segments.
+MOST_SEGMENTS = 1000
 START, PROGRESSIVE, SCAN, END = b"\xff\xd8", 0xC2, 0xDA, b"\xff\xd9"
 #: Frames of all kinds but for tables that have numbers between theirs.
 FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 APP2, APP14, YCBCR = 0xE2, 0xEE, b"\x01"
+#: A marker may be preceded by any number of these, beside its own.
+FILL = re.compile(rb"\xff*(?=\xff)")
 #: A marker behind the bits of a scan: neither a byte 255 of theirs nor one that says where to start anew.
 NEXT_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 #: Bits are filled up with ones to a whole byte, and a byte 255 is followed by a 0.
@@ -37,8 +39,8 @@ class FirstScan:
 
     Attributes
     ----------
-    end : int or None
-        Bytes of the file up to there; None if the file goes on behind what was given.
+    end : int
+        Bytes of the file up to there.
     width, height : int
         Of the picture, in pixels.
     components : tuple of Component
@@ -47,7 +49,7 @@ class FirstScan:
         How many of the lowest bits of the blocks' means follow in later scans.
     """
 
-    end: int | None
+    end: int
     width: int
     height: int
     components: tuple[Component, ...]
@@ -62,7 +64,7 @@ class _Short(Exception):
     """What was given of a file ends before it can be told."""
 
 
-def bytes_needed(head: bytes, grid: tuple[int, int]) -> int | None:
+def bytes_needed(head: bytes, grid: tuple[int, int], max_pixels: int) -> int | None:
     """How much of a file that begins like this is needed for a hash.
 
     Parameters
@@ -71,6 +73,8 @@ def bytes_needed(head: bytes, grid: tuple[int, int]) -> int | None:
         Its beginning.
     grid : tuple of int
         Columns and rows, in pixels, that the hash resizes it to.
+    max_pixels : int
+        A picture of more is not decoded anyway.
 
     Returns
     -------
@@ -78,15 +82,14 @@ def bytes_needed(head: bytes, grid: tuple[int, int]) -> int | None:
         Bytes; more than there are in ``head`` where it ends too early to tell. None for all of them.
     """
     try:
-        found = _first_scan(head, grid)
+        return _first_scan(head, grid, max_pixels).end
     except _Odd:
         return None
     except _Short:
         return 4 * len(head)
-    return 4 * len(head) if found.end is None else found.end
 
 
-def first_scan_only(content: bytes, grid: tuple[int, int]) -> bytes | None:
+def first_scan_only(content: bytes, grid: tuple[int, int], max_pixels: int) -> bytes | None:
     """A JPEG of the first scan of a progressive one, to be decoded in its place.
 
     The means of the blocks of 8 by 8 pixels are all that it holds. Where their last bit follows in a later scan (as
@@ -97,7 +100,7 @@ def first_scan_only(content: bytes, grid: tuple[int, int]) -> bytes | None:
     ----------
     content : bytes
         The file, or as much of it as `bytes_needed`.
-    grid : tuple of int
+    grid, max_pixels
         As for `bytes_needed`.
 
     Returns
@@ -111,12 +114,10 @@ def first_scan_only(content: bytes, grid: tuple[int, int]) -> bytes | None:
     rows.
     """
     try:
-        found = _first_scan(content, grid)
+        found = _first_scan(content, grid, max_pixels)
     except (_Odd, _Short):
         return None
-    if found.end is None:
-        return None
-    return b"".join([content[: found.end], _alternating_bits(found) if found.low_bits else b"", END])
+    return b"".join([memoryview(content)[: found.end], _alternating_bits(found) if found.low_bits else b"", END])
 
 
 def _alternating_bits(scan: FirstScan) -> bytes:
@@ -133,11 +134,11 @@ def _alternating_bits(scan: FirstScan) -> bytes:
     return NO_RESTARTS + header + packed.replace(b"\xff", b"\xff\x00")
 
 
-def _first_scan(content: bytes, grid: tuple[int, int]) -> FirstScan:
+def _first_scan(content: bytes, grid: tuple[int, int], max_pixels: int) -> FirstScan:
     if not content.startswith(START):
         raise _Odd if len(content) >= len(START) or not START.startswith(content) else _Short
     position, frame = len(START), b""
-    while True:
+    for _ in range(MOST_SEGMENTS):
         kind, segment, position = _segment(content, position)
         if kind in FRAMES:
             if kind != PROGRESSIVE:
@@ -146,23 +147,27 @@ def _first_scan(content: bytes, grid: tuple[int, int]) -> FirstScan:
         elif kind == SCAN:
             break
         several = kind == APP2 and segment.startswith(b"MPF\0")  # pictures, found by their places in the file
-        if several or (kind == APP14 and segment.startswith(b"Adobe") and segment[-1:] != YCBCR):
+        if several or (kind == APP14 and segment.startswith(b"Adobe") and segment[11:12] != YCBCR):
             raise _Odd
+    else:
+        raise _Odd
     width, height, components = _frame(frame)
     low_bits = _scan(segment, components)
     for pixels, cells in zip((width, height), grid, strict=True):
         if math.ceil(pixels / BLOCK) < FIRST_SCAN_FLOOR * cells:
             raise _Odd
+    if width * height > max_pixels:
+        raise _Odd
     found = NEXT_MARKER.search(content, position)
-    return FirstScan(found and found.start(), width, height, components, low_bits)
+    if found is None:
+        raise _Short
+    return FirstScan(found.start(), width, height, components, low_bits)
 
 
 def _segment(content: bytes, position: int) -> tuple[int, bytes, int]:
     """The segment that begins at a place: its marker, what it holds, where it ends."""
-    if position > MOST_HEADER:
-        raise _Odd
-    while content[position : position + 2] == b"\xff\xff":  # markers may be preceded by any number of these
-        position += 1
+    if fill := FILL.match(content, position):
+        position = fill.end()
     start = content[position : position + 4]
     if start[:1] not in (b"", b"\xff"):
         raise _Odd

@@ -48,7 +48,7 @@ DISK_BLOCK, STORE_BLOCK, DISK_AHEAD = 2**20, 4 * 2**20, 16 * 2**20
 PHOTOS_A_BLOCK = 4
 
 #: Of every so many objects one is read by its beginning first even where that has not been worth it, which it is where
-#: at least one in so many needs no second request.
+#: of at least one in so many not all is read.
 STARTS_TO_TRY, WORTH_A_START = 16, 4
 
 
@@ -99,8 +99,7 @@ def read_all(
         One a photo, in their order.
     """
     if any(is_url(file_of(ref)) for ref in refs):
-        starts = None if enough is None else _Starts(enough)
-        yield from _read_ahead(refs, source, max_pixels, source.read_ahead, starts)
+        yield from _read_ahead(refs, source, max_pixels, source.read_ahead, enough)
         return
     for ref in refs:
         try:
@@ -193,6 +192,28 @@ class _Budget:
             self.changed.notify_all()
 
 
+class _Starts:
+    """Whether to ask for the beginnings of objects first, in one worker process: not where hardly any is enough.
+
+    That decides how many requests there are, and nothing else. All of it runs in the loop's thread.
+    """
+
+    def __init__(self) -> None:
+        self.photos = self.asked = self.saved = 0
+
+    async def fetch(
+        self, path: str, source: Source, room: Callable[[int], Awaitable[None]], enough: Enough
+    ) -> PhotoFile:
+        self.photos += 1
+        few = self.asked >= STARTS_TO_TRY and self.saved * WORTH_A_START < self.asked
+        if few and self.photos % STARTS_TO_TRY:
+            return await fetch(path, source, room)
+        self.asked += 1
+        file = await fetch_start(path, source, room, enough)
+        self.saved += len(file.content) < file.bytes
+        return file
+
+
 class _Shared:
     """What all threads of a process read with: fsspec's event loop, in its own thread, and a budget of bytes."""
 
@@ -201,6 +222,7 @@ class _Shared:
 
         self.loop: asyncio.AbstractEventLoop = get_loop()
         self.budget = _Budget(READ_AHEAD_BYTES)
+        self.starts = _Starts()
 
 
 @lru_cache(maxsize=1)
@@ -208,31 +230,10 @@ def _shared() -> _Shared:
     return _Shared()
 
 
-class _Starts:
-    """Whether to ask for the beginnings of objects first: not where hardly any beginning is enough.
-
-    That decides how many requests there are, and nothing else. All of it runs in the loop's thread.
-    """
-
-    def __init__(self, enough: Enough) -> None:
-        self.enough = enough
-        self.photos = self.asked = self.saved = 0
-
-    async def fetch(self, path: str, source: Source, room: Callable[[int], Awaitable[None]]) -> PhotoFile:
-        self.photos += 1
-        few = self.asked >= STARTS_TO_TRY and self.saved * WORTH_A_START < self.asked
-        if few and self.photos % STARTS_TO_TRY:
-            return await fetch(path, source, room)
-        file = await fetch_start(path, source, room, self.enough)
-        self.asked += 1
-        self.saved += len(file.content) < file.bytes
-        return file
-
-
 def _read_ahead(
-    refs: Iterable[PhotoRef], source: Source, max_pixels: int, under_way_at_most: int, starts: _Starts | None = None
+    refs: Iterable[PhotoRef], source: Source, max_pixels: int, under_way_at_most: int, enough: Enough | None = None
 ) -> Generator[PhotoFile | PhotoError]:
-    loop, budget = _shared().loop, _shared().budget
+    loop, budget, starts = _shared().loop, _shared().budget, _shared().starts
     hashed = 0  # how many are done with
     held: dict[int, int] = {}  # bytes by number; in the loop's thread only
     under_way: deque[Future[PhotoFile | PhotoError]] = deque()
@@ -247,14 +248,18 @@ def _read_ahead(
         async def room(size: int) -> None:
             if error := too_large(size, max_pixels):
                 raise error
-            await budget.take(size - held.get(number, 0), lambda: number <= hashed)
+            more = size - held.get(number, 0)
+            if more < 0:
+                await budget.give_back(-more)
+            else:
+                await budget.take(more, lambda: number <= hashed)
             held[number] = size
 
         try:
             if not is_url(file_of(ref)):
                 return await asyncio.to_thread(read_photo, ref, max_pixels=max_pixels)
-            if starts is not None and isinstance(ref, str) and Place(ref).on_s3:
-                return await _persistently(lambda: starts.fetch(ref, source, room))
+            if enough is not None and isinstance(ref, str) and Place(ref).on_s3:
+                return await _persistently(lambda: starts.fetch(ref, source, room, enough))
             file = await _persistently(lambda: fetch(ref, source, room))
             if isinstance(ref, ByteRange) and ref.etag is not None and file.etag not in (None, ref.etag):
                 raise changed(ref.path)

@@ -42,6 +42,8 @@ from benchmarks.selection import quality, ranking
 from benchmarks.speed import floor, memory, speed, startup
 from benchmarks.storage import export, s3, shards, tar
 
+from reducer.config import DECODE_NAMES
+
 COMMANDS: dict[str, Callable[..., None]] = {
     f.__name__: f
     for f in (
@@ -81,13 +83,14 @@ def parser() -> argparse.ArgumentParser:
             add("sizes", help="TSV file: images_in_class, and n_classes for how many labels have so many")
         if name in PHOTOS:
             add("--photos", type=int, default=PHOTOS[name])
-        if name not in ONCE:
+        if name not in (*ONCE, "all"):
             add("--repetitions", type=int, default=REPETITIONS, help="rounds that count")
         add("--json", type=Path, metavar="FILE", help="write all that is told here too")
     adders["speed"]("--folder", dest="folder_of_photos", metavar="DIR", help="these photos, in a folder a label")
     adders["speed"](
         "--without", nargs="*", default=[], metavar="NAME", help="leave out what has this in its name (notebook, exact)"
     )
+    adders["floor"]("--decode", nargs="+", default=["fast", "exact"], choices=DECODE_NAMES)
     adders["ranking"]("candidates", type=int, nargs="*", default=[1_000, 6_272, 20_000])
     adders["scale"]("--times", type=int, nargs="*", default=[1, 10], help="how often each label is there")
     adders["scale"]("--plan-times", type=int, default=64, help="the same of a manifest that is only planned")

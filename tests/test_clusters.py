@@ -27,6 +27,7 @@ from s3server import S3Server
 
 from reducer import ClusterError, ClusterSpec, InputError, Job, reduce_images
 from reducer.cli import main
+from reducer.manifest import with_paths
 from reducer.plan import make_plan
 from reducer.shipping import PLUGIN
 
@@ -444,7 +445,8 @@ def test_a_late_worker_with_another_pillow_gets_no_work(
 
 def first_photo(job: Job, threads: int) -> dict[str, Any]:
     """The plan's row of the photo that is to be read first."""
-    found: dict[str, Any] = make_plan(job).numbered(threads).partitions()[0].slice(0, 1).to_pylist()[0]
+    rows = make_plan(job).numbered(threads).partitions()[0]
+    found: dict[str, Any] = with_paths(job, rows.slice(0, 1)).to_pylist()[0]
     return found
 
 

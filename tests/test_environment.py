@@ -114,7 +114,7 @@ def test_one_probe_is_there_for_first_scans() -> None:
     assert FIRST_SCAN_PROBE not in environment(settings(decode="fast")).probes
     fastest = environment(settings(decode="fastest")).probes
     content = probe_files()[FIRST_SCAN_PROBE]
-    assert first_scan_only(content, (9, 8)) is not None
+    assert first_scan_only(content, (9, 8), 10**8) is not None
     exact = imagehash.dhash(Image.open(io.BytesIO(content)))
     assert 0 < imagehash.hex_to_hash(fastest[FIRST_SCAN_PROBE]) - exact < 8
     assert set(fastest) == set(probe_files())

@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import random
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from test_hashing import FORMATS, hashed, saved
 from test_s3 import READERS, SERIAL, ledger, options
 
 import reducer.objects
+import reducer.sources
 from reducer import Job, reduce_images
 from reducer.config import HASH_NAMES
 from reducer.hashing import PhotoError, enough_of
@@ -24,7 +28,7 @@ from reducer.places import ByteRange, PhotoRef
 from reducer.progressive import bytes_needed, first_scan_only
 from reducer.sample import draw_view
 
-GRID = (9, 8)
+GRID, PIXELS = (9, 8), 10**8
 VIEW = draw_view(np.random.default_rng(3))
 #: How JPEGs are saved: libjpeg's own script leaves the last bit of the means to a later scan.
 SAVED: list[dict[str, Any]] = [
@@ -50,9 +54,9 @@ def apart(one: bytes, other: bytes) -> int:
 @pytest.mark.parametrize("how", SAVED, ids="-".join)
 def test_the_first_scan_is_enough(how: dict[str, Any]) -> None:
     content = jpeg(**how)
-    needed = bytes_needed(content, GRID)
+    needed = bytes_needed(content, GRID, PIXELS)
     assert needed is not None and needed < 0.6 * len(content)
-    cut = first_scan_only(content, GRID)
+    cut = first_scan_only(content, GRID, PIXELS)
     assert cut is not None and cut.startswith(content[:needed]) and cut.endswith(b"\xff\xd9")
     with Image.open(io.BytesIO(cut)) as image:
         assert image.size == VIEW.size
@@ -72,7 +76,7 @@ def test_nearly_all_hashes_stay_within_two_bits() -> None:
         content = jpeg(view, quality=80)
         exact = hashed(content).bits
         bits.append(apart(hashed(content, "fastest").bits, exact))
-        first = content[: bytes_needed(content, GRID)] + b"\xff\xd9"
+        first = content[: bytes_needed(content, GRID, PIXELS)] + b"\xff\xd9"
         without.append(apart(hashed(first, "fast").bits, exact))
     assert np.mean(np.array(bits) <= 2) >= 0.95
     assert np.mean(bits) <= np.mean(without)  # the last bit in turn is better than none
@@ -82,7 +86,7 @@ def test_nearly_all_hashes_stay_within_two_bits() -> None:
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_every_size(size: tuple[int, int], mode: str) -> None:
     content = jpeg(VIEW.resize(size).convert(mode), quality=75)
-    assert first_scan_only(content, GRID) is not None
+    assert first_scan_only(content, GRID, PIXELS) is not None
     found = hashed(content, "fastest")
     assert (found.width, found.height) == size
     assert apart(found.bits, hashed(content).bits) <= 4
@@ -92,22 +96,19 @@ def test_every_size(size: tuple[int, int], mode: str) -> None:
 @pytest.mark.parametrize("hash_size", [8, 16])
 def test_all_hashes(name: str, hash_size: int) -> None:
     content = jpeg(VIEW.resize((2400, 2100)), quality=85)
-    assert enough_of(
-        content, Job("-", "-", hash=name, hash_size=hash_size, decode="fastest").photo_settings
-    ) is None or (
-        apart(
-            hashed(content, "fastest", hash=name, hash_size=hash_size).bits,
-            hashed(content, hash=name, hash_size=hash_size).bits,
-        )
-        <= hash_size
-    )
+    options: dict[str, Any] = {"hash": name, "hash_size": hash_size}
+    needed = enough_of(content, Job("-", "-", decode="fastest", **options).photo_settings)
+    # 64 x 64 pixels times 8 are more than it has blocks.
+    assert (needed is None) == (options == {"hash": "phash", "hash_size": 16})
+    assert apart(hashed(content, "fastest", **options).bits, hashed(content, **options).bits) <= hash_size
+    assert (hashed(content, "fastest", **options) == hashed(content, "fast", **options)) or needed is not None
 
 
 def test_a_photo_that_lies_on_its_side_is_turned() -> None:
     exif = Image.Exif()
     exif[274] = 6
     content = jpeg(VIEW.transpose(Image.Transpose.ROTATE_90), exif=exif, quality=85)
-    assert first_scan_only(content, GRID) is not None
+    assert first_scan_only(content, GRID, PIXELS) is not None
     upright = hashed(jpeg(quality=85))
     assert apart(hashed(content, "fastest", exif_orientation=True).bits, upright.bits) <= 3
     assert apart(hashed(content, "fastest").bits, upright.bits) > 12
@@ -118,7 +119,7 @@ def test_a_photo_that_lies_on_its_side_is_turned() -> None:
 )
 def test_all_else_is_decoded_as_fast_does(kind: str, mode: str, how: dict[str, object]) -> None:
     content = saved(kind, mode, how)
-    assert first_scan_only(content, GRID) is None and bytes_needed(content, GRID) is None
+    assert first_scan_only(content, GRID, PIXELS) is None and bytes_needed(content, GRID, PIXELS) is None
     assert hashed(content, "fastest") == hashed(content, "fast")
 
 
@@ -129,25 +130,56 @@ def test_what_is_left_whole() -> None:
         "low": jpeg(VIEW.resize((900, 500))),
         "CMYK": jpeg(VIEW.convert("CMYK")),
         "RGB": jpeg(keep_rgb=True),
-        "several": jpeg().replace(b"\xff\xdb", b"\xff\xe2\x00\x06MPF\x00"[:8] + b"\xff\xdb", 1),
+        "several": jpeg().replace(b"\xff\xdb", b"\xff\xe2\x00\x06MPF\x00\xff\xdb", 1),
     }
     assert b"MPF\0" in whole["several"]
     for name, content in whole.items():
-        assert first_scan_only(content, GRID) is None, name
-        assert bytes_needed(content, GRID) is None, name
+        assert first_scan_only(content, GRID, PIXELS) is None, name
+        assert bytes_needed(content, GRID, PIXELS) is None, name
         assert hashed(content, "fastest") == hashed(content, "fast"), name
 
 
 def test_a_beginning_that_is_too_short_asks_for_more_and_comes_to_the_same() -> None:
     content = jpeg(exif=b"Exif\0\0" + bytes(50_000))
-    needed = bytes_needed(content, GRID)
+    needed = bytes_needed(content, GRID, PIXELS)
     assert needed is not None
     for length in [*range(1, 50), 45_000, needed - 1, needed, needed + 1]:  # the next marker tells where a scan ends
-        wanted = bytes_needed(content[:length], GRID)
+        wanted = bytes_needed(content[:length], GRID, PIXELS)
         assert wanted is not None and wanted > length, length
-    assert bytes_needed(content[: needed + 2], GRID) == needed
+    assert bytes_needed(content[: needed + 2], GRID, PIXELS) == needed
     with pytest.raises(PhotoError, match=r"^broken|^not an image"):
         hashed(content[: needed - 200], "fastest")
+
+
+def test_a_photo_that_takes_too_much_memory_fails_alone() -> None:
+    huge = jpeg(VIEW.resize((800, 600)))
+    frame = huge.index(b"\xff\xc2") + 5
+    declared = huge[:frame] + b"\xff\xdc\xff\xdc" + huge[frame + 4 :]  # 65500 x 65500
+    with pytest.raises(PhotoError, match=r"^too large: 4290250000 pixels"):
+        hashed(declared, "fastest", max_pixels=10**9)
+    assert bytes_needed(declared, GRID, 10**9) is None
+    program = (
+        "import resource, sys; from test_progressive import jpeg, VIEW, hashed\n"
+        "import reducer.hashing\n"
+        "content = jpeg()\n"
+        "end = content.rindex(b'\\xff\\xd9')\n"
+        "first = reducer.progressive.bytes_needed(content, (9, 8), 10**8)\n"
+        "content = content[:first] + b'\\0' * 2**28 + content[first:]\n"
+        "size = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (size + 2**27,) * 2)\n"
+        "try: hashed(content, 'fastest')\n"
+        "except reducer.hashing.PhotoError as error: print(error)\n"
+    )
+    if sys.platform == "linux":
+        told = subprocess.check_output([sys.executable, "-c", program], text=True, cwd=Path(__file__).parent)
+        assert told == "out of memory: decoding it takes more than there is\n"
+
+
+def test_long_headers_are_passed_over_at_once() -> None:
+    for content in (b"\xff\xd8" + b"\xff" * 2**25, b"\xff\xd8" + b"\xff\xe1\x00\x02" * 2**23):
+        start = time.perf_counter()
+        assert bytes_needed(content, GRID, PIXELS) in (None, 4 * len(content))
+        assert time.perf_counter() - start < 2  # where it went byte by byte it took many times as long
 
 
 def test_broken_files_fail_as_photos_do() -> None:
@@ -180,6 +212,13 @@ def some_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder.parent
 
 
+@pytest.fixture
+def starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is known of beginnings yet."""
+    monkeypatch.setattr(reducer.sources._shared(), "starts", reducer.sources._Starts())
+
+
+@pytest.mark.usefixtures("starts")
 @pytest.mark.parametrize("reader", READERS)
 def test_on_s3_only_the_beginning_is_read(
     some_photos: Path, s3: S3Server, reader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -215,6 +254,7 @@ def test_on_s3_only_the_beginning_is_read(
     assert read["exact.jpg"] < (some_photos / "a" / "exact.jpg").stat().st_size
 
 
+@pytest.mark.usefixtures("starts")
 def test_where_beginnings_are_not_enough_they_are_not_asked_for_any_more(
     s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,6 +72,8 @@ OPTIONS = {
     "--lowest",  # scripts/test
     "--photos",
     "--nthreads",  # dask worker
+    *("--folder", "--json"),  # scripts/bench.py
+    *("--benchmark-enable", "--benchmark-save"),  # pytest-benchmark
 }
 
 

@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import imagehash
 import numpy as np
@@ -28,7 +29,6 @@ from reducer import ClusterSpec, Job, reduce_images
 from reducer.environment import versions
 from reducer.manifest import read_manifest
 from reducer.pipeline import Look, look_at_all
-from reducer.result import Result
 from reducer.sample import label_sizes, write_sample
 
 PROCESSES = 2
@@ -224,7 +224,7 @@ def copied_collection(folder: Path, photos: str) -> tuple[Path, dict[str, dict[s
     number = 0
     for label, members in enumerate(photos_by_label(photos).values()):
         (folder / "train" / str(label)).mkdir(parents=True)
-        for _, original in members:
+        for _, original in members[:CANDIDATES]:  # all photos are to be read by all
             name = f"{number:016x}"
             path = folder / "train" / str(label) / f"{name}.jpg"
             shutil.copyfile(original, path)
@@ -242,8 +242,19 @@ def _manifest(folder: Path, by_label: Mapping[str, Mapping[str, str]]) -> Path:
     return manifest
 
 
-def run_job(folder: Path, manifest: Path, name: str, workers: int = PROCESSES, **options: object) -> Result:
-    """A run over a collection from `linked_collection`."""
+def reduced(job: Job, workers: int = PROCESSES) -> dict[str, Any]:
+    """The summary of a run on a LocalCluster."""
+    environment = dict(os.environ)
+    try:
+        return reduce_images(job, ClusterSpec(workers=workers), progress=False).summary
+    finally:
+        # Dask leaves the variables of its workers in this process; what is measured next is not to run under them.
+        os.environ.clear()
+        os.environ.update(environment)
+
+
+def run_job(folder: Path, manifest: Path, name: str, workers: int = PROCESSES, **options: object) -> dict[str, Any]:
+    """The summary of a run over a collection from `linked_collection`."""
     shutil.rmtree(folder / name, ignore_errors=True)
     job = Job(
         str(folder / "train"),
@@ -253,13 +264,7 @@ def run_job(folder: Path, manifest: Path, name: str, workers: int = PROCESSES, *
         report=False,
         **options,
     )
-    environment = dict(os.environ)
-    try:
-        return reduce_images(job, ClusterSpec(workers=workers), progress=False)
-    finally:
-        # Dask leaves the variables of its workers in this process; what is measured next is not to run under them.
-        os.environ.clear()
-        os.environ.update(environment)
+    return reduced(job, workers)
 
 
 def looks_at(paths: list[str], **options: object) -> list[Look]:

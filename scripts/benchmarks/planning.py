@@ -185,7 +185,7 @@ def scale(sizes: str, times: list[int], plan_times: int, repetitions: int) -> No
         steps = [last[f"{step}_seconds"] for step in ("plan", "hash", "write")]
         kept = (f"{last[column]:,}" for column in ("labels", "photos_read", "photos_kept"))
         rows.append([name, *kept, figure, *steps, each, each / 1e6 / first, peak, last["worker_peak"]])
-    header = ["manifest", "labels", "looked up", "kept", "seconds", "of them planning", "ranking", "writing"]
+    header = ["manifest", "labels", "looked up", "kept", "seconds", "planning (last round)", "ranking", "writing"]
     table([*header, "µs a row", "of the first's", "peak client memory, GiB", "a worker's, GiB"], rows)
     if planned:
         header = ["manifest, rows", "photos to read", "partitions", "seconds", "µs a row", "peak memory, GiB"]

@@ -36,6 +36,8 @@ from PIL import Image
 
 from reducer.sample import write_sample
 
+#: What all is compared to.
+OURS = "`reducer run`"
 #: What is measured beside Reducer, where it is installed.
 PEERS = {"imagededup": "imagededup's DHash", "cleanvision": "CleanVision's near duplicates"}
 
@@ -67,7 +69,7 @@ def speed(photos: int, folder_of_photos: str | None, repetitions: int, without: 
         starts: list[float] = []
 
         def job(decode: str) -> float:
-            timings = run_job(folder, manifest, "run", decode=decode, keep=25, rank_all=True).summary["timings"]
+            timings = run_job(folder, manifest, "run", decode=decode, keep=25, rank_all=True)["timings"]
             starts.append(timings["cluster_start_seconds"])
             return without_the_cluster(timings)
 
@@ -76,7 +78,7 @@ def speed(photos: int, folder_of_photos: str | None, repetitions: int, without: 
                 return timed(lambda: list(pool.imap(function, labels)))
 
         ways: dict[str, Callable[[], float | None]] = {
-            "`reducer run`": lambda: job("fast"),
+            OURS: lambda: job("fast"),
             "`reducer run --decode exact`": lambda: job("exact"),
             "the notebook": lambda: pooled(notebook_f),
             "the notebook's hashing alone": lambda: pooled(notebook_only_hashes),
@@ -87,7 +89,7 @@ def speed(photos: int, folder_of_photos: str | None, repetitions: int, without: 
             if importlib.util.find_spec(module) is None:
                 print(f"{name}: not installed", file=sys.stderr)
                 del ways[name]
-        ways = {name: way for name, way in ways.items() if not any(part in name for part in without)}
+        ways = {name: way for name, way in ways.items() if name == OURS or not any(part in name for part in without)}
         rates = {name: photos / figure for name, figure in measured(ways, repetitions).items()}
 
     what = (
@@ -104,7 +106,7 @@ def speed(photos: int, folder_of_photos: str | None, repetitions: int, without: 
     )
     table(
         [f"{PROCESSES} processes", "photos/s", "of it, `reducer run` does times"],
-        [[name, rate, rates["`reducer run`"] / rate] for name, rate in rates.items()],
+        [[name, rate, rates[OURS] / rate] for name, rate in rates.items()],
     )
     say(
         "Reducer's rate is over all that a job does but for the start and the end of the cluster; the start took "
@@ -137,7 +139,7 @@ def cleanvision(folder: Path) -> float:
     return seconds
 
 
-def floor(photos: int, repetitions: int) -> None:
+def floor(photos: int, decode: list[str], repetitions: int) -> None:
     """The job against as many bare processes that only decode and hash, and where the rest of its time goes."""
     rows, where = [], []
     with tempfile.TemporaryDirectory() as temporary:
@@ -146,15 +148,15 @@ def floor(photos: int, repetitions: int) -> None:
         paths = [path for its in by_label.values() for path in its.values()]
         with multiprocessing.get_context("spawn").Pool(PROCESSES) as pool:
             pool.map(hash_only, [(paths[:20], "fast")] * PROCESSES)
-            for decode in ("fast", "exact"):
-                halves = [(paths[start::PROCESSES], decode) for start in range(PROCESSES)]
+            for way in decode:
+                halves = [(paths[start::PROCESSES], way) for start in range(PROCESSES)]
                 spent: dict[str, list[float]] = defaultdict(list)
 
                 def bare(halves: list[tuple[list[str], str]] = halves) -> float:
                     return timed(lambda: pool.map(hash_only, halves))
 
-                def job(decode: str = decode, spent: dict[str, list[float]] = spent) -> float:
-                    timings = run_job(folder, manifest, "run", decode=decode, rank_all=True).summary["timings"]
+                def job(way: str = way, spent: dict[str, list[float]] = spent) -> float:
+                    timings = run_job(folder, manifest, "run", decode=way, rank_all=True)["timings"]
                     total = without_the_cluster(timings)
                     idle = PROCESSES * timings["hash_seconds"] - timings["worker_seconds"]
                     rest = total - sum(timings[f"{name}_seconds"] for name in ("plan", "hash", "write"))
@@ -167,11 +169,11 @@ def floor(photos: int, repetitions: int) -> None:
 
                 found = measured({"bare processes": bare, "job": job}, repetitions)
                 rates = {name: photos / figure for name, figure in found.items()}
-                rows.append([decode, *rates.values(), rates["job"] / rates["bare processes"]])
+                rows.append([way, *rates.values(), rates["job"] / rates["bare processes"]])
                 for name, seconds in spent.items():
                     own = Figure(tuple(seconds[-repetitions:]))  # not the one to warm up
                     base = found["bare processes"] if name.startswith("work,") else None
-                    where.append([decode, name, own, own / base if base else ""])
+                    where.append([way, name, own, own / base if base else ""])
     say(
         f"{photos} photos (hard links to {min(DRAWN, photos)} drawn ones, 720 to 960 pixels wide), median of "
         f"{repetitions} rounds, {machine()}"
@@ -217,13 +219,13 @@ def memory(photos: int) -> None:
         folder = Path(temporary)
         manifest, _ = linked_collection(folder, photos)
         for size in (200, photos):
-            summary = run_job(folder, manifest, "run", workers=1, partition_images=size).summary
+            summary = run_job(folder, manifest, "run", workers=1, partition_images=size)
             rows.append([f"partitions of about {size}", "fast", 1, summary["worker_peak_memory_bytes"] / 2**20])
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         manifest, _ = linked_collection(folder, photos, large=50)
         for decode in ("fast", "exact"):
-            summary = run_job(folder, manifest, "run", decode=decode).summary
+            summary = run_job(folder, manifest, "run", decode=decode)
             peak = summary["worker_peak_memory_bytes"] / 2**20
             rows.append(["one in 50 of 12 megapixels", decode, PROCESSES, peak])
     say(f"{photos} photos, workers of one thread, {machine()}")

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks.codec import as_progressive
-from benchmarks.common import PROCESSES, machine, measured, pack, say, small_photos, table, timed
+from benchmarks.common import PROCESSES, machine, measured, pack, reduced, say, small_photos, table, timed
 
 from reducer import ClusterSpec, Job, reduce_images
 from reducer.config import READER_NAMES
@@ -58,9 +58,10 @@ def tar(photos: int, repetitions: int) -> None:
                         manifest=str(folder / "train.csv"),
                         overwrite=True,
                         report=False,
+                        rank_all=True,
                         **options,
                     )
-                    summary = reduce_images(job, ClusterSpec(workers=PROCESSES), progress=False).summary
+                    summary = reduced(job)
                     assert (summary["photos_read"], summary["photos_failed"]) == (photos, 0)
                     return float(summary["photos_per_second"])
 
@@ -131,7 +132,7 @@ def shards(gigabytes: float) -> None:
             for images, options in places:
                 given = {"manifest": str(folder / "train.csv"), "overwrite": True, "report": False, **options}
                 job = Job(images, str(folder / "run"), **given)
-                summary = reduce_images(job, ClusterSpec(workers=1)).summary
+                summary = reduced(job, workers=1)
                 assert summary["photos_read"] == len(wanted)
                 rate = written / 1e6 / summary["timings"]["hash_seconds"]
                 peak = summary["worker_peak_memory_bytes"] / 2**20
@@ -181,7 +182,7 @@ def s3(photos: int, repetitions: int) -> None:
                         keys = {"key": server.key, "secret": server.secret, "endpoint_url": endpoint}
                         options["storage_options"] = keys
                     job = Job(images, str(folder / "run"), overwrite=True, report=False, rank_all=True, **options)
-                    summary = reduce_images(job, ClusterSpec(workers=PROCESSES), progress=False).summary
+                    summary = reduced(job)
                     assert summary["photos_failed"] == 0
                     return float(summary["photos_per_second"])
 
@@ -274,10 +275,11 @@ def export(photos: int, repetitions: int) -> None:
             run("there", "s3://photos/train")
             run("shards", "s3://photos/tars")
 
+            numbers = itertools.count()
+
             def once(name: str, way: Callable[[Path], float]) -> Callable[[], float]:
-                """The same into a new place each time."""
-                numbers = itertools.count()
-                return lambda: way(folder / f"{len(ways)}-{name}-{next(numbers)}")
+                """The same into a new place each time: what is there already is not written again."""
+                return lambda: way(folder / f"{name}-{next(numbers)}")
 
             def copied(target: Path) -> float:
                 return emptied(target, lambda: subprocess.run(["cp", "-r", folder / "train", target], check=True))
@@ -316,6 +318,6 @@ def export(photos: int, repetitions: int) -> None:
     )
     rows = []
     for name, seconds in found.items():
-        base = found[own if (" to S3" in name and "S3 to" in name) or name == own else "`cp -r`"]
-        rows.append([name, seconds, photos / seconds, size / 1e6 / seconds, base / seconds])
-    table(["what", "seconds", "photos/s", "MB/s", "rate, of `cp -r`'s or the server's own copy's"], rows)
+        base = own if "on S3 to" in name or "S3 to S3" in name or name == own else "`cp -r`"
+        rows.append([name, seconds, photos / seconds, size / 1e6 / seconds, base, found[base] / seconds])
+    table(["what", "seconds", "photos/s", "MB/s", "against", "its rate, times"], rows)
