@@ -367,6 +367,6 @@ def told_of(
         ),
         f"That assumes {CORES} cores like these, each as fast as one of {PROCESSES} here when all are busy (no shared "
         "limit of memory or cache, no lower clock), a disk that gives those MB/s, and photos that take as long as the "
-        "drawn ones of 800x600. The start of the cluster, the plan and the lists written at the end come on top. The "
+        "drawn ones. The start of the cluster, the plan and the lists written at the end come on top. The "
         "peer's figure is its authors', on their machine; it was not measured here.",
     ]
