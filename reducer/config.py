@@ -128,8 +128,8 @@ class Job:
     avoid_distance : int, optional
         How near, in bits; default as for near copies, 6 of 64.
     decode : {"fast", "fastest", "exact"}
-        How JPEGs are decoded: at reduced size; the same, but large progressive ones by their first scan only; in full, as
-        imagehash's own functions do.
+        How JPEGs are decoded: at reduced size; the same, but large progressive ones by their first scan only; in full,
+        as imagehash does.
     seed : int
         Of every random choice.
     labels : tuple of str, optional
