@@ -223,8 +223,7 @@ def starts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_on_s3_only_the_beginning_is_read(
     some_photos: Path, s3: S3Server, reader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    s3.make_bucket(f"progressive-{reader}")
-    s3.upload_folder(some_photos, f"progressive-{reader}", "train/")
+    s3.upload_folder(some_photos, "trial", "progressive/")
     read: dict[str, int] = {}
     fetch = reducer.objects._fetch
 
@@ -238,9 +237,7 @@ def test_on_s3_only_the_beginning_is_read(
     common: dict[str, Any] = {"keep": 3, "decode": "fastest", "report": False, "max_failures": 0.5}
     there = {"storage_options": options(s3), "reader": reader}
     local = reduce_images(Job(str(some_photos), str(tmp_path / "local"), **common), SERIAL, progress=False)
-    reduce_images(
-        Job(f"s3://progressive-{reader}/train", str(tmp_path / "there"), **common, **there), SERIAL, progress=False
-    )
+    reduce_images(Job("s3://trial/progressive", str(tmp_path / "there"), **common, **there), SERIAL, progress=False)
     columns = ["id", "hash", "bytes", "width", "height", "format", "rank", "error"]
     here = ledger(tmp_path / "local").select(columns)
     assert here.to_pylist() == ledger(tmp_path / "there").select(columns).to_pylist()
@@ -264,8 +261,7 @@ def test_where_beginnings_are_not_enough_they_are_not_asked_for_any_more(
         (folder / f"{number}.jpg").write_bytes(
             jpeg(draw_view(np.random.default_rng(0)), progressive=False) + bytes([number])
         )
-    s3.make_bucket("baseline")
-    s3.upload_folder(folder.parent, "baseline", "train/")
+    s3.upload_folder(folder.parent, "trial", "baseline/")
     requests: list[PhotoRef] = []
     fetch = reducer.objects._fetch
 
@@ -275,7 +271,7 @@ def test_where_beginnings_are_not_enough_they_are_not_asked_for_any_more(
 
     monkeypatch.setattr(reducer.objects, "_fetch", counted)
     job = Job(
-        "s3://baseline/train",
+        "s3://trial/baseline",
         str(tmp_path / "run"),
         keep=3,
         decode="fastest",
