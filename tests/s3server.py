@@ -130,7 +130,8 @@ class S3Server:
         """
         root = Path(folder)
         files = sorted(path for path in root.rglob("*") if path.is_file())
-        client = self.client()
+        # botocore asks before it sends, and on a busy machine misses an answer that comes late: then it asks again.
+        client = self.client(read_timeout=5, retries={"total_max_attempts": 5})
 
         def put(path: Path) -> str:
             key = prefix + path.relative_to(root).as_posix()

@@ -201,7 +201,6 @@ def some_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder.mkdir(parents=True)
     for number in range(6):
         view = draw_view(np.random.default_rng(number))
-        # Under 1 MiB: botocore asks before it sends more, and does not understand an answer that comes late.
         (folder / f"large{number}.jpg").write_bytes(jpeg(view.resize((1200, 900)), quality=85))
         (folder / f"baseline{number}.jpg").write_bytes(jpeg(view, progressive=False))
     (folder / "header.jpg").write_bytes(jpeg(exif=b"Exif\0\0" + bytes(60_000), quality=95))
@@ -210,7 +209,6 @@ def some_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "empty.jpg").write_bytes(b"")
     (folder / "cut.jpg").write_bytes(jpeg()[:3000])
     VIEW.save(folder / "other.png")
-    assert max(path.stat().st_size for path in folder.iterdir()) < 2**20
     return folder.parent
 
 
