@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Collection, Iterator, Mapping
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -156,9 +157,8 @@ class Division(Mapping[int, pa.Table]):
     def by(cls, number: NDArray[np.int32], rows: pa.Table) -> Division:
         """Rows by their numbers; those of negative ones are left out."""
         order = np.argsort(number, kind="stable")
-        numbers, sizes = np.unique(number, return_counts=True)
-        places = np.split(order, np.cumsum(sizes)[:-1])
-        parts = {n: own for n, own in zip(numbers.tolist(), places, strict=False) if n >= 0}
+        ends = np.cumsum(np.bincount(number + 1, minlength=1)).tolist()  # the first group is left out
+        parts = {n: order[start:stop] for n, (start, stop) in enumerate(pairwise(ends)) if start < stop}
         return cls(rows.combine_chunks(), parts)
 
     def __getitem__(self, number: int) -> pa.Table:

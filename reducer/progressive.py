@@ -20,7 +20,7 @@ APP2, APP14, YCBCR = 0xE2, 0xEE, b"\x01"
 FILL = re.compile(rb"\xff*(?=\xff)")
 #: A marker behind the bits of a scan: neither a byte 255 of theirs nor one that says where to start anew.
 NEXT_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
-#: Bits are filled up with ones to a whole byte, and a byte 255 is followed by a 0.
+#: Switches restart intervals off for the scan that is added, whose bits have no restart markers among them.
 NO_RESTARTS = b"\xff\xdd\x00\x04\x00\x00"
 
 
