@@ -13,6 +13,7 @@ CANDIDATES = b"candidates"
 RANDOM_ORDER = b"random-order"
 TRIAL_LABELS = b"trial-labels"
 TIME_SAMPLE = b"time-sample"
+REPORT_LABELS = b"report-labels"
 
 
 def draw_keys(purpose: bytes, seed: int, label: str, ids: Iterable[str]) -> list[bytes]:

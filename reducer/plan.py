@@ -19,7 +19,6 @@ from reducer.errors import BudgetError, InputError
 from reducer.lists import find_always_keep
 from reducer.manifest import Manifest, read_manifest
 from reducer.partition import Division, assign, largest_whole, partition_count, piece_size, pieces
-from reducer.ranking import FACILITY_LOCATION_CANDIDATES
 from reducer.schemas import (
     KEPT_SMALL_LABEL,
     LEDGER_SCHEMA,
@@ -119,7 +118,7 @@ class Plan:
         nulls = pa.nulls(self.rows.num_rows, pa.int32())
         partition = pc.replace_with_mask(nulls, chosen, pa.array(self.assigned(threads)))
         rows = with_column(self.rows, "partition", partition)
-        if self.shards is None:
+        if self.shards is None and self.job.hashes_photos:
             size = self._size(threads)
             number = pieces(self.read_label, largest_whole(*size), piece_size(*size))
             piece = pc.replace_with_mask(nulls, chosen, pa.array(number, mask=number < 0))
@@ -233,8 +232,7 @@ def make_plan(job: Job) -> Plan:
     Raises
     ------
     InputError
-        If IMAGES, the manifest, the chosen labels or the ids to keep are wrong, or a label is too large for the
-        strategy.
+        If IMAGES, the manifest, the chosen labels or the ids to keep are wrong.
     """
     found = find_shards(job)
     shards = None if found is None else tuple(found)
@@ -261,7 +259,7 @@ def plan_of(job: Job, manifest: Manifest, shards: tuple[Shard, ...] | None = Non
     Raises
     ------
     InputError
-        If the chosen labels or the ids to keep are wrong, or a label is too large for the strategy.
+        If the chosen labels or the ids to keep are wrong.
     """
     table = manifest.table
     labels = Labels.of(table["label"])
@@ -290,7 +288,6 @@ def plan_of(job: Job, manifest: Manifest, shards: tuple[Shard, ...] | None = Non
             left_out = np.concatenate([drawn[always], drawn[~always]])[job.candidates :]
             read[start + left_out] = False
     _check_total(job, label_of_row[read], always_keep[read])
-    _check_memory(job, names, np.bincount(label_of_row[read], minlength=len(sizes)))
 
     reasons = pa.array([KEPT_SMALL_LABEL, NOT_SAMPLED])
     columns = {
@@ -328,20 +325,6 @@ def _check_total(job: Job, label: NDArray[np.int32], always_keep: NDArray[np.boo
         raise BudgetError(
             f"--total {rules.total} is under what is guaranteed, {rules.guaranteed} of each of {labels:,} labels "
             f"(--min-per-label){kept}: give at least --total {least}"
-        )
-
-
-def _check_memory(job: Job, names: list[str], candidates: NDArray[np.int64]) -> None:
-    """Refuse a label that is too large for its strategy."""
-    largest = int(candidates.argmax())
-    most = int(candidates[largest])
-    if job.strategy == "facility-location" and most > FACILITY_LOCATION_CANDIDATES:
-        width = 1 if job.hash_size**2 <= 255 else 2
-        raise InputError(
-            f"the label {names[largest]!r} has {most} candidates: --strategy facility-location holds the distances of "
-            f"all pairs of a label, {most**2 * width / 1e9:.1f} GB for this one, and takes at most "
-            f"{FACILITY_LOCATION_CANDIDATES} candidates. Give --candidates {FACILITY_LOCATION_CANDIDATES} or fewer, or "
-            "another --strategy"
         )
 
 

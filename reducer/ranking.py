@@ -1,12 +1,11 @@
-"""From packed hashes to an order: the first K of a label are its K most different photos, for every K.
+"""From distances to an order: the first K of a label are its K most different photos, for every K.
 
 One function a strategy, one signature, that of `Strategy`. All are pure and deterministic; ties are broken by id, so
-the order of the input does not matter.
+the order of the input does not matter. What photos are compared by is `reducer.distance`'s business.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,18 +13,15 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from reducer.distance import Points, Positions, Steps
 from reducer.draw import RANDOM_ORDER, draw_order
+from reducer.facility import Copies, Distinct, cover
 
-Hashes = NDArray[np.uint8]
-Positions = NDArray[np.int64]
-
-MEDOID_BLOCK = 1000
 #: Facility location chooses so many photos of a label at least (or as many as are kept); the others follow by
 #: farthest-first, since what it gains by one more photo comes to nothing by then.
 FACILITY_LOCATION_RANKS = 100
-#: It holds the distances of all pairs of a label: so many candidates take 400 MB a thread, 800 MB with hashes over 255
-#: bits.
-FACILITY_LOCATION_CANDIDATES = 20_000
+#: Where distances are costly, those of so many photos are told at a time.
+TOLD_TOGETHER = 64
 
 
 @dataclass(frozen=True)
@@ -37,71 +33,11 @@ class Ranking:
     order : ndarray of int64, shape (n,)
         Positions of the candidates, best first.
     insertion_distance : ndarray of float64, shape (n,)
-        For each place in ``order``, the distance to the nearest candidate before it, in bits; NaN at place 0.
+        For each place in ``order``, the distance to the nearest candidate before it, in bits or cosine; NaN at place 0.
     """
 
     order: Positions
     insertion_distance: NDArray[np.float64]
-
-
-def as_words(hashes: Hashes) -> NDArray[np.uint64]:
-    """View packed hashes as 64-bit words, which `numpy.bitwise_count` counts fastest.
-
-    Parameters
-    ----------
-    hashes : ndarray of uint8, shape (n, hash bytes)
-        Packed hashes; padded with zero bytes up to whole words.
-
-    Returns
-    -------
-    ndarray of uint64, shape (words, n)
-        Word by word, so that each is contiguous.
-    """
-    missing = -hashes.shape[1] % 8
-    padded = np.pad(hashes, ((0, 0), (0, missing))) if missing else np.ascontiguousarray(hashes)
-    return np.ascontiguousarray(padded.view(np.uint64).T)
-
-
-def distances_to(words: NDArray[np.uint64], one: NDArray[np.uint64]) -> NDArray[np.int32]:
-    """Hamming distances of all hashes to one.
-
-    Parameters
-    ----------
-    words : ndarray of uint64, shape (words, n)
-        From `as_words`.
-    one : ndarray of uint64, shape (words,)
-        A column of it, or of another's.
-
-    Returns
-    -------
-    ndarray of int32, shape (n,)
-        In bits.
-    """
-    distance: NDArray[np.int32] = np.bitwise_count(words[0] ^ one[0]).astype(np.int32)
-    for word, its in zip(words[1:], one[1:], strict=True):
-        distance += np.bitwise_count(word ^ its)
-    return distance
-
-
-def medoid(hashes: Hashes) -> int:
-    """Position of the hash with the smallest sum of distances to all others, the first of equals.
-
-    Parameters
-    ----------
-    hashes : ndarray of uint8, shape (n, hash bytes)
-        Packed hashes, n >= 1.
-
-    Notes
-    -----
-    A hash differs in a bit from as many others as do not have that bit's value, so the sums follow from one
-    count a bit: no n x n matrix.
-    """
-    # A block at a time: as numbers, bits take up to 64 times their room.
-    blocks = [hashes[start : start + MEDOID_BLOCK] for start in range(0, len(hashes), MEDOID_BLOCK)]
-    ones = sum(np.unpackbits(block, axis=1).sum(axis=0, dtype=np.int64) for block in blocks)
-    # With bit b set the photo differs from (n - ones) others, unset from (ones): sums are ones + b (n - 2 ones).
-    sums = np.concatenate([np.unpackbits(block, axis=1) @ (len(hashes) - 2 * ones) for block in blocks])
-    return int(np.argmin(sums))
 
 
 def _in_id_order(ids: Sequence[str], first: Positions | None) -> tuple[Positions, Positions]:
@@ -112,14 +48,16 @@ def _in_id_order(ids: Sequence[str], first: Positions | None) -> tuple[Positions
     return by_id, place[:0] if first is None else place[first]
 
 
-def _insertion_distances(hashes: Hashes) -> NDArray[np.float64]:
-    """Distance of each hash to the nearest before it, for hashes that are already in order."""
-    words = as_words(hashes)
-    nearest = np.full(len(hashes), np.iinfo(np.int32).max, dtype=np.int32)
-    for place in range(len(hashes) - 1):
-        later = words[:, place:]
-        np.minimum(nearest[place + 1 :], distances_to(later, later[:, 0])[1:], out=nearest[place + 1 :])
-    insertion = nearest.astype(np.float64)
+def _insertion_distances(points: Points, order: Positions) -> NDArray[np.float64]:
+    """Distance of each of some photos to the nearest of them before it."""
+    nearest = np.full(len(order), points.farthest, dtype=points.dtype)
+    together = TOLD_TOGETHER if points.is_costly else 1
+    for start in range(0, len(order) - 1, together):
+        own, later = order[start : start + together], order[start + 1 :]
+        rows = points.between(own, later) if points.is_costly else points.to(int(own[0]))[later][None]
+        for place, row in enumerate(rows):  # of one only those behind it
+            np.minimum(nearest[start + place + 1 :], row[place:], out=nearest[start + place + 1 :])
+    insertion = nearest * points.step
     insertion[:1] = np.nan
     return insertion
 
@@ -129,20 +67,21 @@ class Strategy(Protocol):
 
     def __call__(
         self,
-        hashes: Hashes,
+        points: Points,
         ids: Sequence[str],
         *,
         first: Positions | None = None,
         keep: int = 1,
         label: str = "",
         seed: int = 0,
+        copies: Copies | None = None,
     ) -> Ranking:
         """Rank them.
 
         Parameters
         ----------
-        hashes : ndarray of uint8, shape (n, hash bytes)
-            Packed hashes.
+        points : Points
+            The photos, by what they are compared by.
         ids : sequence of str
             Their ids, unique; ties are broken by them.
         first : ndarray of int64, shape (m,), optional
@@ -153,137 +92,152 @@ class Strategy(Protocol):
             Part of the key of what is drawn.
         seed : int
             The job's seed, part of that key too.
+        copies : Copies, optional
+            Which photos are near copies: one of a photo with a smaller rank comes behind all that are none.
         """
 
 
 def farthest_first(
-    hashes: Hashes,
+    points: Points,
     ids: Sequence[str],
     *,
     first: Positions | None = None,
     keep: int = 1,
     label: str = "",
     seed: int = 0,
+    copies: Copies | None = None,
 ) -> Ranking:
     """Start at the medoid, then always take the photo farthest from those taken.
 
     The first K are within a factor 2 of the best K, for the smallest pair distance and for the coverage
-    radius (Gonzalez 1985, "Clustering to minimize the maximum intercluster distance").
+    radius (Gonzalez 1985, "Clustering to minimize the maximum intercluster distance"), where no photos come last as
+    near copies; of cosine distances, which are half the squares of distances, within a factor 4.
 
     Parameters
     ----------
-    hashes, ids, first, keep, label, seed
-        As for every `Strategy`; the last three are not used.
+    points, ids, first, keep, label, seed, copies
+        As for every `Strategy`; ``keep``, ``label`` and ``seed`` are not used.
     """
     by_id, picked = _in_id_order(ids, first)
-    return _farthest_behind(hashes[by_id], picked, by_id)
+    return _farthest_behind(points.take(by_id), picked, by_id, Distinct(copies, by_id))
 
 
-def _farthest_behind(hashes: Hashes, picked: Positions, by_id: Positions) -> Ranking:
-    """Farthest-first behind what is picked already; hashes and picks are in id order."""
+class _Taken:
+    """Which photos are taken, and how near each of the others is to the nearest of them.
+
+    Attributes
+    ----------
+    nearest : ndarray of int, shape (n,)
+        In steps; -1 for those that are taken.
+    """
+
+    def __init__(self, points: Points) -> None:
+        self.points = points
+        self.nearest = np.full(len(points), points.farthest, dtype=points.dtype)
+
+    def add(self, pick: int) -> None:
+        np.minimum(self.nearest, self.points.to(pick), out=self.nearest)
+        self.nearest[pick] = -1
+
+    def farthest(self, distinct: Distinct) -> int:
+        """The photo farthest from those taken, of equals the first, of those that may be taken now."""
+        return int(np.argmax(distinct.only_ready(self.nearest)))
+
+
+class _Lazily(_Taken):
+    """The same, where distances are told only for photos that come to the top: what is nearest never grows.
+
+    The picks are the same. Each photo is compared with all picks since the last time at once, many photos together.
+    """
+
+    def __init__(self, points: Points) -> None:
+        super().__init__(points)
+        self.picks: list[int] = []
+        #: With how many of the picks each photo has been compared.
+        self.compared = np.zeros(len(points), dtype=np.int64)
+
+    def add(self, pick: int) -> None:
+        self.picks.append(pick)
+        self.nearest[pick] = -1
+
+    def farthest(self, distinct: Distinct) -> int:
+        while True:
+            worth = distinct.only_ready(self.nearest)
+            pick = int(np.argmax(worth))
+            if self.compared[pick] == len(self.picks):
+                return pick
+            top = np.argpartition(worth, -min(TOLD_TOGETHER, len(worth)))[-TOLD_TOGETHER:]
+            top = top[(worth[top] >= 0) & (self.compared[top] < len(self.picks))]
+            missing = np.array(self.picks[int(self.compared[top].min()) :], dtype=np.int64)
+            self.nearest[top] = np.minimum(self.nearest[top], self.points.between(top, missing).min(axis=1))
+            self.compared[top] = len(self.picks)
+
+
+def _farthest_behind(points: Points, picked: Positions, by_id: Positions, distinct: Distinct) -> Ranking:
+    """Farthest-first behind what is picked already; points and picks are in id order."""
     count = len(picked)
-    order = np.empty(len(hashes), dtype=np.int64)
+    order = np.empty(len(points), dtype=np.int64)
     order[:count] = picked
-    insertion = np.zeros(len(hashes))
-    insertion[:count] = _insertion_distances(hashes[picked])
-    words = as_words(hashes)
-    nearest = np.full(len(hashes), np.iinfo(np.int32).max, dtype=np.int32)
+    insertion = np.zeros(len(points))
+    insertion[:count] = _insertion_distances(points, picked)
+    taken = (_Lazily if points.is_costly else _Taken)(points)
     for pick in picked.tolist():
-        np.minimum(nearest, distances_to(words, words[:, pick]), out=nearest)
-    nearest[picked] = -1
-    for place in range(count, len(hashes)):
+        taken.add(pick)
+        distinct.take(pick)
+    for place in range(count, len(points)):
         if place == 0:
-            pick = medoid(hashes)
+            pick = points.medoid()
             insertion[0] = np.nan
         else:
-            pick = int(np.argmax(nearest))  # the first of equals, and they stand in id order
-            if nearest[pick] == 0:
+            pick = taken.farthest(distinct)
+            if taken.nearest[pick] == 0 and taken.nearest.max() == 0:
                 # Only exact copies of earlier picks are left: any order of theirs is farthest-first.
-                order[place:] = np.flatnonzero(nearest == 0)
+                order[place:] = distinct.split(np.flatnonzero(taken.nearest == 0))
                 break
-            insertion[place] = nearest[pick]
+            insertion[place] = taken.nearest[pick] * points.step
         order[place] = pick
-        np.minimum(nearest, distances_to(words, words[:, pick]), out=nearest)
-        nearest[pick] = -1
+        taken.add(pick)
+        distinct.take(pick)
     return Ranking(by_id[order], insertion)
 
 
 def facility_location(
-    hashes: Hashes,
+    points: Points,
     ids: Sequence[str],
     *,
     first: Positions | None = None,
     keep: int = 1,
     label: str = "",
     seed: int = 0,
+    copies: Copies | None = None,
 ) -> Ranking:
     """Always take the photo that brings the label's photos nearest to those taken, all in all.
 
-    Greedy facility location: it adds the photo with the largest gain in the sum, over all photos of the label, of the
-    similarity (bits minus distance) to the most similar photo taken; so it starts at the medoid, and is within a factor
-    1 - 1/e of the best sum (Nemhauser, Wolsey and Fisher 1978). The first ``max(keep, 100)`` are chosen so, the
-    others follow by farthest-first.
+    Greedy facility location (`reducer.facility`): it adds the photo with the largest gain in the sum, over all photos
+    of the label, of the similarity (the largest distance there can be, minus the distance) to the most similar photo
+    taken; so it starts at the medoid. The first ``max(keep, 100)`` are chosen so, the others follow by farthest-first.
 
     Parameters
     ----------
-    hashes, ids, first, keep, label, seed
-        As for every `Strategy`; the last two are not used. At most `FACILITY_LOCATION_CANDIDATES` photos.
-
-    Notes
-    -----
-    Lazy (Minoux 1978): no gain ever grows, so the old ones are upper bounds, and only those that come to the top are
-    computed again. The picks are those of the plain rule. Memory: n x n distances of 1 byte, or of 2 for more than
-    255 bits.
+    points, ids, first, keep, label, seed, copies
+        As for every `Strategy`.
     """
     by_id, picked = _in_id_order(ids, first)
-    hashes = hashes[by_id]
-    return _farthest_behind(hashes, _cover(hashes, picked, max(keep, FACILITY_LOCATION_RANKS)), by_id)
-
-
-def _cover(hashes: Hashes, picked: Positions, count: int) -> Positions:
-    """Picks of the greedy rule, ``count`` with those there are already; hashes and picks are in id order."""
-    words = as_words(hashes)
-    bits = 8 * hashes.shape[1]
-    n = len(hashes)
-    distance = np.zeros((n, n), dtype=np.uint8 if bits <= np.iinfo(np.uint8).max else np.uint16)
-    for i, row in enumerate(distance):
-        for word in words:
-            np.add(row, np.bitwise_count(word ^ word[i]), out=row)
-    # Before the first pick every photo is as far as can be from what is taken: its similarity to nothing is 0.
-    nearest = np.full(n, bits, dtype=distance.dtype)
-    for pick in picked.tolist():
-        np.minimum(nearest, distance[pick], out=nearest)
-    moved = np.empty_like(nearest)
-
-    def gain(i: int, total: int) -> int:
-        return total - int(np.minimum(nearest, distance[i], out=moved).sum(dtype=np.uint32))
-
-    picks: list[int] = picked.tolist()
-    taken = set(picks)
-    total = int(nearest.sum(dtype=np.uint32))
-    # (minus the gain, position in id order, number of picks when it was computed)
-    heap = [(-gain(i, total), i, len(picks)) for i in range(n) if i not in taken]
-    heapq.heapify(heap)
-    while heap and len(picks) < count:
-        _, i, when = heap[0]
-        if when < len(picks):
-            heapq.heapreplace(heap, (-gain(i, total), i, len(picks)))
-            continue
-        heapq.heappop(heap)
-        picks.append(i)
-        np.minimum(nearest, distance[i], out=nearest)
-        total = int(nearest.sum(dtype=np.uint32))
-    return np.array(picks, dtype=np.int64)
+    points, distinct = points.take(by_id), Distinct(copies, by_id)
+    most = max(keep, FACILITY_LOCATION_RANKS)
+    picks = cover(points, picked, most, distinct, draw=lambda: _drawn(label, seed, [ids[i] for i in by_id.tolist()]))
+    return _farthest_behind(points, picks, by_id, distinct.anew())
 
 
 def pairs(
-    hashes: Hashes,
+    points: Points,
     ids: Sequence[str],
     *,
     first: Positions | None = None,
     keep: int = 1,
     label: str = "",
     seed: int = 0,
+    copies: Copies | None = None,
 ) -> Ranking:
     """The notebook's rule, its defects mended: the most distant pairs first, both ends of each in turn.
 
@@ -292,8 +246,8 @@ def pairs(
 
     Parameters
     ----------
-    hashes, ids, first, keep, label, seed
-        As for every `Strategy`; the last three are not used.
+    points, ids, first, keep, label, seed, copies
+        As for every `Strategy`; ``keep``, ``label`` and ``seed`` are not used.
 
     Notes
     -----
@@ -301,45 +255,52 @@ def pairs(
     photo, of equally far ones the one with the smallest id; so one row of distances a photo is enough.
     """
     by_id, picked = _in_id_order(ids, first)
-    hashes = hashes[by_id]
-    words = as_words(hashes)
+    points = points.take(by_id)
     n = len(by_id)
     farthest = np.zeros(n, dtype=np.int64)
     partner = np.zeros(n, dtype=np.int64)
     for i in range(n if n > 1 else 0):
-        distance = distances_to(words, words[:, i])
+        distance = points.to(i)
         distance[i] = -1  # a photo makes no pair with itself, not even among exact copies
         partner[i] = np.argmax(distance)
         farthest[i] = distance[partner[i]]
     own = np.arange(n)
-    order = _behind(picked, np.lexsort((own, np.maximum(own, partner), np.minimum(own, partner), -farthest)))
-    return Ranking(by_id[order], _insertion_distances(hashes[order]))
+    order = np.lexsort((own, np.maximum(own, partner), np.minimum(own, partner), -farthest))
+    order = _behind(picked, order, Distinct(copies, by_id))
+    return Ranking(by_id[order], _insertion_distances(points, order))
 
 
 def random(
-    hashes: Hashes,
+    points: Points,
     ids: Sequence[str],
     *,
     first: Positions | None = None,
     keep: int = 1,
     label: str = "",
     seed: int = 0,
+    copies: Copies | None = None,
 ) -> Ranking:
-    """The baseline: the order of a keyed draw (`reducer.draw`), whatever the hashes are.
+    """The baseline: the order of a keyed draw (`reducer.draw`), whatever the photos are.
 
     Parameters
     ----------
-    hashes, ids, first, keep, label, seed
+    points, ids, first, keep, label, seed, copies
         As for every `Strategy`; ``keep`` is not used.
     """
-    drawn = np.array(draw_order(RANDOM_ORDER, seed, label, ids), dtype=np.int64)
-    order = drawn if first is None else _behind(first, drawn)
-    return Ranking(order, _insertion_distances(hashes[order]))
+    picked = np.empty(0, dtype=np.int64) if first is None else first
+    order = _behind(picked, _drawn(label, seed, ids), Distinct(copies, np.arange(len(ids))))
+    return Ranking(order, _insertion_distances(points, order))
 
 
-def _behind(first: Positions, order: Positions) -> Positions:
-    """An order of all, but with some of them first."""
-    return np.concatenate([first, order[~np.isin(order, first)]])
+def _drawn(label: str, seed: int, ids: Sequence[str]) -> Positions:
+    return np.array(draw_order(RANDOM_ORDER, seed, label, ids), dtype=np.int64)
+
+
+def _behind(first: Positions, order: Positions, distinct: Distinct) -> Positions:
+    """An order of all, but with some of them first, and near copies last."""
+    for pick in first.tolist():
+        distinct.take(pick)
+    return np.concatenate([first, distinct.split(order[~np.isin(order, first)])])
 
 
 STRATEGIES: dict[str, Strategy] = {
@@ -352,13 +313,14 @@ STRATEGIES: dict[str, Strategy] = {
 
 def rank(
     strategy: str,
-    hashes: Hashes,
+    points: Points,
     ids: Sequence[str],
     *,
     always_keep: NDArray[np.bool_],
     keep: int,
     label: str,
     seed: int,
+    copies: Copies | None = None,
 ) -> Ranking:
     """Rank the photos of one label, those that are always kept before all others.
 
@@ -366,7 +328,7 @@ def rank(
     ----------
     strategy : str
         One of `STRATEGIES`; it also decides how the photos that are always kept stand among themselves.
-    hashes, ids, keep, label, seed
+    points, ids, keep, label, seed, copies
         As for every `Strategy`.
     always_keep : ndarray of bool, shape (n,)
         Whether a photo is always kept.
@@ -376,19 +338,19 @@ def rank(
     if always_keep.any():
         chosen = np.flatnonzero(always_keep)
         names = [ids[i] for i in chosen.tolist()]
-        first = chosen[order(hashes[chosen], names, keep=keep, label=label, seed=seed).order]
-    return order(hashes, ids, first=first, keep=keep, label=label, seed=seed)
+        own = None if copies is None else copies.among(chosen)
+        alone = order(points.take(chosen), names, keep=keep, label=label, seed=seed, copies=own)
+        first = chosen[alone.order]
+    return order(points, ids, first=first, keep=keep, label=label, seed=seed, copies=copies)
 
 
-def nearest_kept(
-    hashes: Hashes, ids: Sequence[str], kept: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+def nearest_kept(points: Points, ids: Sequence[str], kept: Positions) -> tuple[Positions, Steps]:
     """For every photo the nearest of the kept ones, of equally near ones that with the smallest id.
 
     Parameters
     ----------
-    hashes : ndarray of uint8, shape (n, hash bytes)
-        Packed hashes.
+    points : Points
+        The photos.
     ids : sequence of str
         Their ids.
     kept : ndarray of int64, shape (k,)
@@ -397,39 +359,16 @@ def nearest_kept(
     Returns
     -------
     positions : ndarray of int64, shape (n,)
-    distances : ndarray of float64, shape (n,)
-        In bits.
+    distances : ndarray of int, shape (n,)
+        In steps.
     """
-    words = as_words(hashes)
-    best = np.full(len(hashes), np.iinfo(np.int32).max, dtype=np.int32)
-    position = np.zeros(len(hashes), dtype=np.int64)
+    best = np.full(len(points), points.farthest + 1, dtype=points.dtype)
+    position = np.zeros(len(points), dtype=np.int64)
     for keeper in sorted(kept.tolist(), key=lambda i: ids[i]):
-        distance = distances_to(words, words[:, keeper])
+        distance = points.to(keeper)
         nearer = distance < best
         best[nearer] = distance[nearer]
         position[nearer] = keeper
     position[kept] = kept
     best[kept] = 0
-    return position, best.astype(np.float64)
-
-
-def near_any(hashes: Hashes, others: Hashes, distance: int) -> NDArray[np.bool_]:
-    """Which hashes are near one of others.
-
-    Parameters
-    ----------
-    hashes : ndarray of uint8, shape (n, hash bytes)
-        Packed hashes.
-    others : ndarray of uint8, shape (m, hash bytes)
-        Those to be near to.
-    distance : int
-        How near, in bits: at most so far apart.
-
-    Returns
-    -------
-    ndarray of bool, shape (n,)
-    """
-    if len(others) == 0:
-        return np.zeros(len(hashes), dtype=bool)
-    words = as_words(others)
-    return np.array([distances_to(words, one).min() <= distance for one in as_words(hashes).T], dtype=bool)
+    return position, best

@@ -14,7 +14,6 @@ from reducer.errand import Errand
 from reducer.manifest import with_paths
 from reducer.pipeline import photo_paths
 from reducer.plan import as_unread, make_plan, parse_labels
-from reducer.ranking import FACILITY_LOCATION_CANDIDATES
 from reducer.schemas import LEDGER_SCHEMA, TASK_SCHEMA, from_ipc
 from reducer.types import Terms, Work
 
@@ -82,19 +81,6 @@ def test_photos_that_are_always_kept_are_candidates(listed: Path) -> None:
 @pytest.mark.parametrize("options", [{"drop_flat": True}, {"avoid": "some"}, {"rank_all": True}])
 def test_all_labels_are_read_where_some_photos_may_have_to_go(listed: Path, options: dict[str, object]) -> None:
     assert plan_of(listed, **options).read.num_rows == 63
-
-
-def test_a_label_too_large_for_facility_location_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "train").mkdir()
-    lines = [f"p{i},large" for i in range(FACILITY_LOCATION_CANDIDATES + 1)]
-    (tmp_path / "train.csv").write_text("id,landmark_id\n" + "\n".join(lines) + "\n")
-    options = {"candidates": None, "strategy": "facility-location"}
-    with pytest.raises(InputError, match=r"the label 'large' has 20001 candidates: .* 0\.4 GB .* --candidates 20000"):
-        plan_of(tmp_path, **options)
-    with pytest.raises(InputError, match=r"0\.8 GB for this one"):
-        plan_of(tmp_path, hash_size=16, **options)
-    assert plan_of(tmp_path, **options | {"candidates": FACILITY_LOCATION_CANDIDATES}).read.num_rows == 20_000
-    assert plan_of(tmp_path, candidates=None).read.num_rows == 20_001
 
 
 def test_tasks_hold_whole_labels_once_and_no_path_in_their_names(listed: Path) -> None:

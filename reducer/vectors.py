@@ -1,0 +1,166 @@
+"""Unit vectors as they are kept: made alike from whatever is given, packed, put aside. Pure but for `Aside`."""
+
+from __future__ import annotations
+
+import tempfile
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from reducer.distance import Positions, Vectors
+from reducer.schemas import PLACED_SCHEMA, VECTORS_SCHEMA
+
+#: Kind of the failure of photos without a vector that can be ranked.
+NO_VECTOR = "no vector"
+#: What is wrong with a vector, by its number in `as_units`.
+PROBLEMS = ("", "its vector holds numbers that are not finite", "its vector is all zeros")
+#: Rounding each number to float16 changes the length of a unit vector by at most half of this.
+ROUNDING = 2**-10
+#: Vectors that are made alike at a time.
+BLOCK = 4096
+
+
+def as_units(vectors: NDArray[np.floating]) -> tuple[Vectors, NDArray[np.uint8]]:
+    """Scale vectors to length 1 and round them to float16.
+
+    Parameters
+    ----------
+    vectors : ndarray of float16, float32 or float64, shape (n, dimensions)
+        The vectors. Of float16 those that are unit vectors already, but for that rounding, stay as they are: so what
+        was kept can be given again.
+
+    Returns
+    -------
+    ndarray of float16, shape (n, dimensions)
+        Zeros where a vector has no direction.
+    ndarray of uint8, shape (n,)
+        What is wrong with each, as a place in `PROBLEMS`.
+
+    Notes
+    -----
+    The squares are added one dimension after the other, so that the last bit of a length is the same on every machine.
+    """
+    units = np.zeros(vectors.shape, dtype=np.float16)
+    problem = np.zeros(len(vectors), dtype=np.uint8)
+    for start in range(0, len(vectors), BLOCK):
+        own = slice(start, start + BLOCK)
+        wide = vectors[own].astype(np.float64)
+        squares = np.zeros(len(wide))
+        for column in np.ascontiguousarray(wide.T):
+            squares += column * column
+        length = np.sqrt(squares)
+        bad = ~np.isfinite(length)
+        problem[own][bad], problem[own][length == 0] = 1, 2
+        good = (length > 0) & ~bad
+        scaled = (wide[good] / length[good, None]).astype(np.float16)
+        if vectors.dtype == np.float16:
+            kept = np.abs(length[good] - 1) <= ROUNDING
+            scaled[kept] = vectors[own][good][kept]
+        units[own][good] = scaled
+    return units, problem
+
+
+def vector_field(dimensions: int) -> pa.Field:
+    """The column of vectors of ``RUN/vectors``."""
+    about = {"description": "unit vector; zeros where the photo failed", "unit": "1"}
+    return pa.field("vector", pa.list_(pa.float16(), dimensions), metadata=about)
+
+
+def units_of(packed: pa.Array | pa.ChunkedArray) -> Vectors:
+    """Vectors from bytes of float16 numbers, of which none is null, shape (n, dimensions); n >= 1."""
+    units: Vectors = np.frombuffer(b"".join(packed.to_pylist()), np.float16).reshape(len(packed), -1)
+    return units
+
+
+def packed(units: Vectors) -> pa.Array:
+    """Vectors as bytes of float16 numbers."""
+    return pa.array(list(map(bytes, units)), pa.binary())
+
+
+def vectors_table(rows: pa.Table, vectors: pa.Array | pa.ChunkedArray) -> pa.Table | None:
+    """What ``RUN/vectors`` keeps of rows of the ledger and their vectors, which are bytes or null.
+
+    Returns
+    -------
+    pyarrow.Table or None
+        `VECTORS_SCHEMA` and ``vector``; None where all vectors are null, since then nobody knows their dimensions.
+    """
+    there = vectors.drop_null()
+    if not len(there):
+        return None
+    lists = as_lists(vectors, len(there[0].as_py()) // np.float16().nbytes)
+    schema = pa.schema([*VECTORS_SCHEMA, vector_field(lists.type.list_size)])
+    return pa.Table.from_arrays([rows["id"], rows["label"], lists], schema=schema)
+
+
+def as_lists(vectors: pa.Array | pa.ChunkedArray, dimensions: int) -> pa.Array:
+    """Vectors from bytes of float16 numbers as lists of so many; zeros where one is null.
+
+    Not null: a list of fixed size that is null is refused, in a Parquet file, by versions of Arrow up to 24.
+    """
+    there = _numpy(pc.is_valid(vectors))
+    units = np.zeros((len(there), dimensions), dtype=np.float16)
+    if there.any():
+        units[there] = units_of(vectors.drop_null())
+    return pa.FixedSizeListArray.from_arrays(pa.array(units.reshape(-1)), dimensions)
+
+
+def _numpy(column: pa.Array | pa.ChunkedArray) -> NDArray[np.bool_]:
+    found: NDArray[np.bool_] = (
+        column.to_numpy() if isinstance(column, pa.ChunkedArray) else column.to_numpy(zero_copy_only=False)
+    )
+    return found
+
+
+def from_lists(lists: pa.ChunkedArray) -> pa.Array:
+    """The column ``vector`` of `vectors_table` as bytes of float16 numbers; null where all are zeros."""
+    values = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in lists.chunks]
+    units = np.concatenate(values or [np.empty(0, np.float16)]).reshape(-1, lists.type.list_size)
+    there = units.any(axis=1)
+    return pc.replace_with_mask(pa.nulls(len(units), pa.binary()), pa.array(there), packed(units[there]))
+
+
+def placed(rows: pa.Table, aside: Aside) -> pa.Table:
+    """`HASHES_SCHEMA` rows as `PLACED_SCHEMA`: their vectors are kept aside."""
+    place = rows.schema.get_field_index("vector")
+    return rows.set_column(place, PLACED_SCHEMA.field(place), aside.put(rows["vector"])).cast(PLACED_SCHEMA)
+
+
+class Aside:
+    """Vectors kept aside in a file of no name, in the order in which they come; memory holds those in use only.
+
+    Attributes
+    ----------
+    dimensions : int
+        Of the vectors; 0 before there are any.
+    """
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as this
+        self._rows = self.dimensions = 0
+
+    def put(self, vectors: pa.Array | pa.ChunkedArray) -> pa.Array:
+        """Keep vectors, bytes of float16 numbers or null, and tell where each stands; null where one is null."""
+        there = _numpy(pc.is_valid(vectors))
+        places = np.full(len(vectors), -1, dtype=np.int64)
+        if there.any():
+            units = units_of(vectors.drop_null())
+            places[there] = np.arange(self._rows, self._rows + len(units))
+            self.dimensions = units.shape[1]
+            self._file.write(units.tobytes())
+            self._rows += len(units)
+        return pa.array(places, mask=places < 0)
+
+    def packed(self, places: pa.Array | pa.ChunkedArray) -> pa.Array:
+        """Vectors by their places, as bytes of float16 numbers; null where a place is null."""
+        own: Positions = places.drop_null().to_numpy()
+        found = pa.nulls(len(places), pa.binary())
+        if not len(own):
+            return found
+        self._file.flush()
+        kept = np.memmap(self._file, np.float16, "r", shape=(self._rows, self.dimensions))
+        there = pc.is_valid(places)
+        there = there.combine_chunks() if isinstance(there, pa.ChunkedArray) else there
+        return pc.replace_with_mask(found, there, packed(kept[own]))
