@@ -10,6 +10,7 @@ from reducer.errors import ClusterError, InputError, ReducerError, TooManyFailur
 
 if TYPE_CHECKING:
     from reducer.cutting import CutResult, cut
+    from reducer.embedjob import EmbedResult, embed
     from reducer.exporting import ExportResult, export
     from reducer.job import reduce_images, resume
     from reducer.progress import Status, status
@@ -23,11 +24,13 @@ __version__ = "0.1.0"
 #: ``reducer --help`` does without them. No module may have the name of a function: importing it would hide that one.
 _LATER = {
     "CutResult": "cutting",
+    "EmbedResult": "embedjob",
     "ExportResult": "exporting",
     "Result": "result",
     "Status": "progress",
     "Story": "story",
     "cut": "cutting",
+    "embed": "embedjob",
     "explain": "story",
     "export": "exporting",
     "reduce_images": "job",
@@ -41,6 +44,7 @@ __all__ = [
     "ClusterError",
     "ClusterSpec",
     "CutResult",
+    "EmbedResult",
     "ExportResult",
     "InputError",
     "Job",
@@ -52,6 +56,7 @@ __all__ = [
     "WorkerRules",
     "__version__",
     "cut",
+    "embed",
     "explain",
     "export",
     "reduce_images",

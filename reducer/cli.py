@@ -29,6 +29,7 @@ from reducer.flags import (
     candidates_number,
     exit_codes,
     how_much_is_told,
+    how_photos_are_embedded,
     log_to_stderr,
     on_which_cluster,
     parsed_storage,
@@ -43,6 +44,7 @@ from reducer.flags import (
 from reducer.printing import (
     as_size,
     print_cut,
+    print_embedded,
     print_export,
     print_forecast,
     print_result,
@@ -106,9 +108,27 @@ def main() -> None:
 @click.option(
     "--strategy",
     type=click.Choice(STRATEGY_NAMES),
-    default="farthest-first",
-    show_default=True,
-    help="How to rank.",
+    help="How to rank.  [default: farthest-first; facility-location with --vectors or --embed]",
+)
+@click.option(
+    "--vectors",
+    metavar="FILE",
+    help="Rank by these vectors: a Parquet file with the --id-column and a list of numbers (or a column a dimension), "
+    "or a folder of such. No photo is read, unless --near-copy, --avoid, --drop-flat, --cross-label or --max-bytes is "
+    "given. A URL is opened with --storage-option.",
+)
+@click.option(
+    "--embed",
+    metavar="MODEL",
+    help="Rank by the vectors that this ONNX model makes of the photos (pip install 'reducer[embed]').",
+)
+@how_photos_are_embedded
+@click.option(
+    "--near-copy",
+    type=int,
+    metavar="BITS",
+    help="With hashes and vectors: photos at most so many bits from one with a smaller rank come behind all others."
+    "  [default: 6 of 64, in proportion]",
 )
 @click.option(
     "--hash",
@@ -147,7 +167,7 @@ def main() -> None:
     show_default=True,
     help="exact: bit for bit imagehash on the full decode. fast: JPEGs at reduced size, dHash 0.15 bit off on average. "
     "fastest: of large progressive JPEGs the first scan only (of objects on S3 only the beginnings are read), 0.5 bit "
-    "off.",
+    "off; damage behind it is not noticed.",
 )
 @click.option("--seed", default=0, show_default=True, help="Seed of every random choice.")
 @click.option("--labels", metavar="A,B,C", help="Trial run: only these labels.")
@@ -262,6 +282,71 @@ def run(
         print_result(job.output_place, quiet)
         raise
     print_result(job.output_place, quiet)
+
+
+@main.command(epilog="Example: reducer embed photos/train --embed model.onnx --output vectors.parquet")
+@click.argument("images")
+@click.option("--output", required=True, metavar="FILE", help="Parquet file to write, a local path or a URL.")
+@click.option("--embed", required=True, metavar="MODEL", help="The ONNX model (pip install 'reducer[embed]').")
+@how_photos_are_embedded
+@click.option("--manifest", metavar="FILE", help="As for `reducer run`; without one, every photo below IMAGES.")
+@where_it_runs
+@click.option("--id-column", default="id", show_default=True, help="The manifest's column of photo ids.")
+@click.option("--label-column", default="landmark_id", show_default=True, help="The manifest's column of labels.")
+@click.option("--path-column", metavar="COL", help="As for `reducer run`.")
+@click.option("--path-template", metavar="TEXT", help="As for `reducer run`.")
+@click.option("--exif-orientation", is_flag=True, help="Turn photos upright, as EXIF says.")
+@click.option(
+    "--decode",
+    type=click.Choice(DECODE_NAMES),
+    default="fast",
+    show_default=True,
+    help="exact: JPEGs at full size. Others: at reduced size, no smaller than --embed-size.",
+)
+@click.option("--labels", metavar="A,B,C", help="Only these labels.")
+@click.option("--limit-labels", type=int, metavar="N", help="Only N labels, drawn at random.")
+@click.option("--label-field", metavar="NAME", help="As for `reducer run`.")
+@click.option("--partition-images", type=int, metavar="N", help="Photos a task.  [default: 500 to 2000]")
+@click.option("--max-pixels", default=200_000_000, show_default=True, help="Photos that declare more pixels fail.")
+@click.option(
+    "--max-failures", default=0.1, show_default=True, help="Exit 3 when more than this share of the photos have failed."
+)
+@what_opens_photos
+@what_opens_the_manifest
+@what_opens_the_run
+@click.option(
+    "--reader", type=click.Choice(READER_NAMES), default="s3fs", show_default=True, help="As for `reducer run`."
+)
+@click.option("--read-ahead", default=32, show_default=True, help="As for `reducer run`.")
+@click.option("--overwrite", is_flag=True, help="Replace FILE.")
+@click.option("--break-lock", is_flag=True, help="Take FILE.parts from a command that seems to be at work on it.")
+@how_much_is_told
+@exit_codes
+def embed(
+    labels: str | None,
+    address: str | None,
+    cluster: ClusterSpec | None,
+    workers: int | None,
+    threads: int | None,
+    quiet: bool,
+    log_level: str,
+    **options: Any,
+) -> None:
+    """Make vectors of all photos by an ONNX model, and choose none.
+
+    IMAGES is as for `reducer run`. FILE gets a row a photo: its id, its label, why it has no vector if it has none, and
+    its unit vector (float16). `reducer run --vectors FILE` ranks by it. What is made so far lies in FILE.parts, so a
+    command that was stopped goes on when it is given again. Exit codes are those of `reducer run`.
+    """
+    log_to_stderr(log_level, quiet)
+    spec = spec_of(cluster, address, workers, threads)
+    options |= parsed_storage(options)
+    job = Job(**options, labels=None if labels is None else _parse_labels(labels))
+    from reducer.embedjob import embed as embed_photos
+
+    result = embed_photos(job, spec, progress=not quiet)
+    if not quiet:
+        print_embedded(result)
 
 
 @main.command(epilog="Example: reducer resume run --retry-failed")

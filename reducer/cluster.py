@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import dask
 from dask.system import CPU_COUNT
+from distributed.diagnostics.plugin import UploadFile
 
 from reducer.clusterspec import TLS, ClusterSpec
 from reducer.config import Job, PhotoSettings
+from reducer.embedding import PATHS
 from reducer.environment import Environment, differences, environment
 from reducer.errors import ClusterError, InputError, ReducerError, one_line
 from reducer.places import PhotoRef
@@ -150,6 +152,8 @@ def check_alike(client: Client, settings: PhotoSettings) -> Environment:
     """
     try:
         found: dict[str, Environment] = client.run(environment, settings)
+    except InputError as error:
+        raise InputError(f"a worker cannot take part: {error}") from None
     except OSError as error:
         raise ClusterError(f"a worker went away before the run began: {one_line(error)}; run this again") from None
     if not found:
@@ -160,6 +164,57 @@ def check_alike(client: Client, settings: PhotoSettings) -> Environment:
     for line in warnings_:
         log.warning("%s", line)
     return found[min(found)]
+
+
+class ShipModel(UploadFile):
+    """Brings a model to every worker, late ones too, since they may not see this computer's files."""
+
+    def __init__(self, path: str, digest: str, client: str) -> None:
+        super().__init__(path, load=False)
+        # Of this client's own: another run may have the same model there, and end before this one.
+        self.digest, self.filename, self.name = digest, f"reducer-{digest}-{client}.onnx", f"reducer-{digest}-{client}"
+
+    async def setup(self, worker: Any) -> None:
+        """Run on each worker that is there, and on each that joins."""
+        await super().setup(worker)  # type: ignore[no-untyped-call]
+        PATHS.setdefault(self.digest, []).append(os.path.join(worker.local_directory, self.filename))
+
+    def teardown(self, worker: Any) -> None:
+        """Run when the worker closes, or the run is at its end."""
+        with suppress(OSError):
+            os.remove(os.path.join(worker.local_directory, self.filename))
+
+
+@contextmanager
+def model_everywhere(client: Client | None, job: Job) -> Iterator[None]:
+    """See to it that the model of a job, if it has one, is where photos are embedded.
+
+    Parameters
+    ----------
+    client : distributed.Client or None
+        Of the cluster; None for this process.
+    job : Job
+        The job.
+
+    Raises
+    ------
+    InputError
+        If it cannot be sent.
+    """
+    embed = job.embed_settings
+    if embed is None or job.embed is None or client is None:
+        yield
+        return
+    plugin = ShipModel(job.embed, embed.model, client.id)
+    try:
+        client.register_plugin(plugin, name=plugin.name)
+    except OSError as error:
+        raise ClusterError(f"a worker went away before the run began: {one_line(error)}; run this again") from None
+    try:
+        yield
+    finally:
+        with suppress(Exception):  # the cluster may be gone
+            client.unregister_worker_plugin(plugin.name)
 
 
 def check_sight(client: Client, job: Job, photos: Sequence[PhotoRef], wait: float) -> PhotoRef | None:
@@ -257,8 +312,6 @@ def dask_setup(worker: object) -> None:
     """
     if multiprocessing.parent_process() is None:  # a worker that is a thread of the client
         return
-    # What takes longest to import is there before there is work.
-    importlib.import_module("reducer.environment")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.getLogger("distributed.worker.state_machine").setLevel(logging.ERROR)
     logging.getLogger("distributed.worker").addFilter(_worth_saying)

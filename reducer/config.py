@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import csv
 import difflib
+import hashlib
 import io
+import math
+import os
 import re
 import string
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 from reducer.errors import InputError
@@ -32,7 +36,36 @@ DEFAULT_KEEP = 25
 GALLERY_PHOTOS = 400
 #: Photos that a dry run reads to estimate the time.
 SAMPLE_PHOTOS = 64
+#: What an embedding model is given, unless it is said otherwise: the means and deviations of ImageNet's channels.
+EMBED_SIZE, EMBED_BATCH = 224, 32
+EMBED_MEAN, EMBED_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 GLDV2_TEMPLATE = "{id[0]}/{id[1]}/{id[2]}/{id}.jpg"
+
+
+@dataclass(frozen=True)
+class EmbedSettings:
+    """All that decides the vector that a model makes of a photo.
+
+    Attributes
+    ----------
+    model : str
+        SHA-256 of the model file, in hex.
+    size : int
+        Side of the square that the model is given, in pixels.
+    mean, std : tuple of float
+        Of the red, green and blue channel, 0 to 1: the first is subtracted, then the second divided by.
+    batch : int
+        Photos that the model is given at a time.
+    output : str or None
+        Which of its outputs holds the vectors; None for the only one.
+    """
+
+    model: str
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    batch: int
+    output: str | None
 
 
 @dataclass(frozen=True)
@@ -61,6 +94,14 @@ class PhotoSettings:
         Seed of every keyed draw.
     max_pixels : int
         A photo that declares more pixels is not decoded.
+    by_vectors : bool
+        Whether photos are compared by vectors; else by their hashes.
+    hashed : bool
+        Whether photos are read and hashed.
+    near_copy : int or None
+        At most so many bits apart photos are near copies, which come last; None where none does.
+    embed : EmbedSettings or None
+        How their vectors are made; None where they are given, or not asked for.
     """
 
     keep: int | None
@@ -73,11 +114,20 @@ class PhotoSettings:
     avoid_distance: int
     seed: int
     max_pixels: int
+    by_vectors: bool = False
+    hashed: bool = True
+    near_copy: int | None = None
+    embed: EmbedSettings | None = None
 
     @property
     def bits(self) -> int:
         """Bits of a hash."""
         return self.hash_size**2
+
+    @property
+    def unit(self) -> str:
+        """What distances are told in."""
+        return "cosine" if self.by_vectors else "bits"
 
 
 @dataclass(frozen=True)
@@ -110,7 +160,19 @@ class Job:
     candidates : int or None
         At most so many photos a label are read, drawn at random; None reads all.
     strategy : {"farthest-first", "facility-location", "pairs", "random"}
-        How photos are ranked.
+        How photos are ranked; default farthest-first by hashes, facility-location by vectors (which take no pairs).
+    vectors : str, optional
+        Rank by these vectors: a Parquet file (a local path, or a URL that is opened as ``images`` is), or a folder of
+        such, with a column ``id_column`` and a list of numbers in another one, or a column a dimension. No photo is
+        read then unless something else asks for its hash: ``near_copy``, ``avoid``, ``drop_flat``, ``cross_label``,
+        ``max_bytes``.
+    embed : str, optional
+        Rank by the vectors that this ONNX model makes of the photos, a local path.
+    embed_size, embed_mean, embed_std, embed_batch, embed_output
+        What the model is given and which output is taken, as for `EmbedSettings`.
+    near_copy : int, optional
+        With hashes and vectors: a photo at most so many bits from one with a smaller rank comes behind all that are
+        not; default 6 of 64.
     hash : {"dhash", "dhash-vertical", "phash", "ahash", "whash"}
         Which perceptual hash of imagehash's they are compared by.
     hash_size : int
@@ -193,7 +255,15 @@ class Job:
     max_bytes: int | str | None = None
     min_per_label: int | None = None
     candidates: int | None = 1000
-    strategy: str = "farthest-first"
+    strategy: str | None = None
+    vectors: str | None = None
+    embed: str | None = None
+    embed_size: int = EMBED_SIZE
+    embed_mean: tuple[float, ...] = EMBED_MEAN
+    embed_std: tuple[float, ...] = EMBED_STD
+    embed_batch: int = EMBED_BATCH
+    embed_output: str | None = None
+    near_copy: int | None = None
     hash: str = "dhash"
     hash_size: int = 8
     exif_orientation: bool = False
@@ -225,24 +295,27 @@ class Job:
     read_ahead: int = 32
 
     def __post_init__(self) -> None:
-        for name in ("images", "output", "manifest", "always_keep", "avoid", "reuse", "md5"):
+        for name in ("images", "output", "manifest", "always_keep", "avoid", "reuse", "md5", "vectors", "embed"):
             value = getattr(self, name)
             if value is None:
                 continue
             where = "IMAGES" if name == "images" else flag(name)
             if not str(value):
                 raise InputError(f"{where} is empty: give a path")
-            if is_url(str(value)) and name in ("always_keep", "avoid"):
+            if is_url(str(value)) and name in ("always_keep", "avoid", "embed"):
                 raise InputError(f"{where} {value} is a URL; it is read from local paths only")
             object.__setattr__(self, name, str(value))
-        for name in ("path_column", "path_template", "id_column", "label_column", "label_field"):
+        for name in ("path_column", "path_template", "id_column", "label_column", "label_field", "embed_output"):
             if getattr(self, name) == "":
                 raise InputError(f"{flag(name)} is empty: give it a value or leave it out")
         if isinstance(self.labels, str):
             raise InputError("labels: give a list of labels, not one text")
         if self.labels is not None:
             object.__setattr__(self, "labels", tuple(str(label) for label in self.labels))
-        choose("strategy", self.strategy, STRATEGY_NAMES)
+        if self.strategy is None:
+            object.__setattr__(self, "strategy", default_strategy(self.by_vectors))
+        choose("strategy", self.ranked_by, STRATEGY_NAMES)
+        self._check_vectors()
         choose("hash", self.hash, HASH_NAMES)
         choose("decode", self.decode, DECODE_NAMES)
         choose("format", self.format, FORMATS)
@@ -252,8 +325,8 @@ class Job:
             ("--manifest", "--manifest-storage-option", self.manifest_place),
             ("--output", "--output-storage-option", self.output_place),
         ):
-            other = {"IMAGES": self.md5, "--output": self.reuse}.get(what)
-            if other is not None and is_url(other):
+            others = {"IMAGES": (self.md5, self.vectors), "--output": (self.reuse,)}.get(what, ())
+            if any(other is not None and is_url(other) for other in others):
                 continue  # they open that one
             if place.options and not place.remote:
                 raise InputError(f"{option} says how a URL is opened, and {what} is none: leave it out")
@@ -262,7 +335,10 @@ class Job:
         object.__setattr__(self, "max_bytes", self.cut_rules.max_bytes)
         if self.keep is None and not self.cut_rules.has_budget:
             object.__setattr__(self, "keep", DEFAULT_KEEP)
-        for name in ("candidates", "limit_labels", "partition_images", "max_pixels", "read_ahead"):
+        for name in (
+            *("candidates", "limit_labels", "partition_images", "max_pixels", "read_ahead"),
+            *("embed_size", "embed_batch"),
+        ):
             check_count(name, getattr(self, name))
         if self.has_filters:
             object.__setattr__(self, "rank_all", True)
@@ -302,6 +378,56 @@ class Job:
         if self.label_field is not None and self.manifest is not None:
             raise InputError("--label-field is for tar shards without a manifest: leave it out, or --manifest")
         template_fields(self.template)
+
+    def _check_vectors(self) -> None:
+        for name in ("embed_mean", "embed_std"):
+            object.__setattr__(self, name, channels(name, getattr(self, name)))
+        if 0.0 in self.embed_std:
+            raise InputError(f"--embed-std is {','.join(map(str, self.embed_std))}: nothing can be divided by 0")
+        if self.vectors is not None and self.embed is not None:
+            raise InputError("--vectors and --embed exclude each other: give the vectors, or what makes them")
+        if self.embed is None and self.embed_output is not None:
+            raise InputError("--embed-output names an output of a model: give --embed too")
+        if self.by_vectors and self.strategy == "pairs":
+            raise InputError(
+                "--strategy pairs compares hashes: with vectors give facility-location, farthest-first or random"
+            )
+        if self.near_copy is None:
+            return
+        if not self.by_vectors:
+            raise InputError("--near-copy says which photos come last when they are ranked by vectors: give --vectors")
+        if not isinstance(self.near_copy, int) or not 0 <= self.near_copy <= self.hash_size**2:
+            raise InputError(
+                f"--near-copy is {self.near_copy!r}: expected a whole number of bits from 0 to {self.hash_size**2}"
+            )
+
+    @property
+    def ranked_by(self) -> str:
+        """The strategy in force."""
+        assert self.strategy is not None
+        return self.strategy
+
+    @property
+    def by_vectors(self) -> bool:
+        """Whether photos are compared by vectors."""
+        return self.vectors is not None or self.embed is not None
+
+    @property
+    def hashes_photos(self) -> bool:
+        """Whether photos are read and hashed: with vectors that are given, only where something needs it."""
+        return (
+            self.vectors is None
+            or self.near_copy is not None
+            or self.avoid is not None
+            or self.drop_flat
+            or self.cross_label
+            or self.max_bytes is not None
+        )
+
+    @property
+    def vectors_place(self) -> Place:
+        """Where the vectors are; an empty path without any."""
+        return Place(self.vectors or "", self.storage_options)
 
     @property
     def cut_rules(self) -> CutRules:
@@ -344,11 +470,39 @@ class Job:
         return Source(self.storage_options, self.reader, self.read_ahead)
 
     @property
+    def embed_settings(self) -> EmbedSettings | None:
+        """How vectors are made; None where they are not.
+
+        Raises
+        ------
+        InputError
+            If the model cannot be read.
+        """
+        if self.embed is None:
+            return None
+        model = file_digest("--embed", self.embed)
+        return EmbedSettings(
+            model, self.embed_size, self.embed_mean, self.embed_std, self.embed_batch, self.embed_output
+        )
+
+    @property
     def photo_settings(self) -> PhotoSettings:
-        """The part of the job that decides hashes and ranks."""
+        """The part of the job that decides hashes, vectors and ranks.
+
+        Raises
+        ------
+        InputError
+            If there is a model, and it cannot be read.
+        """
+        return replace(self.settings_without_model, embed=self.embed_settings)
+
+    @property
+    def settings_without_model(self) -> PhotoSettings:
+        """The same, but that no vectors are made."""
+        near = near_copy_bits(self.hash_size**2) if self.by_vectors and self.hashes_photos else None
         return PhotoSettings(
             keep=self.keep,
-            strategy=self.strategy,
+            strategy=self.ranked_by,
             hash=self.hash,
             hash_size=self.hash_size,
             decode=self.decode,
@@ -357,6 +511,9 @@ class Job:
             avoid_distance=(near_copy_bits(self.hash_size**2) if self.avoid_distance is None else self.avoid_distance),
             seed=self.seed,
             max_pixels=self.max_pixels,
+            by_vectors=self.by_vectors,
+            hashed=self.hashes_photos,
+            near_copy=near if self.near_copy is None else self.near_copy,
         )
 
     @property
@@ -365,12 +522,61 @@ class Job:
         return self.rank_all or self.drop_flat or self.avoid is not None
 
 
+def unit_of(job: Mapping[str, Any]) -> str:
+    """What distances of a run are told in, by the job in its summary."""
+    return "cosine" if job.get("vectors") or job.get("embed") else "bits"
+
+
+def default_strategy(by_vectors: bool) -> str:
+    """How photos are ranked where nothing else is asked for."""
+    return "facility-location" if by_vectors else "farthest-first"
+
+
 def near_copy_bits(bits: int) -> int:
     """At how many bits apart, of so many, two photos of a label still count as near copies.
 
     It is 6 of dHash's 64: resizing, recompression and brightness stay within it, crops and flips do not.
     """
     return 6 * bits // 64
+
+
+def channels(name: str, value: object) -> tuple[float, ...]:
+    """Three numbers, of the red, green and blue channel, from a sequence or from text with commas.
+
+    Raises
+    ------
+    InputError
+        If it is something else; names the flag.
+    """
+    found = value.split(",") if isinstance(value, str) else value
+    try:
+        numbers = tuple(float(number) for number in found)  # type: ignore[attr-defined]
+    except (TypeError, ValueError):
+        numbers = ()
+    if len(numbers) != 3 or not all(map(math.isfinite, numbers)):
+        raise InputError(f"{flag(name)} is {value!r}: expected three numbers, such as 0.485,0.456,0.406")
+    return numbers
+
+
+def file_digest(where: str, path: str) -> str:
+    """SHA-256 of a local file, in hex; read once while it stays as it is.
+
+    Raises
+    ------
+    InputError
+        If it cannot be read.
+    """
+    try:
+        found = os.stat(path)
+        return _digest(path, found.st_size, found.st_mtime_ns)
+    except OSError as error:
+        raise InputError(f"{where} {path} cannot be read: {error.strerror or error}") from None
+
+
+@lru_cache(maxsize=8)
+def _digest(path: str, size: int, mtime_ns: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def labels_text(labels: Iterable[str]) -> str:

@@ -15,8 +15,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from reducer.config import near_copy_bits
+from reducer.distance import Hashes, Positions
 from reducer.hashing import all_from_hex
-from reducer.ranking import Hashes, Positions
 from reducer.schemas import CROSS_LABEL_SCHEMA
 from reducer.tables import text_ranks
 

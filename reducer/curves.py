@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from reducer.draw import RANDOM_ORDER, draw_order
+from reducer.distance import Cosine
+from reducer.draw import RANDOM_ORDER, REPORT_LABELS, draw_order
 from reducer.hashing import all_from_hex
 from reducer.quality import pair_histogram
 from reducer.tables import numbered
+from reducer.vectors import units_of
 
 Counts = NDArray[np.int64]
 
 #: Of a label with more kept photos than this so many are drawn, lest all pairs of a million photos are compared.
 MOST_COMPARED = 2000
+#: Labels whose vectors are read for a report, and bins of cosine distances, 0 to 2.
+MOST_LABELS, COSINE_BINS = 200, 2000
 #: The spread over labels that is told of: 80 % of them lie between the first and the last.
 SHARES = (0.1, 0.5, 0.9)
 
@@ -58,7 +63,7 @@ class InsertionCurve:
     labels : ndarray of int64, shape (ranks,)
         Labels that have a photo of rank 1, 2, ...
     distance : ndarray of float64, shape (3, ranks)
-        Its insertion distance in bits, at the quantiles `SHARES` over these labels (as `numpy.quantile` interpolates).
+        Its insertion distance, at the quantiles `SHARES` over these labels (as `numpy.quantile` interpolates).
     photos : ndarray of int64, shape (ranks,)
         Photos that are left of all labels where each keeps at most 1, 2, ...; of labels that were not ranked, of those
         that were kept.
@@ -117,29 +122,72 @@ def insertion_curve(ledger: pa.Table) -> InsertionCurve:
     return InsertionCurve(labels, np.stack(quantiles), photos)
 
 
-def pair_distances(ledger: pa.Table, bits: int, seed: int) -> tuple[Counts, Counts]:
+@dataclass(frozen=True)
+class PairDistances:
+    """Distances of pairs of photos of one label.
+
+    Attributes
+    ----------
+    kept, random : ndarray of int64, shape (bins,)
+        Pairs in each bin, of the kept photos and of a random choice of as many.
+    edges : ndarray of float64, shape (bins + 1,)
+        Of the bins.
+    unit : {"bits", "cosine"}
+        What the edges are told in.
+    """
+
+    kept: Counts
+    random: Counts
+    edges: NDArray[np.floating[Any]]
+    unit: str
+
+
+def labels_to_compare(ledger: pa.Table, seed: int) -> list[str]:
+    """Labels with at least two kept photos that have a rank, at most `MOST_LABELS` of them, drawn at random.
+
+    Parameters
+    ----------
+    ledger : pyarrow.Table
+        With the columns ``label``, ``rank`` and ``kept``.
+    seed : int
+        Of the job.
+    """
+    kept = ledger.filter(pc.and_(ledger["kept"], pc.is_valid(ledger["rank"])))
+    counted = kept.group_by("label").aggregate([([], "count_all")])
+    names = sorted(counted.filter(pc.greater(counted["count_all"], 1))["label"].to_pylist())
+    return [names[place] for place in draw_order(REPORT_LABELS, seed, "", names)[:MOST_LABELS]]
+
+
+def pair_distances(ledger: pa.Table, bits: int, seed: int) -> PairDistances:
     """Distances of all pairs of photos of one label, for the kept photos and for a random choice of as many.
 
     Parameters
     ----------
     ledger : pyarrow.Table
-        With the columns ``label``, ``id``, ``hash``, ``rank`` and ``kept``.
+        With the columns ``label``, ``id``, ``hash``, ``rank`` and ``kept``; with ``vector`` (bytes of float16 numbers)
+        distances are those of vectors.
     bits : int
         Bits of a hash.
     seed : int
-        Of the job: the random choice is the one that its quality was compared with.
-
-    Returns
-    -------
-    kept, random : ndarray of int64, shape (bits + 1,)
-        Pairs that are 0, 1, ... bits apart. Of a label with more than `MOST_COMPARED` kept photos so many are drawn.
+        Of the job: the random choice is the one that its quality was compared with. Of a label with more than
+        `MOST_COMPARED` kept photos so many are drawn.
     """
-    ranked = ledger.select(["label", "id", "hash", "rank", "kept"])
+    by_vectors = "vector" in ledger.column_names
+    ranked = ledger.select(["label", "id", "vector" if by_vectors else "hash", "rank", "kept"])
     ranked = ranked.filter(pc.is_valid(ranked["rank"])).combine_chunks()
-    hashes = all_from_hex(ranked["hash"], bits)
+    edges = np.arange(COSINE_BINS + 1) * (2 / COSINE_BINS) if by_vectors else np.arange(bits + 2) - 0.5
+    hashes = None if by_vectors else all_from_hex(ranked["hash"], bits)
     kept = ranked["kept"].to_numpy()
     ids = ranked["id"].to_pylist()
-    of_kept, of_random = (np.zeros(bits + 1, dtype=np.int64) for _ in range(2))
+    of_kept, of_random = (np.zeros(len(edges) - 1, dtype=np.int64) for _ in range(2))
+
+    def histogram(rows: NDArray[np.int64]) -> Counts:
+        if hashes is not None:
+            return pair_histogram(hashes[rows], bits)
+        points = Cosine(units_of(ranked["vector"].take(pa.array(rows))))
+        steps = [points.to(place)[place + 1 :] for place in range(len(rows) - 1)]
+        return np.histogram(np.concatenate(steps) * points.step, edges)[0]
+
     number, names = numbered(ranked["label"])
     ends = _counted(number, len(names)).cumsum()
     for label, rows in zip(names, np.split(np.argsort(number, kind="stable"), ends[:-1]), strict=False):
@@ -149,6 +197,6 @@ def pair_distances(ledger: pa.Table, bits: int, seed: int) -> tuple[Counts, Coun
         drawn = rows[draw_order(RANDOM_ORDER, seed, label, [ids[row] for row in rows.tolist()])]
         if len(chosen) > MOST_COMPARED:
             chosen = drawn[kept[drawn]][:MOST_COMPARED]
-        of_kept += pair_histogram(hashes[chosen], bits)
-        of_random += pair_histogram(hashes[drawn[: len(chosen)]], bits)
-    return of_kept, of_random
+        of_kept += histogram(chosen)
+        of_random += histogram(drawn[: len(chosen)])
+    return PairDistances(of_kept, of_random, edges, "cosine" if by_vectors else "bits")

@@ -14,13 +14,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from reducer.config import unit_of
 from reducer.errors import InputError
 from reducer.files import write_file
 from reducer.places import Place, absolute, is_url
 from reducer.plan import Plan
 from reducer.quality import judge_again
 from reducer.rules import CutRules
-from reducer.schemas import REDUCED_COLUMNS
+from reducer.schemas import REDUCED_COLUMNS, in_unit
 from reducer.selection import DECIDING, NeedsRanksError, select
 from reducer.store import HASHES, IMAGES, OWN_FILES, SUMMARY, RunFolder, as_reduced, reduced_file
 from reducer.summary import counts
@@ -46,9 +47,12 @@ class CutResult:
     reasons : dict of str to int
         What became of the photos of the ledger.
     smallest_distance : float or None
-        The smallest insertion distance kept, in bits; None where no label keeps two ranked photos.
+        The smallest insertion distance kept, in ``unit``; None where no label keeps two ranked photos.
     reached : float or None
-        With a budget: the effective distance of the last photo that it had room for beyond those guaranteed, in bits.
+        With a budget: the effective distance of the last photo that it had room for beyond those guaranteed,
+        in ``unit``.
+    unit : {"bits", "cosine"}
+        What distances are told in.
     """
 
     rules: CutRules
@@ -59,6 +63,7 @@ class CutResult:
     reasons: dict[str, int]
     smallest_distance: float | None
     reached: float | None
+    unit: str
     _rows: pa.Table = field(repr=False)
     _columns: tuple[str, str] = field(repr=False)
 
@@ -110,6 +115,7 @@ def cut(
     rules = CutRules(min_distance, keep, total, max_bytes, min_per_label)
     folder = RunFolder(Place(str(run), storage_options or {}))
     summary = folder.finished()
+    folder.unit = unit_of(summary["job"])
     target = None if output is None else _target(folder, summary, Place(str(output), storage_options or {}))
 
     ledger = folder.whole_ledger(summary, ["row", "id", *REDUCED_COLUMNS, *DECIDING])
@@ -131,11 +137,13 @@ def cut(
         reasons=counts(selection.reason),
         smallest_distance=pc.min(rows["insertion_distance"]).as_py(),
         reached=selection.reached,
+        unit=folder.unit,
         _rows=rows,
         _columns=(job["id_column"], job["label_column"]),
     )
     if target is not None:
-        write_file(target, reduced_file(result._table, KINDS[Path(target.path).suffix]))
+        table = in_unit(result._table, folder.unit)
+        write_file(target, reduced_file(table, KINDS[Path(target.path).suffix]))
     return result
 
 
@@ -206,7 +214,9 @@ def apply_filters(folder: RunFolder, plan: Plan) -> tuple[dict[str, Tally], floa
         start = own.stop
         chosen = with_column(before, "kept", pa.array(selection.kept[own]))
         chosen = with_column(chosen, "reason", selection.reason[own])
-        rows, quality = judge_again(chosen, always[own], plan.job.photo_settings)
-        tallies[name] = replace(tally, quality=quality)
+        settings = plan.job.settings_without_model
+        vectors = folder.part_vectors(name, before.num_rows) if settings.by_vectors else None
+        rows, quality, by_hash = judge_again(chosen, vectors, always[own], settings)
+        tallies[name] = replace(tally, quality=quality, by_hash=by_hash)
         folder.replace_part(name, rows, tallies[name])
     return tallies, selection.reached

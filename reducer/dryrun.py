@@ -16,7 +16,9 @@ from reducer.cluster import planned_threads
 from reducer.clusterspec import ClusterSpec
 from reducer.config import SAMPLE_PHOTOS, Job, PhotoSettings
 from reducer.draw import TIME_SAMPLE, draw_order
+from reducer.embedding import embedded
 from reducer.errand import ShardErrand
+from reducer.job import check_vectors
 from reducer.lists import read_avoided
 from reducer.manifest import with_paths
 from reducer.pieces import PlainLooker, run_shards
@@ -101,6 +103,9 @@ def forecast(job: Job, cluster: ClusterSpec | None = None, *, sample: int = SAMP
         As for `reducer.reduce_images`.
     """
     RunFolder(job.output_place).check_free(overwrite=job.overwrite, break_lock=job.break_lock)
+    check_vectors(job)
+    if not job.hashes_photos:
+        sample = 0
     plan = make_plan(job)
     read_avoided(job)  # what is wrong with it is found here too
     threads = planned_threads(cluster or ClusterSpec())
@@ -115,13 +120,13 @@ def forecast(job: Job, cluster: ClusterSpec | None = None, *, sample: int = SAMP
     drawn = plan.read.take(pa.array(draw_order(TIME_SAMPLE, job.seed, "", ids)[:sample], pa.int64()))
     paths = with_paths(job, drawn)["path"].to_pylist()
     clock = time.perf_counter()
-    looks = list(look_at_all(paths, job.photo_settings, job.source))
+    looks = list(embedded(look_at_all(paths, job.photo_settings, job.source), job.photo_settings))
     seconds = time.perf_counter() - clock
     failures = [f"{path}: {look.error}" for path, look in zip(paths, looks, strict=True) if look.error]
     sizes = [look.bytes for look in looks if look.bytes is not None]
 
     size = plan.read["bytes"]
-    known = size.null_count == 0
+    known = size.null_count == 0 and job.hashes_photos
     if known:
         bytes_to_read: int | None = int(np.sum(size.to_numpy()))
     else:

@@ -34,6 +34,7 @@ from PIL import features
 
 import reducer
 from reducer.config import PhotoSettings
+from reducer.embedding import probe_digest
 from reducer.hashing import PhotoError, hash_photo, pillow_settings, to_hex
 
 #: How packages are called in messages, where their key in `versions` is another.
@@ -42,6 +43,8 @@ TITLES = {"pillow": "Pillow", "python": "Python", "pywavelets": "PyWavelets", "l
 PROBE_PIXELS = 2_000_000
 #: The one that only `fastest` decodes in a way of its own.
 FIRST_SCAN_PROBE = "large-progressive.jpg"
+#: The one that a model is tried with.
+VECTOR_PROBE, WITH_MODEL = "large.jpg", " with --embed"
 #: A message tells of so many different versions, and so many characters of a hash; of more only that there are more.
 SHOWN_VERSIONS = 4
 SHOWN_CHARACTERS = 64
@@ -58,7 +61,8 @@ class Environment:
     versions : dict of str to str
         As `versions` gives them.
     probes : dict of str to str
-        For each probe file its hash in hex, or ``kind: what was found`` if it cannot be decoded here.
+        For each probe file its hash in hex, or ``kind: what was found`` if it cannot be decoded here. Where a model
+        embeds photos, for one of them also a digest of its vector.
     """
 
     versions: dict[str, str]
@@ -91,7 +95,7 @@ def versions() -> dict[str, str]:
         "imagehash": imagehash.__version__,
         "numpy": np.__version__,
     }
-    for name in ("scipy", "PyWavelets", "pyarrow", "pandas", "dask", "distributed"):
+    for name in ("scipy", "PyWavelets", "pyarrow", "pandas", "dask", "distributed", "onnxruntime"):
         found[name.lower()] = _installed(name)
     found["libjpeg_turbo"] = features.version_feature("libjpeg_turbo")
     found["zlib"] = features.version_codec("zlib")
@@ -131,6 +135,11 @@ def environment(settings: PhotoSettings) -> Environment:
     -------
     Environment
         A shared object: do not change its dicts.
+
+    Raises
+    ------
+    InputError
+        If there is a model, and it cannot be loaded here.
     """
     settings = replace(settings, drop_flat=False, max_pixels=max(settings.max_pixels, PROBE_PIXELS))
     probes = {}
@@ -142,7 +151,14 @@ def environment(settings: PhotoSettings) -> Environment:
                 probes[name] = to_hex(hash_photo(content, settings).bits, settings.bits)
             except PhotoError as error:  # a Pillow built without WebP, say
                 probes[name] = str(error)
+            if settings.embed is not None and name == VECTOR_PROBE:
+                probes[name + WITH_MODEL] = probe_digest(content, settings)
     return Environment(versions(), probes)
+
+
+def without_model(one: Environment) -> Environment:
+    """What decides the hashes alone."""
+    return replace(one, probes={name: found for name, found in one.probes.items() if not name.endswith(WITH_MODEL)})
 
 
 def differences(environments: Mapping[str, Environment]) -> tuple[list[str], list[str]]:

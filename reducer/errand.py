@@ -11,14 +11,16 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from reducer.config import Job
+from reducer.distance import Hashes
 from reducer.manifest import path_rule, with_paths
 from reducer.partition import Division
 from reducer.pieces import Wanted
 from reducer.places import ByteRange, PhotoRef
-from reducer.ranking import Hashes
+from reducer.routing import Routing
 from reducer.schemas import KNOWN_SCHEMA, PLACE_SCHEMA, to_ipc
 from reducer.shards import member_keys
 from reducer.types import PartitionTask, Shard, ShardTask
+from reducer.vectors import Aside
 
 #: So many photos are tried to see whether workers can read them.
 FEW = 20
@@ -44,6 +46,10 @@ class Errand:
         Whether they are pieces.
     avoid : ndarray of uint8, shape (m, hash bytes), optional
         Hashes to avoid.
+    aside : Aside, optional
+        Holds the vectors that are known.
+    routing : Routing, optional
+        How vectors that are given come to partitions.
     """
 
     job: Job
@@ -51,6 +57,8 @@ class Errand:
     trusted: frozenset[int] = frozenset()
     is_pieces: bool = False
     avoid: Hashes | None = None
+    aside: Aside | None = None
+    routing: Routing | None = None
 
     @property
     def numbers(self) -> list[int]:
@@ -69,6 +77,8 @@ class Errand:
 
     def probes(self) -> list[PhotoRef]:
         """A few photos from all over, the first among them; none where nothing needs to be read."""
+        if not self.job.hashes_photos:
+            return []
         few = self.rows.without(self.trusted).few(FEW)
         return [with_paths(self.job, row)["path"][0].as_py() for row in few]
 
@@ -84,6 +94,9 @@ class Errand:
             columns += [*KNOWN_SCHEMA.names, *PLACE_SCHEMA.names, "bytes"]
         elif KNOWN_SCHEMA.names[0] in rows.column_names and _anything(rows, "known_hash", "known_error"):
             columns += KNOWN_SCHEMA.names
+        if self.aside is not None and "known_vector" in columns:
+            place = rows.schema.get_field_index("known_vector")
+            rows = rows.set_column(place, "known_vector", self.aside.packed(rows["known_vector"]))
         return PartitionTask(
             index=index,
             photos=rows.num_rows,

@@ -181,7 +181,7 @@ def export(
         way = Way(
             source=job.source,
             target=exported.place,
-            settings=job.photo_settings,
+            settings=job.settings_without_model,
             resize=options.resize,
             link=options.link,
             threads=PUTS if exported.place.remote else spec.threads or 2 * CPU_COUNT,

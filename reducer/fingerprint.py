@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from reducer.config import STORAGE_OPTIONS, Job
+from reducer.distance import Hashes
 from reducer.environment import Environment, compare_with
 from reducer.errors import InputError
 from reducer.places import absolute, explained
-from reducer.ranking import Hashes
+from reducer.routing import find_vectors
 from reducer.rules import flag
 
 log = logging.getLogger("reducer")
@@ -97,9 +98,14 @@ class Fingerprint:
         InputError
             Naming all that differs.
         """
-        now = settings_of(job)
+        try:
+            now = settings_of(job)
+        except InputError as error:
+            log.warning("%s: whether it has changed cannot be told", error)
+            now = self.settings | settings_of(replace(job, vectors=None, embed=None, embed_output=None, near_copy=None))
+            now |= {name: self.settings[name] for name in ("vectors", "embed", "embed_output", "near_copy", "strategy")}
         changed = [
-            f"{'IMAGES' if name == 'images' else flag(name)} was {self.settings.get(name)!r} and is {now.get(name)!r}"
+            _changed(name, job, self.settings.get(name), now.get(name))
             for name in dict.fromkeys([*self.settings, *now])
             if self.settings.get(name) != now.get(name)
         ]
@@ -132,10 +138,23 @@ class Fingerprint:
             raise InputError(f"{differs}. {_advice(job)}")
 
 
+def _changed(name: str, job: Job, before: object, now: object) -> str:
+    if name in ("vectors", "embed") and None not in (before, now):  # digests
+        return f"{flag(name)} {getattr(job, name)} has another content"
+    return f"{'IMAGES' if name == 'images' else flag(name)} was {before!r} and is {now!r}"
+
+
 def settings_of(job: Job) -> dict[str, Any]:
     """The fields of a job that decide what is found, as JSON has them."""
     fields = {name: value for name, value in asdict(job).items() if name not in INDIFFERENT}
-    found: dict[str, Any] = json.loads(json.dumps(fields | {"images": absolute(job.images)}))
+    files = find_vectors(job)
+    # By what they hold, wherever they lie.
+    told = {
+        "images": absolute(job.images),
+        "vectors": None if files is None else files.digest,
+        "embed": None if job.embed_settings is None else job.embed_settings.model,
+    }
+    found: dict[str, Any] = json.loads(json.dumps(fields | told))
     return found
 
 

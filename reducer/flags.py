@@ -14,7 +14,7 @@ import click
 from click.core import ParameterSource
 
 from reducer.clusterspec import ClusterFile, ClusterSpec
-from reducer.config import STORAGE_OPTIONS, labels_text
+from reducer.config import EMBED_BATCH, EMBED_MEAN, EMBED_SIZE, EMBED_STD, STORAGE_OPTIONS, labels_text
 from reducer.errors import InputError, ReducerError
 
 Command = Callable[..., None]
@@ -60,6 +60,8 @@ def _as_flag(option: click.Parameter, value: Any) -> Any:
         return [f"{key}={v}" for key, v in pairs.items()]
     if isinstance(value, list) and name == "labels":
         return labels_text(value)
+    if isinstance(value, list) and name in ("embed_mean", "embed_std"):
+        return ",".join(map(str, value))
     expected = "keys with values" if name in STORAGE_OPTIONS else "one value"
     if getattr(option, "is_flag", False):
         if isinstance(value, bool):
@@ -105,6 +107,10 @@ def _stopped(kwargs: dict[str, Any]) -> str:
     """What a person who stopped a command should know."""
     if "target" in kwargs:
         return f"Stopped. What is in {kwargs['target']} is whole; to go on, give the same command again."
+    if click.get_current_context().info_name == "embed":
+        return (
+            f"Stopped. What is made so far is kept in {kwargs['output']}.parts; to go on, give the same command again."
+        )
     path = kwargs.get("output") if "images" in kwargs else kwargs.get("run")
     if path is None:
         return "Stopped."
@@ -250,6 +256,41 @@ def which_are_kept(command: Command) -> Command:
             type=float,
             metavar="BITS",
             help="Of each label only the first photo, and those at least so far from all that come before them.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def how_photos_are_embedded(command: Command) -> Command:
+    """What a model is given, and which of its outputs is taken."""
+    for option in (
+        click.option(
+            "--embed-output", metavar="NAME", help="Which of its outputs holds the vectors.  [default: its one]"
+        ),
+        click.option(
+            "--embed-batch", default=EMBED_BATCH, show_default=True, help="Photos that the model is given at a time."
+        ),
+        click.option(
+            "--embed-std",
+            default=",".join(map(str, EMBED_STD)),
+            show_default=True,
+            metavar="R,G,B",
+            help="What their levels are divided by then.",
+        ),
+        click.option(
+            "--embed-mean",
+            default=",".join(map(str, EMBED_MEAN)),
+            show_default=True,
+            metavar="R,G,B",
+            help="What is subtracted from their levels, 0 to 1, first.",
+        ),
+        click.option(
+            "--embed-size",
+            default=EMBED_SIZE,
+            show_default=True,
+            metavar="PIXELS",
+            help="Side of the middle square of each photo that the model is given.",
         ),
     ):
         command = option(command)

@@ -11,15 +11,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from reducer.config import nearest
+from reducer.distance import Cosine, Hamming, Points
 from reducer.errors import InputError
 from reducer.hashing import all_from_hex
 from reducer.places import PhotoRef, ref_of
-from reducer.quality import pair_histogram
-from reducer.ranking import as_words, distances_to
 from reducer.schemas import BEYOND_KEEP, BUDGET, FAILED, MIN_DISTANCE
 from reducer.selection import place_in_group
 from reducer.summary import counts
 from reducer.tables import numbered
+from reducer.vectors import units_of
 
 #: Columns of the ledger that decide which labels are shown.
 LABEL_COLUMNS = ("label", "rank", "reason", "nearest_kept_distance")
@@ -34,7 +34,7 @@ MOST_DROPPED, MOST_FAILED = 12, 12
 #: Of a label's pictures, those of its pairs aside, such a share goes to kept photos, if there are that many.
 KEPT_SHARE = 2 / 3
 #: Of a label with more photos the first so many by rank are compared: all pairs of them take a second.
-MOST_COMPARED = 20_000
+MOST_COMPARED = {"hash": 20_000, "vector": 4_000}
 #: Pairs of near copies under different labels that are shown, if pictures are left: a tenth of all at most.
 MOST_CROSS_LABEL = 12
 
@@ -95,7 +95,7 @@ class Pair:
     which : str
         ``closest``, ``farthest`` or ``like`` (of different labels).
     distance : float
-        Between their hashes, in bits.
+        Between their hashes, in bits, or their vectors.
     first, second : Photo
     """
 
@@ -118,8 +118,8 @@ class Gallery:
         Photos of the label, those with a rank, and the kept ones.
     reasons : dict of str to int
         What became of its photos.
-    closest_kept : int or None
-        The smallest distance of two kept photos, in bits; None where there are no two with a hash.
+    closest_kept : float or None
+        The smallest distance of two kept photos; None where there are no two that can be compared.
     shown : list of Kept
         Kept photos by rank; the first of them.
     pairs : list of Pair
@@ -134,7 +134,7 @@ class Gallery:
     ranked: int
     kept: int
     reasons: dict[str, int]
-    closest_kept: int | None
+    closest_kept: float | None
     shown: list[Kept]
     pairs: list[Pair]
     failed: list[Photo]
@@ -209,8 +209,10 @@ def gallery(rows: pa.Table, why: list[str], pictures: int, bits: int) -> Gallery
     """
     pairs = extreme_pairs(rows, bits)[: pictures // 2]
     left = max(0, pictures - 2 * len(pairs))
-    kept = kept_by_rank(rows)
-    dropped = _dropped(rows)
+    kept_rows = kept_by_rank(rows)
+    closest = _closest(kept_rows, bits)
+    rows = rows.drop_columns([name for name in ("vector",) if name in rows.column_names])
+    kept, dropped = kept_by_rank(rows), _dropped(rows)
     # What dropped photos do not take, kept ones may.
     room = max(round(KEPT_SHARE * left), left - dropped.num_rows)
     first = kept.slice(0, min(left, room)).to_pylist()
@@ -233,7 +235,7 @@ def gallery(rows: pa.Table, why: list[str], pictures: int, bits: int) -> Gallery
         ranked=rows.num_rows - rows["rank"].null_count,
         kept=kept.num_rows,
         reasons=counts(rows["reason"]),
-        closest_kept=_closest(kept, bits),
+        closest_kept=closest,
         shown=[
             Kept(as_photo(row, KEPT_SIDE), its, int(all_its) - len(its))
             for row, its, all_its in zip(first, under, all_of.tolist(), strict=True)
@@ -248,11 +250,37 @@ def kept_by_rank(rows: pa.Table) -> pa.Table:
     return rows.filter(rows["kept"]).sort_by(BY_RANK)
 
 
-def _closest(rows: pa.Table, bits: int) -> int | None:
-    """The smallest distance of two photos, of the first `MOST_COMPARED` that have a hash, in bits."""
-    hashed = rows.filter(pc.is_valid(rows["hash"])).slice(0, MOST_COMPARED)
-    apart = np.flatnonzero(pair_histogram(all_from_hex(hashed["hash"], bits), bits))
-    return int(apart[0]) if len(apart) else None
+def compared(rows: pa.Table, bits: int) -> tuple[pa.Table, Points | None]:
+    """Photos that can be compared: by their vectors where rows have such a column, else by their hashes.
+
+    Parameters
+    ----------
+    rows : pyarrow.Table
+        Rows of the ledger of one label.
+    bits : int
+        Bits of a hash.
+
+    Returns
+    -------
+    pyarrow.Table
+        At most `MOST_COMPARED` rows, the first of those that can be compared; without their vectors.
+    Points or None
+        What they are compared by; None without any.
+    """
+    by = "vector" if "vector" in rows.column_names else "hash"
+    own = rows.filter(pc.is_valid(rows[by])).slice(0, MOST_COMPARED[by])
+    without = own.drop_columns(["vector"]) if by == "vector" else own
+    if not own.num_rows:
+        return without, None
+    return without, Cosine(units_of(own[by])) if by == "vector" else Hamming(all_from_hex(own[by], bits))
+
+
+def _closest(rows: pa.Table, bits: int) -> float | None:
+    """The smallest distance of two photos that can be compared."""
+    own, points = compared(rows, bits)
+    if points is None or own.num_rows < 2:
+        return None
+    return points.step * min(int(points.to(place)[place + 1 :].min()) for place in range(own.num_rows - 1))
 
 
 def _dropped(rows: pa.Table) -> pa.Table:
@@ -268,30 +296,32 @@ def extreme_pairs(rows: pa.Table, bits: int) -> list[Pair]:
     Parameters
     ----------
     rows : pyarrow.Table
-        Its rows of the ledger. Of more than `MOST_COMPARED` with a hash the first by rank are compared.
+        Its rows of the ledger, as for `compared`, which takes the first by rank.
     bits : int
         Bits of a hash.
 
     Returns
     -------
     list of Pair
-        Both, of equal ones those whose ids come first; none with fewer than two hashes.
+        Both, of equal ones those whose ids come first; none with fewer than two photos that can be compared.
     """
-    hashed = rows.filter(pc.is_valid(rows["hash"])).sort_by(BY_RANK)
-    hashed = hashed.slice(0, MOST_COMPARED).sort_by("id")
-    if hashed.num_rows < 2:
+    hashed, points = compared(rows.sort_by(BY_RANK), bits)
+    if points is None or hashed.num_rows < 2:
         return []
-    words = as_words(all_from_hex(hashed["hash"], bits))
-    closest, farthest = (bits + 1, 0, 0), (-1, 0, 0)
+    by_id = pc.sort_indices(hashed["id"]).to_numpy()
+    hashed, points = hashed.take(pa.array(by_id)), points.take(by_id.astype(np.int64))
+    closest, farthest = (points.farthest + 1, 0, 0), (-1, 0, 0)
     for place in range(hashed.num_rows - 1):
-        distance = distances_to(words[:, place + 1 :], words[:, place])
+        distance = points.to(place)[place + 1 :]
         low, high = int(distance.argmin()), int(distance.argmax())
         if distance[low] < closest[0]:
             closest = (int(distance[low]), place, place + 1 + low)
         if distance[high] > farthest[0]:
             farthest = (int(distance[high]), place, place + 1 + high)
     return [
-        Pair(which, float(distance), *(as_photo(row, PAIR_SIDE) for row in hashed.take([one, other]).to_pylist()))
+        Pair(
+            which, distance * points.step, *(as_photo(row, PAIR_SIDE) for row in hashed.take([one, other]).to_pylist())
+        )
         for which, (distance, one, other) in (("closest", closest), ("farthest", farthest))
     ]
 

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import imagehash
 import numpy as np
@@ -317,24 +318,22 @@ def largest_grid(settings: PhotoSettings) -> tuple[int, int]:
     return (max(columns, rows),) * 2 if settings.exif_orientation else (columns, rows)
 
 
-def enough_of(head: bytes, settings: PhotoSettings) -> int | None:
-    """How many bytes of a file that begins like this are enough for `hash_photo`.
+def enough_of(settings: PhotoSettings) -> Callable[[bytes], int | None] | None:
+    """What tells from the beginning of a file how many of its bytes are enough for `hash_photo`.
 
     Parameters
     ----------
-    head : bytes
-        Its beginning.
     settings : PhotoSettings
         As for `hash_photo`.
 
     Returns
     -------
-    int or None
-        As `reducer.progressive.bytes_needed` tells; None for all of them.
+    callable or None
+        As `reducer.progressive.bytes_needed` tells; None where all of them are needed, as for a model's vectors.
     """
-    if settings.decode != "fastest":
+    if settings.decode != "fastest" or settings.embed is not None:
         return None
-    return bytes_needed(head, largest_grid(settings), settings.max_pixels)
+    return partial(bytes_needed, grid=largest_grid(settings), max_pixels=settings.max_pixels)
 
 
 @contextmanager

@@ -11,10 +11,10 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from reducer.config import Job
+from reducer.distance import Hashes
 from reducer.errors import InputError
 from reducer.hashing import from_hex
 from reducer.places import Place
-from reducer.ranking import Hashes
 from reducer.rules import flag
 from reducer.store import RunFolder
 from reducer.tables import EXAMPLES, column_names, is_parquet, read_columns, read_lines

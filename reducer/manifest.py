@@ -93,6 +93,8 @@ def check_images(job: Job) -> None:
     InputError
         If it is not, or may not be listed.
     """
+    if job.manifest is not None and not job.hashes_photos:
+        return  # no photo is read
     if job.images_place.remote:
         _check_remote(job.images_place)
         return

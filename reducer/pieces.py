@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from reducer.config import PhotoSettings
+from reducer.embedding import embedded, with_vectors
 from reducer.hashing import OUT_OF_MEMORY, PhotoError, pillow_settings, to_hex
 from reducer.objects import PhotoFile
 from reducer.pipeline import (
@@ -92,7 +93,7 @@ def wanted_keys(keys: Iterable[str], hashed: NDArray[np.bool_]) -> Wanted:
     ndarray of uint64, shape (photos,)
         For `is_wanted`.
     """
-    digests = np.fromiter(map(_digest, keys), np.uint64)
+    digests = np.fromiter(map(digest_of, keys), np.uint64)
     return np.unique(digests & ~np.uint64(1) | hashed.astype(np.uint64))
 
 
@@ -101,13 +102,14 @@ def is_wanted(wanted: Wanted, key: str) -> bool | None:
 
     Two keys may have the same digest: then one too many is looked at, which whoever knows the keys leaves out.
     """
-    digest = _digest(key) | 1
+    digest = digest_of(key) | 1
     place = int(np.searchsorted(wanted, np.uint64(digest), side="right")) - 1
     found = int(wanted[place]) if place >= 0 else -1
     return bool(found & 1) if found | 1 == digest else None
 
 
-def _digest(key: str) -> int:
+def digest_of(key: str) -> int:
+    """64 bits that stand for a text."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest())
 
 
@@ -194,6 +196,8 @@ class _Reading:
     seen: list[_Seen] = field(default_factory=list)
     #: Those to look at when the shard is at its end.
     later: list[_Seen] = field(default_factory=list)
+    #: Those whose pictures wait for a batch to be full.
+    pictured: list[_Seen] = field(default_factory=list)
     labels: dict[str, str] = field(default_factory=dict)
     skipped: Counter[str] = field(default_factory=Counter)
     members: int = 0
@@ -292,7 +296,7 @@ class _Reading:
             if self.seen and self.seen[-1].key == key:
                 self.skipped["further photo of a sample"] += 1
             else:
-                self._take(key, member, scan, True)
+                self._take(key, member, scan, self.task.settings.hashed)
 
     def _take(self, key: str, member: Member, scan: TarScan, hash_it: bool) -> None:
         shard = self.shard
@@ -315,12 +319,33 @@ class _Reading:
             if self.unreadable is not None:  # it was no fault of the photo's
                 self.seen.pop()
                 raise PhotoError("unreadable", self.unreadable)
+            self._embed_full_batches(photo)
+
+    def _embed_full_batches(self, photo: _Seen) -> None:
+        settings = self.task.settings.embed
+        if settings is None or photo.look is None or photo.look.picture is None:
+            return
+        self.pictured.append(photo)
+        if len(self.pictured) == settings.batch:
+            self._embed()
+
+    def _embed(self) -> None:
+        """Put vectors in the place of the pictures that have come together."""
+        settings, photos = self.task.settings.embed, self.pictured
+        if settings is None or not photos:
+            return
+        looks = with_vectors([photo.look for photo in photos if photo.look is not None], settings)
+        for photo, look in zip(photos, looks, strict=True):
+            photo.look = look
+        self.pictured = []
 
     def _look_later(self) -> None:
+        self._embed()
         # A link leads to where another photo lies, which may have been looked at.
         seen = {photo.ref: photo.look for photo in self.seen if photo.look is not None}
         refs = [ref for ref in dict.fromkeys(photo.ref for photo in self.later) if ref not in seen]
-        seen |= zip(refs, self.looker.at_all(refs, self.task.settings, self.task.source), strict=True)
+        looks = self.looker.at_all(refs, self.task.settings, self.task.source)
+        seen |= zip(refs, embedded(looks, self.task.settings), strict=True)
         for photo in self.later:
             photo.look = seen[photo.ref]
 
@@ -367,6 +392,7 @@ def _hash_columns(looks: Sequence[Look], settings: PhotoSettings) -> dict[str, A
         "hash": [look.hash and to_hex(look.hash.bits, settings.bits) for look in looks],
         "flat": [look.hash and look.hash.flat for look in looks],
         "error": [look.error for look in looks],
+        "vector": [look.vector for look in looks],
     }
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import builtins
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -16,11 +17,14 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from reducer.config import PhotoSettings
+from reducer.distance import Hashes, near_any
+from reducer.embedding import Picture, embedded, picture_of
+from reducer.facility import Copies
 from reducer.hashing import PhotoError, PhotoHash, enough_of, from_hex, hash_photo, pillow_settings, to_hex
 from reducer.objects import FileState, PhotoFile
 from reducer.places import ByteRange, PhotoRef, Source, file_of
-from reducer.quality import judge
-from reducer.ranking import Hashes, near_any, rank
+from reducer.quality import judge, points_of
+from reducer.ranking import rank
 from reducer.schemas import (
     AVOIDED,
     BEYOND_KEEP,
@@ -49,8 +53,14 @@ class Look:
     mtime_ns: int | None = None
     etag: str | None = None
     error: str | None = None
+    #: The photo as a model is to see it, until that has made a vector of it.
+    picture: Picture | None = None
+    #: Unit vector, as bytes of float16 numbers.
+    vector: builtins.bytes | None = None
 
 
+#: Gives the vectors of photos by their ids, or what is wrong with each.
+VectorsOf = Callable[[Sequence[str]], Sequence[bytes | str]]
 #: Looks at photos in turn: `look_at_all`, or something that does so with more care.
 LookAtAll = Callable[[Sequence[PhotoRef], PhotoSettings, Source], Iterator[Look]]
 
@@ -64,7 +74,7 @@ def look_at_all(refs: Sequence[PhotoRef], settings: PhotoSettings, source: Sourc
                 refs,
                 source or Source(),
                 max_pixels=settings.max_pixels,
-                enough=(lambda head: enough_of(head, settings)) if settings.decode == "fastest" else None,
+                enough=enough_of(settings),
             )
         ) as files,
     ):
@@ -78,7 +88,9 @@ def look_at(file: PhotoFile | PhotoError, settings: PhotoSettings) -> Look:
         return Look(error=str(file))
     seen = Look(bytes=file.bytes, mtime_ns=file.mtime_ns, etag=file.etag)
     try:
-        return replace(seen, hash=hash_photo(file.content, settings))
+        found = hash_photo(file.content, settings)
+        picture = None if settings.embed is None else picture_of(file.content, settings)
+        return replace(seen, hash=found, picture=picture)
     except PhotoError as error:
         return replace(seen, error=str(error))
 
@@ -90,7 +102,7 @@ def rank_label(
     settings: PhotoSettings,
     always_keep: NDArray[np.bool_],
     near_avoided: NDArray[np.bool_],
-) -> tuple[pa.RecordBatch, Quality]:
+) -> tuple[pa.RecordBatch, Quality, Quality]:
     """Rank the photos of one label.
 
     Parameters
@@ -114,37 +126,45 @@ def rank_label(
         `RANKED_SCHEMA`, a row a candidate, in the order of ``ids``.
     Quality
         Of the kept photos, against a random choice of as many from the same candidates.
+    Quality
+        The same by hashes, as for `reducer.quality.Judgement`.
     """
     rows: list[dict[str, Any]] = [{"kept": False, "reason": FAILED, "error": look.error} for look in looks]
-    hashed = [(i, look.hash) for i, look in enumerate(looks) if look.hash is not None]
-    if not hashed:
-        return pa.RecordBatch.from_pylist(rows, schema=RANKED_SCHEMA), Quality()
-    row_of = [i for i, _ in hashed]
-    names = [ids[i] for i in row_of]
-    packed = b"".join(found.bits for _, found in hashed)
-    hashes = np.frombuffer(packed, dtype=np.uint8).reshape(len(hashed), -1)
+    row_of = [i for i, look in enumerate(looks) if look.error is None]
+    if not row_of:
+        return pa.RecordBatch.from_pylist(rows, schema=RANKED_SCHEMA), Quality(), Quality()
+    names, seen = [ids[i] for i in row_of], [looks[i] for i in row_of]
+    hashes = units = None
+    if settings.hashed:
+        bits = b"".join(look.hash.bits for look in seen if look.hash is not None)
+        hashes = np.frombuffer(bits, dtype=np.uint8).reshape(len(seen), -1)
+    if settings.by_vectors:
+        numbers = b"".join([look.vector for look in seen if look.vector is not None])
+        units = np.frombuffer(numbers, dtype=np.float16).reshape(len(seen), -1)
     always = always_keep[row_of]
-    flat = np.array([found.flat for _, found in hashed]) & ~always
+    flat = np.array([look.hash is not None and look.hash.flat for look in seen]) & ~always
     avoided = near_avoided[row_of] & ~flat & ~always
     for position, row in enumerate(row_of):
         rows[row] = {
-            "hash": to_hex(hashes[position].tobytes(), settings.bits),
+            "hash": None if hashes is None else to_hex(hashes[position].tobytes(), settings.bits),
             "kept": False,
             "reason": FLAT if flat[position] else AVOIDED,
         }
     candidates = np.flatnonzero(~flat & ~avoided)
     if not len(candidates):
-        return pa.RecordBatch.from_pylist(rows, schema=RANKED_SCHEMA), Quality()
+        return pa.RecordBatch.from_pylist(rows, schema=RANKED_SCHEMA), Quality(), Quality()
 
-    own_hashes, own_ids = hashes[candidates], [names[i] for i in candidates.tolist()]
+    points = points_of(hashes, units)
+    copies = None if hashes is None or settings.near_copy is None else Copies(hashes[candidates], settings.near_copy)
     ranking = rank(
         settings.strategy,
-        own_hashes,
-        own_ids,
+        points.take(candidates),
+        [names[i] for i in candidates.tolist()],
         always_keep=always[candidates],
         keep=settings.keep or 1,
         label=label,
         seed=settings.seed,
+        copies=copies,
     )
     ranked = candidates[ranking.order]
     kept = ranked[: settings.keep]
@@ -158,15 +178,20 @@ def rank_label(
             "kept": keep,
             "reason": KEPT if keep else BEYOND_KEEP,
         }
-    nearest, distance, quality = judge(
-        label, hashes, names, candidates, kept, ranking.insertion_distance[: len(kept)], bool(always.any()), settings
-    )
-    for row, position, bits_apart in zip(row_of, nearest.tolist(), distance.tolist(), strict=True):
-        rows[row] |= {"nearest_kept": names[position], "nearest_kept_distance": bits_apart}
-    return pa.RecordBatch.from_pylist(rows, schema=RANKED_SCHEMA), quality
+    insertion = ranking.insertion_distance[: len(kept)]
+    found = judge(label, points, hashes, names, candidates, kept, insertion, bool(always.any()), settings)
+    for row, position, apart in zip(row_of, found.nearest.tolist(), found.distance.tolist(), strict=True):
+        rows[row] |= {"nearest_kept": names[position], "nearest_kept_distance": apart}
+    return pa.RecordBatch.from_pylist(rows, schema=RANKED_SCHEMA), found.quality, found.by_hash
 
 
-def run_partition(task: PartitionTask, avoid: Hashes | None = None, look: LookAtAll = look_at_all) -> PartitionResult:
+def run_partition(
+    task: PartitionTask,
+    avoid: Hashes | None = None,
+    look: LookAtAll = look_at_all,
+    vectors_of: VectorsOf | None = None,
+    while_ranking: AbstractContextManager[object] | None = None,
+) -> PartitionResult:
     """Hash and rank the photos of one partition.
 
     Parameters
@@ -177,6 +202,10 @@ def run_partition(task: PartitionTask, avoid: Hashes | None = None, look: LookAt
         Packed hashes; photos near one of them are not kept.
     look : callable
         What reads and hashes the photos.
+    vectors_of : callable, optional
+        Gives their vectors, where these are given.
+    while_ranking : context manager, optional
+        Entered while labels are ranked: a large one takes minutes.
 
     Returns
     -------
@@ -184,6 +213,7 @@ def run_partition(task: PartitionTask, avoid: Hashes | None = None, look: LookAt
         A row for every row of the task, in the same order.
     """
     started = time.perf_counter()
+    settings = task.settings
     table = from_ipc(task.rows)
     ids: list[str] = table["id"].to_pylist()
     labels: list[str] = table["label"].to_pylist()
@@ -191,30 +221,36 @@ def run_partition(task: PartitionTask, avoid: Hashes | None = None, look: LookAt
     if "always_keep" in table.column_names:
         always_keep = table["always_keep"].to_numpy()
     refs = photo_refs(task, table)
-    looks, now = looks_of(task, table, refs, look)
+    vectors = None if vectors_of is None else vectors_of(ids)
+    looks, now = looks_of(task, table, refs, look, vectors)
 
     near_avoided = np.zeros(len(looks), dtype=bool)
     if avoid is not None:
         hashed = [(i, np.frombuffer(look.hash.bits, np.uint8)) for i, look in enumerate(looks) if look.hash]
         if hashed:
             places, hashes = zip(*hashed, strict=True)
-            near_avoided[list(places)] = near_any(np.array(hashes), avoid, task.settings.avoid_distance)
+            near_avoided[list(places)] = near_any(np.array(hashes), avoid, settings.avoid_distance)
 
     batches = []
-    quality = Quality()
+    quality, by_hash = Quality(), Quality()
     start = 0
-    for label, group in groupby(labels):
-        stop = start + sum(1 for _ in group)
-        own = slice(start, stop)
-        batch, worth = rank_label(label, ids[own], looks[own], task.settings, always_keep[own], near_avoided[own])
-        batches.append(batch)
-        quality += worth
-        start = stop
+    with while_ranking or nullcontext():
+        for label, group in groupby(labels):
+            stop = start + sum(1 for _ in group)
+            own = slice(start, stop)
+            batch, worth, its = rank_label(label, ids[own], looks[own], settings, always_keep[own], near_avoided[own])
+            batches.append(batch)
+            quality, by_hash = quality + worth, by_hash + its
+            start = stop
 
+    tally = replace(tally_of(looks, now), quality=quality, by_hash=by_hash)
+    if vectors is not None:
+        known = sum(look.hash is not None for look, by_us in zip(looks, now, strict=True) if not by_us)
+        tally = replace(tally, reused=known, looked_up=len(looks))
     return PartitionResult(
         index=task.index,
-        found=to_ipc(_found(looks, pa.Table.from_batches(batches, RANKED_SCHEMA))),
-        tally=replace(tally_of(looks, now), quality=quality),
+        found=to_ipc(_found(looks, pa.Table.from_batches(batches, RANKED_SCHEMA), settings)),
+        tally=tally,
         first_failure=first_failure(refs, looks),
         seconds=time.perf_counter() - started,
         peak_memory=peak_memory(),
@@ -222,7 +258,11 @@ def run_partition(task: PartitionTask, avoid: Hashes | None = None, look: LookAt
 
 
 def looks_of(
-    task: PartitionTask, table: pa.Table, refs: Sequence[PhotoRef], look: LookAtAll
+    task: PartitionTask,
+    table: pa.Table,
+    refs: Sequence[PhotoRef],
+    look: LookAtAll,
+    vectors: Sequence[bytes | str] | None = None,
 ) -> tuple[list[Look], list[bool]]:
     """What is known of the photos of a task, and of the others what a look at them gives.
 
@@ -236,26 +276,44 @@ def looks_of(
         Where its photos lie.
     look : callable
         What reads and hashes them.
+    vectors : sequence of bytes or str, optional
+        Their vectors, where these are given, or what is wrong with each; those are not looked at.
 
     Returns
     -------
     list of Look
         One a row.
     list of bool
-        Which of them this run has looked at; the others are known from an earlier one.
+        Which of them this run has looked at; the others are known from an earlier one, or not to be looked at.
     """
-    known = known_looks(table, task.settings.bits)
-    if not task.trusted:
+    settings = task.settings
+    known = known_looks(table, settings.bits)
+    if not settings.hashed:
+        known = [look if look is not None and look.error else Look() for look in known]
+    elif not task.trusted:
         known = _still_true(known, [file_of(ref) for ref in refs], task.source)
+    if settings.embed is not None:  # a hash alone is no reason not to look
+        known = [old if old is None or old.error or old.vector is not None else None for old in known]
+    if vectors is not None:
+        failed = [Look(error=found) if isinstance(found, str) else None for found in vectors]
+        known = [old if old is not None and old.error else bad or old for old, bad in zip(known, failed, strict=True)]
     unknown = [ref for ref, already in zip(refs, known, strict=True) if already is None]
-    new = look(unknown, task.settings, task.source)
+    new = embedded(look(unknown, settings, task.source), settings) if unknown else iter(())
     looks = [already or next(new) for already in known]
     for _ in new:  # to its end, lest what it holds is held on to
         pass
+    if vectors is not None:
+        looks = [
+            replace(look, vector=found) if look.error is None and isinstance(found, bytes) else look
+            for look, found in zip(looks, vectors, strict=True)
+        ]
     earlier = [False] * len(looks)
     if KNOWN_SCHEMA.names[0] in table.column_names:
         earlier = table["known_reused"].to_pylist()
-    return looks, [already is None or not before for already, before in zip(known, earlier, strict=True)]
+    own = [settings.hashed and (already is None or not before) for already, before in zip(known, earlier, strict=True)]
+    if vectors is not None:  # what has no vector was not looked at
+        own = [by_us and not isinstance(found, str) for by_us, found in zip(own, vectors, strict=True)]
+    return looks, own
 
 
 def tally_of(looks: Sequence[Look], now: Sequence[bool]) -> Tally:
@@ -263,15 +321,15 @@ def tally_of(looks: Sequence[Look], now: Sequence[bool]) -> Tally:
     own = [look for look, by_us in zip(looks, now, strict=True) if by_us]
     return Tally(
         read=len(own),
-        failed=sum(look.hash is None for look in looks),
+        failed=sum(look.error is not None for look in looks),
         reused=len(looks) - len(own),
         bytes_read=sum(look.bytes or 0 for look in own),
     )
 
 
 def first_failure(refs: Sequence[PhotoRef], looks: Sequence[Look]) -> str | None:
-    """The first photo without a hash, and why."""
-    failures = (f"{ref}: {look.error}" for ref, look in zip(refs, looks, strict=True) if look.hash is None)
+    """The first photo that has failed, and why."""
+    failures = (f"{ref}: {look.error}" for ref, look in zip(refs, looks, strict=True) if look.error is not None)
     return next(failures, None)
 
 
@@ -283,11 +341,11 @@ def known_looks(table: pa.Table, bits: int) -> list[Look | None]:
     mtime = known.schema.get_field_index("known_mtime")
     known = known.set_column(mtime, "known_mtime", known["known_mtime"].cast(pa.int64()))
     looks: list[Look | None] = []
-    for text, flat, width, height, kind, size, mtime_ns, etag, error, _ in zip(
+    for text, flat, width, height, kind, size, mtime_ns, etag, error, vector, _ in zip(
         *(column.to_pylist() for column in known.columns), strict=True
     ):
         found = None if text is None else PhotoHash(from_hex(text, bits), width, height, kind, flat)
-        looks.append(Look(found, size, mtime_ns, etag, error) if found or error else None)
+        looks.append(Look(found, size, mtime_ns, etag, error, vector=vector) if found or error else None)
     return looks
 
 
@@ -339,34 +397,32 @@ def seen_columns(looks: Sequence[Look]) -> dict[str, list[Any]]:
     }
 
 
-def _found(looks: Sequence[Look], ranked: pa.Table) -> pa.Table:
+def _found(looks: Sequence[Look], ranked: pa.Table, settings: PhotoSettings) -> pa.Table:
     seen = seen_columns(looks)
-    columns = [
-        pa.array(seen[field.name], field.type) if field.name in seen else ranked[field.name] for field in FOUND_SCHEMA
-    ]
-    return pa.Table.from_arrays(columns, schema=FOUND_SCHEMA)
+    # Of photos that were not read the plan may know the size.
+    fields = [field for field in FOUND_SCHEMA if settings.hashed or field.name not in seen]
+    columns = [pa.array(seen[field.name], field.type) if field.name in seen else ranked[field.name] for field in fields]
+    found = pa.Table.from_arrays(columns, schema=pa.schema(fields))
+    if settings.by_vectors:
+        found = found.append_column("vector", pa.array([look.vector for look in looks], pa.binary()))
+    return found
 
 
-def ledger_rows(rows: pa.Table, result: PartitionResult) -> pa.Table:
-    """Put what a worker found beside what it was asked.
+def as_ledger(rows: pa.Table, found: pa.Table) -> pa.Table:
+    """Put what a worker found beside what it was asked: its columns, or else those of the rows, or else nulls.
 
     Parameters
     ----------
     rows : pyarrow.Table
         `TASK_SCHEMA` rows of the partition; `PLACE_SCHEMA` where they lie in shards.
-    result : PartitionResult
-        What came of them.
+    found : pyarrow.Table
+        What came of them, row by row.
 
     Returns
     -------
     pyarrow.Table
         `LEDGER_SCHEMA`.
     """
-    return as_ledger(rows, from_ipc(result.found))
-
-
-def as_ledger(rows: pa.Table, found: pa.Table) -> pa.Table:
-    """Columns of ``found``, or else of ``rows``, or else nulls, as `LEDGER_SCHEMA`."""
     columns = []
     for field in LEDGER_SCHEMA:
         own = next((table for table in (found, rows) if field.name in table.column_names), None)

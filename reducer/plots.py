@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
 from numpy.typing import NDArray
 
-from reducer.curves import Counts, InsertionCurve, LabelCounts
+from reducer.curves import InsertionCurve, LabelCounts, PairDistances
 
 #: The report gives each of these colours a name, so that they can change with the reader's theme: text, lines, what
 #: there was before, what was kept, and what a random choice would be.
@@ -25,6 +25,8 @@ NAMES = {INK: "--ink", LINE: "--line", BEFORE: "--before", KEPT: "--kept", RANDO
 #: Inches. Narrow, so that text keeps its size on a phone.
 SIZE = (4.6, 3.1)
 BINS = 100
+#: Bins of cosine distances at most.
+COSINE_BINS = 50
 #: The notebook looks at the counts without so many of the largest labels too.
 LARGEST = 100
 STYLE: Any = {
@@ -118,31 +120,39 @@ def _counts(axes: Axes, counts: LabelCounts) -> None:
     axes.legend()
 
 
-def pairs_plot(kept: Counts, random: Counts, near_copy_bits: int) -> Picture:
+def pairs_plot(pairs: PairDistances, near_copy_bits: int) -> Picture:
     """How far apart two photos of a label are, of the kept ones and of a random choice.
 
     Parameters
     ----------
-    kept, random : ndarray of int64, shape (bits + 1,)
-        Pairs that are 0, 1, ... bits apart.
+    pairs : PairDistances
+        Of the kept photos and of a random choice.
     near_copy_bits : int
-        At most so far apart two photos are near copies.
+        At most so far apart two photos are near copies; -1 where none are.
     """
     with _styled():
         figure, (axes,) = _new(*SIZE)
-        edges = np.arange(len(kept) + 1) - 0.5
-        axes.axvspan(-0.5, near_copy_bits + 0.5, color=LINE, alpha=0.5, linewidth=0, label="near copies")
-        for values, name, colour in ((random, "random choice", RANDOM), (kept, "kept", KEPT)):
+        edges, sides = pairs.edges, [pairs.random, pairs.kept]
+        if pairs.unit != "bits":  # as many bins as can be told apart, of the distances that there are
+            used = 1 + int(np.flatnonzero(pairs.kept + pairs.random).max(initial=0))
+            starts = np.arange(0, used, -(-used // COSINE_BINS))
+            edges = edges[np.append(starts, min(len(edges) - 1, starts[-1] + -(-used // COSINE_BINS)))]
+            sides = [np.add.reduceat(values, starts) for values in sides]
+        if near_copy_bits >= 0:
+            axes.axvspan(-0.5, near_copy_bits + 0.5, color=LINE, alpha=0.5, linewidth=0, label="near copies")
+        for values, name, colour in zip(sides, ("random choice", "kept"), (RANDOM, KEPT), strict=True):
             axes.stairs(100 * values / max(1, values.sum()), edges, label=name, color=colour, linewidth=1.5)
-        axes.set_xlim(-0.5, len(kept) - 0.5)
+        axes.set_xlim(edges[0], edges[-1])
         axes.set_ylim(bottom=0)
-        axes.set_xlabel("distance of two photos of a label, bits")
+        axes.set_xlabel(f"distance of two photos of a label, {pairs.unit}")
         axes.set_ylabel("% of the pairs")
         axes.legend(loc="upper right")
         return figure
 
 
-def insertion_plot(curve: InsertionCurve, near_copy_bits: int, keep: int | None, most: int) -> Picture:
+def insertion_plot(
+    curve: InsertionCurve, near_copy_bits: int, keep: int | None, most: int, unit: str = "bits"
+) -> Picture:
     """How far the next photo is from those before it.
 
     Parameters
@@ -155,6 +165,8 @@ def insertion_plot(curve: InsertionCurve, near_copy_bits: int, keep: int | None,
         Photos kept a label.
     most : int
         Ranks that are shown.
+    unit : {"bits", "cosine"}
+        What distances are told in.
     """
     with _styled():
         figure, (axes,) = _new(*SIZE)
@@ -162,14 +174,15 @@ def insertion_plot(curve: InsertionCurve, near_copy_bits: int, keep: int | None,
         after = np.arange(1, len(median) + 1)
         axes.fill_between(after, low, high, color=KEPT, alpha=0.2, linewidth=0, label="80 % of the labels")
         axes.plot(after, median, color=KEPT, linewidth=1.8, label="median", marker="o" if len(after) < 3 else None)
-        axes.axhspan(0, near_copy_bits, color=LINE, alpha=0.5, linewidth=0, label="near copies")
+        if near_copy_bits >= 0:
+            axes.axhspan(0, near_copy_bits, color=LINE, alpha=0.5, linewidth=0, label="near copies")
         if keep is not None and keep <= len(median):
             axes.axvline(keep, color=INK, linewidth=1, linestyle="--")
             axes.annotate(f" K = {keep}", (keep, 0.99), xycoords=("data", "axes fraction"), va="top", fontsize=8)
         axes.set_xlim(left=1 if len(after) > 1 else 0)
         axes.set_ylim(bottom=0)
         axes.set_xlabel("after so many photos of a label")
-        axes.set_ylabel("the next one is so many bits away")
+        axes.set_ylabel("the next one is so many bits away" if unit == "bits" else "cosine distance of the next one")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(loc="upper right", bbox_to_anchor=(1, 0.93))
         return figure

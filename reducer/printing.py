@@ -16,6 +16,7 @@ from reducer.rules import CutRules
 
 if TYPE_CHECKING:
     from reducer.cutting import CutResult
+    from reducer.embedjob import EmbedResult
     from reducer.exporting import ExportResult
     from reducer.progress import Status
     from reducer.story import Story
@@ -46,7 +47,10 @@ def print_forecast(job: Job, spec: ClusterSpec, sample: int) -> None:
     if found.photos:
         click.echo(f"labels:         {found.labels:,}, of which {found.labels_to_rank:,} are ranked")
         click.echo(f"photos:         {found.photos:,}, of which {found.photos_kept_unread:,} are kept unread")
-        click.echo(f"photos to read: {found.photos_to_read:,}{'' if found.shards else f', {size}'}")
+        if job.hashes_photos:
+            click.echo(f"photos to read: {found.photos_to_read:,}{'' if found.shards else f', {size}'}")
+        else:
+            click.echo(f"photos to rank: {found.photos_to_read:,}, by their vectors; none is decoded")
     else:
         click.echo("photos, labels: not known before the shards are read, which tell them")
     if found.shards:
@@ -64,7 +68,7 @@ def print_forecast(job: Job, spec: ClusterSpec, sample: int) -> None:
         raise TooManyFailuresError(
             f"all {found.sampled} photos of the sample have failed: check IMAGES, --path-template or --path-column"
         )
-    if found.shards and sample and found.bytes_to_read and not found.sampled:
+    if found.shards and sample and job.hashes_photos and found.bytes_to_read and not found.sampled:
         click.echo("sample:         the first files of the first shard are not wanted, so the time is not known")
     if found.thread_seconds is not None:
         if found.threads is None:
@@ -98,7 +102,8 @@ def print_result(place: Place, quiet: bool) -> None:
     )
     job = summary["job"]
     rules = CutRules(total=job["total"], max_bytes=job["max_bytes"])
-    _print_budget(rules, summary["photos_kept"], summary["bytes_kept"], summary.get("effective_distance_reached"))
+    reached = summary.get("effective_distance_reached")
+    _print_budget(rules, summary["photos_kept"], summary["bytes_kept"], reached, quality["unit"])
     _print_quality(quality)
     if summary["photos_read"]:
         now = summary["photos_read_this_time"]
@@ -107,6 +112,11 @@ def print_result(place: Place, quiet: bool) -> None:
             f"Read {summary['photos_read']:,} photos, {as_size(summary['bytes_read'])}{earlier}, in "
             f"{as_duration(timings['hash_seconds'])} ({summary['photos_per_second'] or 0:,} photos/s); starting the "
             f"cluster took {as_duration(timings['cluster_start_seconds'])}"
+        )
+    elif job["vectors"] is not None and "hash_seconds" in timings:
+        click.echo(
+            f"Ranked by vectors in {as_duration(timings['hash_seconds'])}; starting the cluster took "
+            f"{as_duration(timings['cluster_start_seconds'])}"
         )
     for remark in remarks(summary, output):
         click.echo(remark)
@@ -138,9 +148,14 @@ def remarks(summary: dict[str, Any], output: str) -> list[str]:
             said.append(f"Not kept, {what}: {summary['reasons'][reason]:,} photos (reason {reason!r})")
     if summary["failures"]:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in summary["failures"].items())
+        again = f"; reducer resume {output} --retry-failed reads them again"
+        if summary["job"]["vectors"] is not None and list(summary["failures"]) == ["no vector"]:
+            again = ""  # with other vectors it is another run
+        said.append(f"Failed: {kinds} (the column error of {output}/images says more{again})")
+    if names := summary["labels_partitioned"]:
         said.append(
-            f"Failed: {kinds} (the column error of {output}/images says more; reducer resume "
-            f"{output} --retry-failed reads them again)"
+            f"Labels so large that facility location has chosen from parts of them first: {len(names):,}: "
+            f"{', '.join(names[:5])}{' ...' if names[5:] else ''}"
         )
     manifest = summary["manifest"]
     if manifest["duplicate_rows"]:
@@ -184,13 +199,13 @@ def _of_shards(shards: dict[str, Any], output: str) -> list[str]:
     return said
 
 
-def _print_budget(rules: CutRules, photos: int, size: int, reached: float | None) -> None:
+def _print_budget(rules: CutRules, photos: int, size: int, reached: float | None, unit: str) -> None:
     if not rules.has_budget:
         return
     most = rules.total if rules.total is not None else int(rules.max_bytes or 0)
     used = photos if rules.total is not None else size
     budget = f"{most:,} photos" if rules.total is not None else as_size(most)
-    went = "" if reached is None else f"; it went down to an effective distance of {reached:g} bits"
+    went = "" if reached is None else f"; it went down to an effective distance of {apart(reached, unit)}"
     click.echo(f"Of the budget of {budget}, {100 * used // most} % is used{went}")
 
 
@@ -202,11 +217,21 @@ def print_cut(result: CutResult, output: str) -> None:
         + (f" without {unknown:,} of them that were not read" if unknown else "")
     )
     if result.smallest_distance is not None:
-        click.echo(f"The smallest insertion distance kept is {result.smallest_distance:g} bits")
-    _print_budget(result.rules, result.photos, result.bytes, result.reached)
+        click.echo(f"The smallest insertion distance kept is {apart(result.smallest_distance, result.unit)}")
+    _print_budget(result.rules, result.photos, result.bytes, result.reached, result.unit)
     left_out = ", ".join(f"{count:,} {why}" for why, count in result.reasons.items() if not why.startswith("kept"))
     click.echo(f"Left out: {left_out or 'none'}")
     click.echo(f"List: {output}")
+
+
+def print_embedded(result: EmbedResult) -> None:
+    """What embedding has come to."""
+    rate = "" if result.photos_per_second is None else f", {result.photos_per_second:,} photos/s"
+    click.echo(f"Embedded {result.photos - result.failed:,} of {result.photos:,} photos{rate}")
+    if result.failed:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in result.failures.items())
+        click.echo(f"Failed: {kinds} (the column error says more)")
+    click.echo(f"Vectors: {result.output} ({result.dimensions:,} dimensions, float16)")
 
 
 def print_export(result: ExportResult) -> None:
@@ -241,7 +266,11 @@ def print_story(story: Story) -> None:
         click.echo(f"shard:        {row['shard']}, {row['bytes']:,} bytes from byte {row['offset']:,} on")
     click.echo(f"label:        {row['label']}, {story.label_photos:,} photos, of which {story.label_kept:,} are kept")
     if row["rank"] is not None:
-        far = "" if row["rank"] == 0 else f", {row['insertion_distance']:g} bits from the nearest of those before it"
+        far = (
+            ""
+            if row["rank"] == 0
+            else f", {apart(row['insertion_distance'], story.unit)} from the nearest of those before it"
+        )
         click.echo(f"rank:         {row['rank']} of {story.label_ranked:,} (the first is 0){far}")
     click.echo(f"kept:         {'yes' if row['kept'] else 'no'}, {row['reason']}: {story.why}")
     if row["error"] is not None:
@@ -249,8 +278,12 @@ def print_story(story: Story) -> None:
     if story.nearest is not None:
         near = story.nearest
         click.echo(
-            f"nearest kept: {near['id']} ({near['path']}), {row['nearest_kept_distance']:g} bits away"
-            + (" (a near copy)" if row["nearest_kept_distance"] <= story.near_copy_bits else "")
+            f"nearest kept: {near['id']} ({near['path']}), {apart(row['nearest_kept_distance'], story.unit)} away"
+            + (
+                " (a near copy)"
+                if story.unit == "bits" and row["nearest_kept_distance"] <= story.near_copy_bits
+                else ""
+            )
         )
     for other in story.other_labels:
         click.echo(f"like:         {other['id']} of label {other['label']}, {other['distance']:g} bits away")
@@ -276,11 +309,25 @@ def print_status(status: Status) -> None:
 def _print_quality(quality: dict[str, Any]) -> None:
     if not quality["selection"]["pairs"]:
         return
-    click.echo(f"{'Distances in bits, of ' + str(quality['bits']):<48}{'kept':>10}{'random':>10}")
-    for what, kept, random in quality_rows(quality):
-        click.echo(f"  {what:<46}{kept:>10}{random:>10}")
+    for table in (quality, quality["by_hash"]):
+        if table:
+            click.echo(f"{quality_title(table):<48}{'kept':>10}{'random':>10}")
+            for what, kept, random in quality_rows(table):
+                click.echo(f"  {what:<46}{kept:>10}{random:>10}")
     if certificate := certificate_line(quality):
         click.echo(certificate)
+
+
+def apart(distance: float, unit: str) -> str:
+    """A distance as people read it."""
+    if unit == "cosine":
+        return f"{distance:.4f}"
+    return f"{distance:g} bit{'' if distance == 1 else 's'}"
+
+
+def quality_title(quality: dict[str, Any]) -> str:
+    """What the distances of `quality_rows` are."""
+    return "Cosine distances" if quality["unit"] == "cosine" else f"Distances in bits, of {quality['bits']}"
 
 
 def quality_rows(quality: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -302,7 +349,9 @@ def quality_rows(quality: dict[str, Any]) -> list[tuple[str, str, str]]:
     sides = [quality["selection"], quality["random"]]
     rows = []
     for what, name in lines:
-        digits = ",.1f" if name.startswith("mean") else ",d"
+        if sides[0][name] is None:  # vectors have no near copies
+            continue
+        digits = ".4f" if quality["unit"] == "cosine" else ",.1f" if name.startswith("mean") else ",d"
         kept, random = (format(side[name], digits) for side in sides)
         rows.append((what, kept, random))
     return rows

@@ -17,6 +17,7 @@ from reducer.plan import pieced_partitions
 from reducer.session import so_far
 from reducer.store import RunFolder
 from reducer.summary import failure_kinds
+from reducer.vectors import Aside
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,8 @@ def status(run: Path | str, *, storage_options: Mapping[str, Any] | None = None)
     unranked = reports and not (pieced is not None and pieced <= done.keys())
     tally = so_far(done, {number: report.tally for number, report in reports.items()}, pieced)
     if unranked:
-        errors = pa.chunked_array([*errors.chunks, *folder.hashes()["error"].chunks], pa.string())
-    hashed, to_read = tally.read + tally.reused, summary["photos_to_read"]
+        errors = pa.chunked_array([*errors.chunks, *folder.hashes(Aside())["error"].chunks], pa.string())
+    hashed, to_read = tally.tried, summary["photos_to_read"]
     state, at_work = _state(folder, summary)
     rate = summary.get("photos_per_second")
     seconds_left = None

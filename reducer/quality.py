@@ -4,63 +4,73 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from reducer.config import PhotoSettings, near_copy_bits
+from reducer.distance import COSINE_STEPS, Cosine, Hamming, Hashes, Points, Positions, Steps, Vectors, as_words
 from reducer.draw import RANDOM_ORDER, draw_order
 from reducer.hashing import from_hex
-from reducer.ranking import Hashes, Positions, as_words, nearest_kept
+from reducer.ranking import nearest_kept
 from reducer.schemas import LEDGER_SCHEMA
 from reducer.tables import with_column
 from reducer.types import Certificate, Quality, Spread
+from reducer.vectors import units_of
 
 #: Pairs of photos that are compared at a time.
 COMPARED_PAIRS = 2**18
 
 
-def spread(hashes: Hashes, bits: int, nearest: NDArray[np.float64]) -> Spread:
+def spread(points: Points, chosen: Positions, nearest: Steps, near: int) -> Spread:
     """How different the chosen photos of one label are, and how near its candidates are to them.
 
     Parameters
     ----------
-    hashes : ndarray of uint8, shape (k, hash bytes)
-        Packed hashes of the chosen photos.
-    bits : int
-        Bits of a hash.
-    nearest : ndarray of float64, shape (n,)
-        Distance of each candidate to the nearest chosen photo, in bits; n >= 1 where k >= 1.
+    points : Points
+        Photos of the label.
+    chosen : ndarray of int64, shape (k,)
+        Positions of the chosen ones.
+    nearest : ndarray of int, shape (n,)
+        Distance of each candidate to the nearest chosen photo, in steps; n >= 1 where k >= 1.
+    near : int
+        At most so many steps apart two photos are near copies; -1 where none are.
 
     Returns
     -------
     Spread
         All zero if no photo is chosen; without pairs if only one is.
     """
-    count = len(hashes)
+    count = len(chosen)
     if count == 0:
         return Spread()
     covered = Spread(
         labels=1,
         candidates=len(nearest),
-        nearest_sum=int(nearest.sum()),
+        nearest_sum=int(nearest.sum(dtype=np.int64)),
         radius_sum=int(nearest.max()),
         radius_max=int(nearest.max()),
     )
     if count == 1:
         return covered
-    histogram = pair_histogram(hashes, bits)
-    distances = np.arange(len(histogram))
+    near_copies, total, smallest = 0, 0, points.farthest
+    for place, position in enumerate(chosen[:-1].tolist()):
+        apart = points.to(position)[chosen[place + 1 :]]
+        near_copies += int(np.count_nonzero(apart <= near))
+        total += int(apart.sum(dtype=np.int64))
+        smallest = min(smallest, int(apart.min()))
     return covered + Spread(
         labels_with_pairs=1,
-        pairs=int(histogram.sum()),
-        near_copies=int(histogram[: near_copy_bits(bits) + 1].sum()),
-        distance_sum=int(histogram @ distances),
-        smallest_sum=int(np.flatnonzero(histogram)[0]),
+        pairs=count * (count - 1) // 2,
+        near_copies=near_copies,
+        distance_sum=total,
+        smallest_sum=smallest,
     )
 
 
@@ -158,24 +168,57 @@ def certificate(hashes: Hashes, bits: int, insertion_distance: NDArray[np.float6
     return Certificate(1, share, share)
 
 
+@dataclass(frozen=True)
+class Judgement:
+    """How near the photos of a label are to the kept ones, and what their choice is worth.
+
+    Attributes
+    ----------
+    nearest : ndarray of int64, shape (n,)
+        Position of the kept photo nearest to each.
+    distance : ndarray of float64, shape (n,)
+        How far it is, in bits or cosine.
+    quality : Quality
+        Against a random choice of as many from the same candidates.
+    by_hash : Quality
+        The same by hashes, where photos have some and are compared by vectors.
+    """
+
+    nearest: Positions
+    distance: NDArray[np.float64]
+    quality: Quality
+    by_hash: Quality
+
+
+def points_of(hashes: Hashes | None, units: Vectors | None) -> Points:
+    """Photos by their vectors, where they have some, else by their hashes."""
+    if units is not None:
+        return Cosine(units)
+    assert hashes is not None
+    return Hamming(hashes)
+
+
 def judge(
     label: str,
-    hashes: Hashes,
+    points: Points,
+    hashes: Hashes | None,
     ids: Sequence[str],
     candidates: Positions,
     kept: Positions,
     insertion_distance: NDArray[np.float64],
     some_always_kept: bool,
     settings: PhotoSettings,
-) -> tuple[Positions, NDArray[np.float64], Quality]:
+) -> Judgement:
     """How near every photo of a label is to the kept ones, and what their choice is worth.
 
     Parameters
     ----------
     label : str
         The label.
-    hashes : ndarray of uint8, shape (n, hash bytes)
-        Packed hashes of all its photos that have one.
+    points : Points
+        All its photos that were hashed or have a vector, n of them.
+    hashes : ndarray of uint8, shape (n, hash bytes), or None
+        Their packed hashes; None where they have none.
     ids : sequence of str
         Their ids.
     candidates : ndarray of int64, shape (c,)
@@ -183,44 +226,44 @@ def judge(
     kept : ndarray of int64, shape (k,)
         Positions of the kept ones, by rank; k >= 1.
     insertion_distance : ndarray of float64, shape (k,)
-        Theirs, in bits.
+        Theirs.
     some_always_kept : bool
         Whether any of the label was set beforehand.
     settings : PhotoSettings
         Strategy, hash, seed.
-
-    Returns
-    -------
-    nearest : ndarray of int64, shape (n,)
-        Position of the kept photo nearest to each.
-    distance : ndarray of float64, shape (n,)
-        How far it is, in bits.
-    Quality
-        Against a random choice of as many from the same candidates.
     """
-    nearest, distance = nearest_kept(hashes, ids, kept)
-    own_hashes, own_ids = hashes[candidates], [ids[i] for i in candidates.tolist()]
-    drawn = np.array(draw_order(RANDOM_ORDER, settings.seed, label, own_ids)[: len(kept)])
-    quality = Quality(
-        selection=spread(hashes[kept], settings.bits, distance[candidates]),
-        random=spread(own_hashes[drawn], settings.bits, nearest_kept(own_hashes, own_ids, drawn)[1]),
+    order = draw_order(RANDOM_ORDER, settings.seed, label, [ids[i] for i in candidates.tolist()])
+    drawn = candidates[order[: len(kept)]]
+    nearest, steps = nearest_kept(points, ids, kept)
+
+    def worth(by: Points, to_kept: Steps, near: int) -> Quality:
+        to_drawn = nearest_kept(by, ids, drawn)[1]
+        return Quality(spread(by, kept, to_kept[candidates], near), spread(by, drawn, to_drawn[candidates], near))
+
+    near = near_copy_bits(settings.bits)
+    quality = worth(points, steps, -1 if settings.by_vectors else near)
+    by_hash = Quality()
+    if settings.by_vectors and hashes is not None:
+        by = Hamming(hashes)
+        by_hash = worth(by, nearest_kept(by, ids, kept)[1], near)
+    elif hashes is not None and settings.strategy == "farthest-first" and not some_always_kept:
         # Farthest-first promises something of its own choice only.
-        certificate=(
-            certificate(own_hashes, settings.bits, insertion_distance)
-            if settings.strategy == "farthest-first" and not some_always_kept
-            else Certificate()
-        ),
-    )
-    return nearest, distance, quality
+        promised = certificate(hashes[candidates], settings.bits, insertion_distance)
+        quality += Quality(certificate=promised)
+    return Judgement(nearest, steps * points.step, quality, by_hash)
 
 
-def judge_again(rows: pa.Table, always_keep: NDArray[np.bool_], settings: PhotoSettings) -> tuple[pa.Table, Quality]:
+def judge_again(
+    rows: pa.Table, vectors: pa.Array | pa.ChunkedArray | None, always_keep: NDArray[np.bool_], settings: PhotoSettings
+) -> tuple[pa.Table, Quality, Quality]:
     """Tell anew of rows of the ledger, of which others are kept now, how near they are to the kept ones.
 
     Parameters
     ----------
     rows : pyarrow.Table
         `LEDGER_SCHEMA` rows of whole labels that were ranked, rows of a label together; ``kept`` holds.
+    vectors : pyarrow.Array of binary, or None
+        Their vectors as bytes of float16 numbers, null where they have none; None where photos are compared by hashes.
     always_keep : ndarray of bool, shape (rows,)
         Which of them were set beforehand.
     settings : PhotoSettings
@@ -232,24 +275,32 @@ def judge_again(rows: pa.Table, always_keep: NDArray[np.bool_], settings: PhotoS
         The rows, ``nearest_kept`` and ``nearest_kept_distance`` set anew.
     Quality
         Of all labels.
+    Quality
+        The same by hashes, as for `Judgement`.
     """
     columns = ("label", "id", "hash", "rank", "insertion_distance", "kept")
     photos = list(zip(*(rows[name].to_pylist() for name in columns), always_keep.tolist(), strict=True))
+    compared = pc.is_valid(rows["hash"] if vectors is None else vectors).to_pylist()
     ids: list[str | None] = [None] * len(photos)
     distances: list[float | None] = [None] * len(photos)
-    quality = Quality()
+    quality, by_hash = Quality(), Quality()
     for label, group in groupby(range(len(photos)), key=lambda row: photos[row][0]):
-        hashed = [row for row in group if photos[row][2] is not None]
+        own = [row for row in group if compared[row]]
         _, names, texts, ranks, insertion, kept, always = (
-            zip(*(photos[row] for row in hashed), strict=True) if hashed else ((),) * 7
+            zip(*(photos[row] for row in own), strict=True) if own else ((),) * 7
         )
-        chosen = sorted((position for position in range(len(hashed)) if kept[position]), key=ranks.__getitem__)
+        chosen = sorted((position for position in range(len(own)) if kept[position]), key=ranks.__getitem__)
         if not chosen:
             continue
-        packed = b"".join(from_hex(text, settings.bits) for text in texts)
-        nearest, distance, worth = judge(
+        hashes = None
+        if None not in texts:
+            packed = b"".join(from_hex(text, settings.bits) for text in texts)
+            hashes = np.frombuffer(packed, dtype=np.uint8).reshape(len(own), -1)
+        units = None if vectors is None else units_of(vectors.take(pa.array(own)))
+        found = judge(
             label,
-            np.frombuffer(packed, dtype=np.uint8).reshape(len(hashed), -1),
+            points_of(hashes, units),
+            hashes,
             names,
             np.array([position for position, rank in enumerate(ranks) if rank is not None]),
             np.array(chosen),
@@ -257,15 +308,15 @@ def judge_again(rows: pa.Table, always_keep: NDArray[np.bool_], settings: PhotoS
             any(always),
             settings,
         )
-        quality += worth
-        for row, position, bits_apart in zip(hashed, nearest.tolist(), distance.tolist(), strict=True):
-            ids[row], distances[row] = names[position], bits_apart
+        quality, by_hash = quality + found.quality, by_hash + found.by_hash
+        for row, position, apart in zip(own, found.nearest.tolist(), found.distance.tolist(), strict=True):
+            ids[row], distances[row] = names[position], apart
     for name, values in (("nearest_kept", ids), ("nearest_kept_distance", distances)):
         rows = with_column(rows, name, pa.array(values, LEDGER_SCHEMA.field(name).type))
-    return rows, quality
+    return rows, quality, by_hash
 
 
-def figures(quality: Quality, bits: int) -> dict[str, Any]:
+def figures(quality: Quality, bits: int, unit: str = "bits", by_hash: Quality | None = None) -> dict[str, Any]:
     """What ``summary.json`` tells of it.
 
     Parameters
@@ -274,27 +325,39 @@ def figures(quality: Quality, bits: int) -> dict[str, Any]:
         Of the whole run.
     bits : int
         Bits of a hash.
+    unit : {"bits", "cosine"}
+        What its distances are told in.
+    by_hash : Quality, optional
+        The same by hashes, where photos are compared by vectors and have some.
     """
     return {
+        "unit": unit,
         "bits": bits,
         "near_copy_bits": near_copy_bits(bits),
-        "selection": _spread_figures(quality.selection),
-        "random": _spread_figures(quality.random),
+        "selection": _spread_figures(quality.selection, unit),
+        "random": _spread_figures(quality.random, unit),
         "certificate": _certificate_figures(quality.certificate),
+        "by_hash": None if by_hash is None or not by_hash.selection.labels else figures(by_hash, bits),
     }
 
 
-def _spread_figures(spread: Spread) -> dict[str, Any]:
+def _spread_figures(spread: Spread, unit: str) -> dict[str, Any]:
+    steps, digits = (1, 3) if unit == "bits" else (COSINE_STEPS, 6)
+
+    def mean(total: int, count: int) -> float | None:
+        return round(total / (count * steps), digits) if count else None
+
+    worst = spread.radius_max if unit == "bits" else round(spread.radius_max / steps, digits)
     return {
         "labels": spread.labels,
         "labels_with_pairs": spread.labels_with_pairs,
         "pairs": spread.pairs,
-        "near_copy_pairs": spread.near_copies,
-        "mean_pair_distance": _mean(spread.distance_sum, spread.pairs),
-        "mean_smallest_pair_distance": _mean(spread.smallest_sum, spread.labels_with_pairs),
-        "mean_nearest_kept_distance": _mean(spread.nearest_sum, spread.candidates),
-        "mean_coverage_radius": _mean(spread.radius_sum, spread.labels),
-        "worst_coverage_radius": spread.radius_max if spread.labels else None,
+        "near_copy_pairs": spread.near_copies if unit == "bits" else None,
+        "mean_pair_distance": mean(spread.distance_sum, spread.pairs),
+        "mean_smallest_pair_distance": mean(spread.smallest_sum, spread.labels_with_pairs),
+        "mean_nearest_kept_distance": mean(spread.nearest_sum, spread.candidates),
+        "mean_coverage_radius": mean(spread.radius_sum, spread.labels),
+        "worst_coverage_radius": worst if spread.labels else None,
     }
 
 
@@ -312,7 +375,3 @@ def _certificate_figures(certificate: Certificate) -> dict[str, Any] | None:
 def _down(share: Fraction) -> float:
     """To three digits, never more than it is: it is told as "at least"."""
     return math.floor(1000 * share) / 1000
-
-
-def _mean(total: int, count: int) -> float | None:
-    return round(total / count, 3) if count else None

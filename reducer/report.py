@@ -21,8 +21,16 @@ from markupsafe import Markup
 from tqdm.auto import tqdm
 
 from reducer.clusterspec import ClusterSpec
-from reducer.config import GALLERY_PHOTOS, STORAGE_OPTIONS, Job, labels_text
-from reducer.curves import InsertionCurve, LabelCounts, insertion_curve, label_counts, pair_distances
+from reducer.config import GALLERY_PHOTOS, STORAGE_OPTIONS, Job, default_strategy, labels_text, unit_of
+from reducer.curves import (
+    InsertionCurve,
+    LabelCounts,
+    PairDistances,
+    insertion_curve,
+    label_counts,
+    labels_to_compare,
+    pair_distances,
+)
 from reducer.errors import InputError
 from reducer.galleries import (
     LABEL_COLUMNS,
@@ -43,6 +51,7 @@ from reducer.printing import (
     certificate_line,
     clip,
     quality_rows,
+    quality_title,
     remarks,
 )
 from reducer.rules import flag
@@ -165,7 +174,8 @@ def draw_report(
         Addresses of workers that read none.
     """
     summary = folder.finished()
-    bits, near = summary["quality"]["bits"], summary["quality"]["near_copy_bits"]
+    bits, unit = summary["quality"]["bits"], summary["quality"]["unit"]
+    near = summary["quality"]["near_copy_bits"] if unit == "bits" else -1
     ledger = folder.whole_ledger(summary, ["id", "hash", "insertion_distance", "kept", "bytes", *LABEL_COLUMNS])
     chosen = labels_to_show(ledger, near, asked)
     counts, curve = label_counts(ledger), insertion_curve(ledger)
@@ -178,10 +188,13 @@ def draw_report(
         "missing_labels": counts.empty,
         "certificate": certificate_line(summary["quality"]),
         "remarks": remarks(summary, folder.path),
-        "figures": _figures(counts, curve, ledger, job, bits, near),
+        "figures": _figures(folder, counts, curve, ledger, job, bits, near),
         "reading": _reading(curve, counts, job.keep, near),
         "near": near,
-        "bits": bits,
+        "unit": unit,
+        "compared_by": f"{job.hash}, {bits} bits" if unit == "bits" else "vectors, cosine",
+        "apart": lambda distance: _of(distance, "bit") if unit == "bits" else f"{distance:.4f}",
+        "figure": lambda distance: _number(distance) if unit == "bits" else f"{distance:.4f}",
         "largest": LARGEST,
         "failures": _failures(folder, summary["failures"]) if summary["failures"] else [],
     }
@@ -190,7 +203,7 @@ def draw_report(
     each = (gallery_photos - 2 * len(like)) // max(1, len(chosen))
     galleries = []
     if gallery_photos:
-        rows = in_nanoseconds(folder.ledger(where=pc.field("label").isin(list(chosen))))
+        rows = with_vectors(folder, in_nanoseconds(folder.ledger(where=pc.field("label").isin(list(chosen)))), job)
         found = [gallery(rows.filter(pc.equal(rows["label"], label)), why, each, bits) for label, why in chosen.items()]
         galleries = [one for one in found if one.shown or one.pairs or one.failed]
     pictures = _pictures(_drawn(galleries, like), job, client, avoid, progress)
@@ -211,6 +224,10 @@ def command_of(job: Mapping[str, Any]) -> list[str]:
     parts = [["reducer", "run", job["images"]], ["--output", job["output"]]]
     for field in fields(Job):
         value, default = job.get(field.name, field.default), field.default
+        if isinstance(default, tuple) and isinstance(value, list):  # from JSON
+            value = tuple(value)
+        if field.name == "strategy":
+            default = default_strategy(unit_of(job) == "cosine")
         if field.name in ("images", "output", "overwrite", "break_lock", "report", *STORAGE_OPTIONS):
             continue
         if value == default:
@@ -235,8 +252,18 @@ def _bytes(ledger: pa.Table) -> dict[str, Any]:
     }
 
 
+def with_vectors(folder: RunFolder, rows: pa.Table, job: Job) -> pa.Table:
+    """Rows of the ledger with their vectors (bytes of float16 numbers) as ``vector``, where they are ranked by such."""
+    if not job.by_vectors:
+        return rows
+    vectors = folder.read_vectors(pc.unique(rows["label"]).to_pylist())
+    of = {(name, label): vector for name, label, vector in zip(*(c.to_pylist() for c in vectors.columns), strict=True)}
+    keys = zip(rows["id"].to_pylist(), rows["label"].to_pylist(), strict=True)
+    return rows.append_column("vector", pa.array([of.get(key) for key in keys], pa.binary()))
+
+
 def _figures(
-    counts: LabelCounts, curve: InsertionCurve, ledger: pa.Table, job: Job, bits: int, near: int
+    folder: RunFolder, counts: LabelCounts, curve: InsertionCurve, ledger: pa.Table, job: Job, bits: int, near: int
 ) -> dict[str, Markup]:
     """The plots, as elements of the page."""
     found = {
@@ -253,24 +280,37 @@ def _figures(
             "counts-rest",
             f"The same histogram without the {LARGEST} largest labels.",
         )
-    kept, random = pair_distances(ledger, bits, job.seed)
-    if kept.sum():
-        shares = [f"{100 * pairs[: near + 1].sum() / pairs.sum():.3g}" for pairs in (kept, random)]
+    if job.by_vectors:
+        drawn = labels_to_compare(ledger, job.seed)
+        own = ledger.filter(pc.is_in(ledger["label"], value_set=pa.array(drawn, pa.string())))
+        ranked = with_vectors(folder, own.filter(pc.is_valid(own["rank"])), job)
+        pairs = pair_distances(ranked, bits, job.seed)
+    else:
+        pairs = pair_distances(ledger, bits, job.seed)
+    if pairs.kept.sum():
         found["pairs"] = as_svg(
-            pairs_plot(kept, random, near),
-            "pairs",
-            f"Distances of two photos of a label. At most {near} bits apart are {shares[0]} % of the pairs of kept "
-            f"photos and {shares[1]} % of those of a random choice.",
+            pairs_plot(pairs, near), "pairs", f"Distances of two photos of a label. {_near_shares(pairs, near)}"
         )
     if len(curve.labels):
         most = max(TIMES_KEPT * (job.keep or 0), LEAST_RANKS)
         found["insertion"] = as_svg(
-            insertion_plot(curve, near, job.keep, most),
+            insertion_plot(curve, near, job.keep, most, "cosine" if job.by_vectors else "bits"),
             "insertion",
-            "Curve: how many bits the next photo of a label is away from those before it, by the number of those; its "
+            "Curve: how far the next photo of a label is from those before it, by the number of those; its "
             "median over labels, and between what 80 % of them lie. The table has figures of it.",
         )
     return {name: Markup(drawn) for name, drawn in found.items()}
+
+
+def _near_shares(pairs: PairDistances, near: int) -> str:
+    if pairs.unit != "bits":
+        means = [(pairs.edges[:-1] + pairs.edges[1:]) / 2 @ side / side.sum() for side in (pairs.kept, pairs.random)]
+        return f"On average {means[0]:.4f} of the kept ones, and {means[1]:.4f} of a random choice."
+    shares = [f"{100 * side[: near + 1].sum() / side.sum():.3g}" for side in (pairs.kept, pairs.random)]
+    return (
+        f"At most {near} bits apart are {shares[0]} % of the pairs of kept photos and {shares[1]} % of those of a "
+        "random choice."
+    )
 
 
 def _reading(curve: InsertionCurve, counts: LabelCounts, keep: int | None, near: int) -> dict[str, Any]:
@@ -345,9 +385,11 @@ def _pictures(
             left = [key for key in keys if found.get(key, NO_WORKER) == NO_WORKER]
             wanted = [Wanted(*key, is_known=photo_of[key].is_known) for key in left]
             with closing(
-                draw(wanted, job.source, job.photo_settings, most_bytes=most_bytes)
+                draw(wanted, job.source, job.settings_without_model, most_bytes=most_bytes)
                 if cluster is None
-                else draw_on(cluster, wanted, job.source, job.photo_settings, most_bytes=most_bytes, avoid=avoid)
+                else draw_on(
+                    cluster, wanted, job.source, job.settings_without_model, most_bytes=most_bytes, avoid=avoid
+                )
             ) as drawing:
                 for number, picture in drawing:
                     found[left[number]] = picture
@@ -382,6 +424,7 @@ def as_html(template: str, **context: Any) -> str:
         "of": _of,
         "place": _shown_place,
         "quality_rows": quality_rows,
+        "quality_title": quality_title,
     }
     return environment.from_string(files("reducer").joinpath("templates", template).read_text("utf-8")).render(context)
 

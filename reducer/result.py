@@ -16,7 +16,7 @@ from PIL import Image
 
 from reducer.config import Job, nearest
 from reducer.errors import InputError
-from reducer.printing import clip
+from reducer.printing import apart, clip
 from reducer.store import REPORT, RunFolder
 
 if TYPE_CHECKING:
@@ -75,14 +75,14 @@ class Result:
         return both_counts(label_counts(self._folder.ledger(["label", "kept"])))
 
     def plot_pair(self, label: object, which: str = "closest") -> Figure:
-        """Two photos of a label side by side, titled with the distance of their hashes.
+        """Two photos of a label side by side, titled with the distance of their hashes or vectors.
 
         Parameters
         ----------
         label : str
             The label.
         which : {"closest", "farthest"}
-            Of all its photos that have a hash.
+            Of all its photos that have a hash, or a vector where that is what they are ranked by.
 
         Returns
         -------
@@ -91,22 +91,26 @@ class Result:
         Raises
         ------
         InputError
-            If the run has no such label, or of it fewer than two photos have a hash.
+            If the run has no such label, or of it fewer than two photos can be compared.
         """
         from reducer.galleries import extreme_pairs
         from reducer.plots import photos_plot
+        from reducer.report import with_vectors
 
         if which not in ("closest", "farthest"):
             raise InputError(f"which is {which!r}: expected 'closest' or 'farthest'")
-        pairs = extreme_pairs(self._rows(label), self._job.hash_size**2)
+        pairs = extreme_pairs(with_vectors(self._folder, self._rows(label), self._job), self._job.hash_size**2)
         if not pairs:
-            raise InputError(f"fewer than two photos of the label {str(label)!r} have a hash: there is no pair to show")
+            raise InputError(
+                f"fewer than two photos of the label {str(label)!r} can be compared: there is no pair to show"
+            )
         pair = next(pair for pair in pairs if pair.which == which)
         photos = (pair.first, pair.second)
         pictures = self._pictures(photos, LARGE_SIDE)
-        title = (
-            f"{clip(label, 60)}, the {which} two: hash difference {pair.distance:g} of {self._job.hash_size**2} bits"
-        )
+        difference = f"hash difference {pair.distance:g} of {self._job.hash_size**2} bits"
+        if self._job.by_vectors:
+            difference = f"cosine distance {pair.distance:.4f}"
+        title = f"{clip(label, 60)}, the {which} two: {difference}"
         return photos_plot(title, [(clip(p.row["id"], 60), one) for p, one in zip(photos, pictures, strict=True)], 2)
 
     def show(self, label: object, most: int = 25) -> Figure:
@@ -138,8 +142,11 @@ class Result:
         photos = [as_photo(row, SMALL_SIDE) for row in kept.slice(0, most).to_pylist()]
         pictures = self._pictures(photos, SMALL_SIDE)
         shown = kept.num_rows if kept.num_rows <= most else f"the first {most} of {kept.num_rows:,}"
+        unit = "cosine" if self._job.by_vectors else "bits"
         title = f"{clip(label, 60)}: {shown} kept photos of {rows.num_rows:,}, by rank"
-        return photos_plot(title, [(_place(p.row), one) for p, one in zip(photos, pictures, strict=True)], COLUMNS)
+        return photos_plot(
+            title, [(_place(p.row, unit), one) for p, one in zip(photos, pictures, strict=True)], COLUMNS
+        )
 
     def _rows(self, label: object) -> pa.Table:
         from reducer.tables import in_nanoseconds
@@ -157,7 +164,7 @@ class Result:
 
         check_storage_options(self.summary, self._job)
         wanted = [Wanted(photo.ref, side, is_known=photo.is_known) for photo in photos]
-        drawn = draw(wanted, self._job.source, self._job.photo_settings, most_bytes=PICTURE_BYTES)
+        drawn = draw(wanted, self._job.source, self._job.settings_without_model, most_bytes=PICTURE_BYTES)
         return [
             # Grey pixels would be drawn in matplotlib's own colours.
             np.asarray(Image.open(io.BytesIO(found.content)).convert("RGB")) if isinstance(found, Thumbnail) else found
@@ -171,10 +178,10 @@ class Result:
         return as_html("result.html", summary=self.summary, run=str(self.output), report=report)
 
 
-def _place(row: dict[str, Any]) -> str:
+def _place(row: dict[str, Any], unit: str) -> str:
     """What stands over a kept photo."""
     name = clip(row["id"], 24)
     if row["rank"] is None:
         return f"{name}\nnot ranked"
-    distance = "the first" if row["insertion_distance"] is None else f"{row['insertion_distance']:g} bits"
+    distance = "the first" if row["insertion_distance"] is None else apart(row["insertion_distance"], unit)
     return f"{name}\nrank {row['rank']}, {distance}"

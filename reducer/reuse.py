@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from reducer.config import Job
-from reducer.environment import Environment, compare_with
+from reducer.environment import Environment, compare_with, without_model
 from reducer.errors import InputError
-from reducer.fingerprint import Fingerprint
+from reducer.fingerprint import Fingerprint, settings_of
 from reducer.manifest import with_paths
 from reducer.pieces import stem_of
 from reducer.rules import flag
@@ -22,14 +22,19 @@ from reducer.shards import member_keys
 from reducer.store import RunFolder
 from reducer.tables import with_column
 from reducer.types import MemberKeys, PieceReport, Shard, Tally
+from reducer.vectors import Aside
 
 log = logging.getLogger("reducer")
 
 #: Settings that must be equal for hashes to be the same.
 HASH_SETTINGS = ("hash", "hash_size", "decode", "exif_orientation")
+#: And for vectors to be, where a model makes them.
+EMBED_SETTINGS = ("embed", "embed_size", "embed_mean", "embed_std", "embed_batch", "embed_output")
 #: Where the columns of `KNOWN_SCHEMA` come from in the ledger.
 LEDGER_NAMES = {name: name.removeprefix("known_") for name in KNOWN_SCHEMA.names if name != "known_reused"}
 KEY = ("id", "path")
+#: What a vector is told by.
+OF_VECTOR = ("id", "label")
 
 
 class Reuse:
@@ -44,6 +49,8 @@ class Reuse:
     ----------
     known : pyarrow.Table
         From `as_known`.
+    aside : Aside
+        Holds its vectors.
 
     Raises
     ------
@@ -71,9 +78,20 @@ class Reuse:
                     f"{where} has {flag(name)} {theirs[name]}, this run {getattr(job, name)}: its hashes would not be "
                     f"this run's. Give {flag(name)} {theirs[name]}, or leave --reuse out"
                 )
+        self.aside = Aside()
+        ours = settings_of(job)
+        if job.embed is not None and any(theirs.get(name) != ours[name] for name in EMBED_SETTINGS):
+            raise InputError(
+                f"{where} has no vectors of this model as it is used here (--embed, --embed-size, --embed-mean, "
+                "--embed-std, --embed-batch, --embed-output): leave --reuse out"
+            )
         if job.drop_flat and not theirs["drop_flat"]:
             raise InputError(f"{where} was run without --drop-flat: which photos are flat is not known. Leave it out")
         ledger = folder.ledger([*ledger_columns(), "label", *PLACE_SCHEMA.names])
+        if job.embed is not None:
+            vectors = folder.placed_vectors(self.aside)
+            own = pc.index_in(_keys(ledger, OF_VECTOR), value_set=_keys(vectors, OF_VECTOR))
+            ledger = ledger.append_column("vector", vectors["vector"].take(own))
         if theirs["max_pixels"] > job.max_pixels:
             # How many pixels are decoded is not always told by width and height.
             raise InputError(
@@ -128,7 +146,7 @@ class Reuse:
             unchecked = shard.md5 is None  # then it does not matter against what it was checked before
             if replace(then, number=shard.number, md5=None if unchecked else then.md5) != shard:
                 continue
-            rows = _with_ledger(self.folder.read_piece(then.number)[0], ranged)
+            rows = _with_ledger(self.folder.read_piece(then.number)[0], ranged, self.aside)
             if keys is not MemberKeys.SAMPLE:
                 paths = rows["path"].to_pylist()
                 key = paths if keys is MemberKeys.PATH else list(map(stem_of, paths))
@@ -164,19 +182,23 @@ class Reuse:
         InputError
             Naming what differs.
         """
-        differs = compare_with(
-            self.fingerprint.environment, now, "this computer or cluster now", f"--reuse {self.job.reuse}"
-        )
+        then = self.fingerprint.environment
+        if self.job.embed is None:
+            then = without_model(then)
+        differs = compare_with(then, now, "this computer or cluster now", f"--reuse {self.job.reuse}")
         if differs is not None:
             raise InputError(f"{differs}, or leave --reuse out")
 
 
-def _with_ledger(rows: pa.Table, ledger: pa.Table) -> pa.Table:
-    """What was found in a shard, with the hashes of photos that were read from it later."""
+def _with_ledger(rows: pa.Table, ledger: pa.Table, aside: Aside) -> pa.Table:
+    """What was found in a shard, with the hashes and vectors of photos that were read from it later."""
     place = pc.index_in(_places(rows), value_set=_places(ledger))
     late = pc.and_(pc.is_null(rows["hash"]), pc.is_valid(place))
     for name in ("width", "height", "format", "hash"):
         rows = with_column(rows, name, pc.if_else(late, ledger[name].take(place), rows[name]))
+    if "vector" in ledger.column_names:
+        vectors = aside.packed(ledger["vector"].take(place))
+        rows = with_column(rows, "vector", pc.if_else(late, vectors, rows["vector"]))
     is_flat = pc.equal(ledger["reason"], FLAT).take(place)
     return with_column(rows, "flat", pc.if_else(late, is_flat, rows["flat"]))
 
@@ -190,7 +212,7 @@ def _places(table: pa.Table) -> pa.Array:
 
 def ledger_columns() -> list[str]:
     """Columns of the ledger that `as_known` needs."""
-    return [*KEY, "row", "reason", *(name for name in LEDGER_NAMES.values() if name != "flat")]
+    return [*KEY, "row", "reason", *(name for name in LEDGER_NAMES.values() if name not in ("flat", "vector"))]
 
 
 def as_known(ledger: pa.Table) -> pa.Table:
@@ -199,7 +221,7 @@ def as_known(ledger: pa.Table) -> pa.Table:
     Parameters
     ----------
     ledger : pyarrow.Table
-        Rows with `ledger_columns`.
+        Rows with `ledger_columns`; their vectors' places as ``vector``, where these are kept aside.
 
     Returns
     -------
@@ -209,7 +231,10 @@ def as_known(ledger: pa.Table) -> pa.Table:
     hashed = ledger.filter(pc.is_valid(ledger["hash"]))
     columns = {name: hashed[name] for name in KEY}
     for name, theirs in LEDGER_NAMES.items():
-        columns[name] = pc.equal(hashed["reason"], FLAT) if theirs == "flat" else hashed[theirs]
+        if theirs == "vector" and theirs not in hashed.column_names:
+            columns[name] = pa.nulls(hashed.num_rows, KNOWN_SCHEMA.field(name).type)
+        else:
+            columns[name] = pc.equal(hashed["reason"], FLAT) if theirs == "flat" else hashed[theirs]
     columns["known_reused"] = pa.array([True] * hashed.num_rows, pa.bool_())
     return pa.table(columns)
 
@@ -237,9 +262,9 @@ def beside(rows: pa.Table, known: pa.Table, job: Job) -> pa.Table:
     return rows
 
 
-def _keys(table: pa.Table) -> pa.ChunkedArray:
+def _keys(table: pa.Table, names: Sequence[str] = KEY) -> pa.ChunkedArray:
     """One text a row for its id and path; large, since all of them may be more than one Arrow array of text holds."""
     large = pa.large_string()
     return pc.binary_join_element_wise(
-        *(table[name].cast(large) for name in KEY), pa.scalar("\0", large)
+        *(table[name].cast(large) for name in names), pa.scalar("\0", large)
     ).combine_chunks()

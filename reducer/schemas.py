@@ -40,6 +40,7 @@ KNOWN_SCHEMA = pa.schema(
         _field("known_mtime", pa.timestamp("ns", tz="UTC"), "time of the file's last change"),
         _field("known_etag", pa.string(), "entity tag of an object in a store"),
         _field("known_error", pa.string(), "why it could not be hashed"),
+        _field("known_vector", pa.int64(), "its unit vector: where it stands among those that are kept aside"),
         _field("known_reused", pa.bool_(), "whether an earlier run looked at it, and not this one"),
     ]
 )
@@ -68,8 +69,14 @@ HASHES_SCHEMA = pa.schema(
         _field("hash", pa.string(), "perceptual hash in hex; null if it is not to be hashed, or cannot be"),
         _field("flat", pa.bool_(), "whether it shows next to nothing; null without a hash"),
         _field("error", pa.string(), "why the photo could not be hashed, one line"),
+        _field("vector", pa.binary(), "unit vector that a model made of it, float16 numbers; null without a model"),
         _field("reused", pa.bool_(), "whether the hash is an earlier run's"),
     ]
+)
+
+#: The same in the memory of the client, which keeps vectors aside: where each stands there.
+PLACED_SCHEMA = pa.schema(
+    [f if f.name != "vector" else f.with_type(pa.int64()).with_metadata(None) for f in HASHES_SCHEMA]
 )
 
 #: `RUN/shards.parquet`: the shards, as they were when the run began, or when they were to be read again.
@@ -111,7 +118,7 @@ LEDGER_SCHEMA = pa.schema(
             "insertion_distance",
             pa.float64(),
             "distance to the nearest photo of the label with a smaller rank; null for rank 0",
-            "bits",
+            "bits",  # or cosine: `in_unit`
         ),
         _field("nearest_kept", pa.string(), "id of the nearest kept photo of the label; itself if kept"),
         _field("nearest_kept_distance", pa.float64(), "distance to nearest_kept", "bits"),
@@ -137,6 +144,15 @@ CROSS_LABEL_SCHEMA = pa.schema(
         _field("other_path", pa.string(), "where that photo lies"),
         _field("other_hash", pa.string(), "perceptual hash of that photo"),
         _field("distance", pa.float64(), "distance between the two hashes", "bits"),
+    ]
+)
+
+#: `RUN/vectors/part-*.parquet`, before its last column, ``vector``: a list of as many float16 numbers as there are
+#: dimensions (`reducer.vectors.vector_field`).
+VECTORS_SCHEMA = pa.schema(
+    [
+        _field("id", pa.string(), "photo id, as written in the manifest"),
+        _field("label", pa.string(), "label, as written in the manifest"),
     ]
 )
 
@@ -192,6 +208,18 @@ def reduced_schema(id_column: str, label_column: str) -> pa.Schema:
             *(field.with_name(f"photo_{field.name}") if field.name in own else field for field in extra),
         ]
     )
+
+
+def in_unit(table: pa.Table, unit: str) -> pa.Table:
+    """A table whose distances between photos of a label are said to be in a unit, ``bits`` or ``cosine``."""
+    schema = table.schema
+    for name in ("insertion_distance", "nearest_kept_distance"):
+        if name in schema.names:
+            field = schema.field(name)
+            schema = schema.set(
+                schema.get_field_index(name), field.with_metadata({**field.metadata, b"unit": unit.encode()})
+            )
+    return pa.Table.from_arrays(table.columns, schema=schema)
 
 
 def to_ipc(table: pa.Table) -> bytes:

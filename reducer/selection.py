@@ -100,7 +100,7 @@ def select(ledger: pa.Table, rules: CutRules, always_keep: NDArray[np.bool_]) ->
     label = text_ranks(ledger["label"])
     insertion = pc.fill_null(ledger["insertion_distance"], np.inf).to_numpy()
     size = pc.fill_null(ledger["bytes"], -1).to_numpy()
-    _refuse_unranked(rules, label, small, size)
+    _refuse_unranked(rules, label, small, rank >= 0, size)
 
     candidates = np.flatnonzero((rank >= 0) | small)
     candidates = candidates[np.lexsort((rank[candidates], label[candidates]))]
@@ -135,9 +135,18 @@ _KEPT, _MIN_DISTANCE, _BEYOND_KEEP, _BUDGET = range(4)
 
 
 def _refuse_unranked(
-    rules: CutRules, label: NDArray[np.int64], small: NDArray[np.bool_], size: NDArray[np.int64]
+    rules: CutRules,
+    label: NDArray[np.int64],
+    small: NDArray[np.bool_],
+    ranked: NDArray[np.bool_],
+    size: NDArray[np.int64],
 ) -> None:
     """Refuse rules that drop some photos of a label that was not read, or count bytes that are not known."""
+    if rules.max_bytes is not None and (unknown := int((size[ranked] < 0).sum())):
+        raise InputError(
+            f"--max-bytes counts bytes, and the sizes of {unknown:,} photos are not known: they were ranked by their "
+            "vectors and not read. Give --total, or run again with --max-bytes, which reads them"
+        )
     if not small.any():
         return
     photos = np.bincount(label[small], minlength=int(label.max()) + 1)

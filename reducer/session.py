@@ -24,7 +24,7 @@ from reducer.errand import Errand, ShardErrand
 from reducer.errors import BudgetError, ListingError, LostLockError, ReducerError, TooManyFailuresError
 from reducer.found import merged
 from reducer.manifest import with_paths
-from reducer.pipeline import ledger_rows
+from reducer.pipeline import as_ledger
 from reducer.plan import Plan
 from reducer.quality import figures, judge_again
 from reducer.schemas import FAILED, from_ipc
@@ -52,6 +52,8 @@ class Session:
     ----------
     bits : int
         Bits of a hash.
+    unit : {"bits", "cosine"}
+        What distances are told in.
     progress : bool
         Whether to show a progress bar.
     done : dict of int to Tally
@@ -77,6 +79,7 @@ class Session:
     """
 
     bits: int
+    unit: str
     progress: bool
     done: dict[int, Tally] = field(default_factory=dict)
     hashed: dict[int, Tally] = field(default_factory=dict)
@@ -142,7 +145,7 @@ class Session:
             "timings": {name: round(seconds, 3) for name, seconds in self.timings.items()}
             | {"worker_seconds": round(self.worker_seconds, 3)},
             "worker_peak_memory_bytes": self.peak_memory,
-            "quality": figures(total.quality, self.bits),
+            "quality": figures(total.quality, self.bits, self.unit, total.by_hash),
         }
 
 
@@ -174,10 +177,13 @@ class Workers:
         Of a cluster; None for this process.
     spec : ClusterSpec
         Of the cluster.
+    progress : bool
+        Whether to show a progress bar where vectors are read.
     """
 
     client: Client | None
     spec: ClusterSpec
+    progress: bool = False
 
     def take(self, errand: Errand | ShardErrand, before: InProcess | Dispatch | None = None) -> InProcess | Dispatch:
         """Get ready to do something.
@@ -195,8 +201,9 @@ class Workers:
             If workers differ in what decides hashes, or some of them cannot read the photos.
         """
         if self.client is None:
-            return InProcess(errand)
-        return Dispatch(self.client, errand, self.spec, before if isinstance(before, Dispatch) else None)
+            return InProcess(errand, self.progress)
+        going_on = before if isinstance(before, Dispatch) else None
+        return Dispatch(self.client, errand, self.spec, going_on, self.progress)
 
 
 @dataclass
@@ -281,7 +288,7 @@ class Run:
 
     def _hash_and_rank(self, work: InProcess | Dispatch) -> InProcess | Dispatch:
         if isinstance(work.errand, ShardErrand) or work.errand.is_pieces:
-            self._hash(work)
+            self.hash_all(work)
             work = self._on_to_partitions(work)
         elif not self.plan.is_listed:
             work = self._on_to_partitions(work)
@@ -301,7 +308,7 @@ class Run:
         errand = self.todo.partitions()
         return self.workers.take(errand, before) if errand.rows else InProcess(errand)
 
-    def _hash(self, work: InProcess | Dispatch) -> None:
+    def hash_all(self, work: InProcess | Dispatch) -> None:
         """Write what is found in each shard or piece as it comes."""
         errand, folder, session = work.errand, self.folder, self.session
         in_shards, any_wrong = isinstance(errand, ShardErrand), False
@@ -376,10 +383,12 @@ class Run:
             for result in results:
                 assert isinstance(result, PartitionResult)
                 rows = with_paths(errand.job, errand.rows[result.index])
-                ledger, tally = ledger_rows(rows, result), result.tally
+                found, tally = from_ipc(result.found), result.tally
+                ledger = as_ledger(rows, found)
+                vectors = found["vector"] if "vector" in found.column_names else None
                 if result.index in self.todo.failed and not self.todo.again:
-                    ledger, tally = self._merged(result, ledger)
-                folder.write_part(result.index, ledger, tally)
+                    ledger, vectors, tally = self._merged(result, ledger, vectors)
+                folder.write_part(result.index, ledger, tally, vectors)
                 told = _told_before(rows) if result.index in (session.pieced or ()) else Tally()
                 session.add(result, tally, told)
                 bar.update(rows.num_rows)
@@ -407,30 +416,49 @@ class Run:
         now = time.perf_counter()
         rate = own.bytes_read / 1e6 / max(now - session.begun, 1e-9)
         bar.set_postfix_str(f"{rate:.1f} MB/s, {own.failed} failed", refresh=False)
-        if give_up and own.read >= ALL_FAILED and own.failed == own.read and not own.reused:
+        if give_up and own.tried >= ALL_FAILED and own.failed == own.tried and not own.reused:
+            if own.looked_up and not own.read:
+                advice = "that the file of vectors is of these photos, and --id-column, which names its ids too"
+            else:
+                advice = "IMAGES, --path-template or --path-column, and that the workers see this path"
             raise TooManyFailuresError(
-                f"the first {own.read} photos have all failed, so the run was given up. The first path tried: "
-                f"{session.first_failure}. Check IMAGES, --path-template or --path-column, and that the workers "
-                "see this path"
+                f"the first {own.tried} photos have all failed, so the run was given up. The first path tried: "
+                f"{session.first_failure}. Check {advice}"
             )
         if now - session.noted > NOTED_EVERY:
             session.noted = now
             session.timings["hash_seconds"] = now - session.begun
             self.folder.write_summary(self.summary | session.figures())
 
-    def _merged(self, result: PartitionResult, renewed: pa.Table) -> tuple[pa.Table, Tally]:
+    def _merged(
+        self, result: PartitionResult, renewed: pa.Table, its_vectors: pa.ChunkedArray | None
+    ) -> tuple[pa.Table, pa.ChunkedArray | None, Tally]:
         """A part of which some labels were ranked anew."""
-        before, tally = self.folder.read_part(self.folder.done_partitions()[result.index])
-        others = before.filter(pc.invert(pc.is_in(before["label"], value_set=pc.unique(renewed["label"]))))
+        name = self.folder.done_partitions()[result.index]
+        before, tally = self.folder.read_part(name)
+        same = pc.invert(pc.is_in(before["label"], value_set=pc.unique(renewed["label"])))
+        others, vectors = before.filter(same), None
+        if its_vectors is not None:
+            vectors = self.folder.part_vectors(name, before.num_rows).filter(same.combine_chunks())
         always = np.isin(others["row"].to_numpy(), self.plan.always_kept_rows)
-        others, quality = judge_again(others, always, self.plan.job.photo_settings)
-        ledger = pa.concat_tables([others, renewed]).sort_by([("label", "ascending"), ("id", "ascending")])
-        return ledger, Tally(
-            read=tally.read,
-            failed=int(pc.sum(pc.equal(ledger["reason"], FAILED)).as_py()),
-            reused=tally.reused,
-            bytes_read=tally.bytes_read + result.tally.bytes_read,
-            quality=quality + result.tally.quality,
+        others, quality, by_hash = judge_again(others, vectors, always, self.plan.job.settings_without_model)
+        ledger = pa.concat_tables([others, renewed])
+        order = pc.sort_indices(ledger, [("label", "ascending"), ("id", "ascending")])
+        if its_vectors is not None:
+            its_vectors = pa.chunked_array([vectors, *its_vectors.chunks], pa.binary()).take(order)
+        ledger = ledger.take(order)
+        return (
+            ledger,
+            its_vectors,
+            Tally(
+                read=tally.read,
+                failed=int(pc.sum(pc.equal(ledger["reason"], FAILED)).as_py()),
+                reused=tally.reused,
+                bytes_read=tally.bytes_read + result.tally.bytes_read,
+                looked_up=tally.looked_up,
+                quality=quality + result.tally.quality,
+                by_hash=by_hash + result.tally.by_hash,
+            ),
         )
 
 
@@ -449,8 +477,22 @@ def _told_before(rows: pa.Table) -> Tally:
 
 
 @contextmanager
-def noting_a_stop(folder: RunFolder, summary: dict[str, Any], session: Session) -> Iterator[None]:
-    """Whatever stops the run meanwhile, ``summary.json`` tells how far it came, and the message how to go on."""
+def noting_a_stop(
+    folder: RunFolder, summary: dict[str, Any], session: Session, go_on: str | None = None
+) -> Iterator[None]:
+    """Whatever stops the run meanwhile, ``summary.json`` tells how far it came, and the message how to go on.
+
+    Parameters
+    ----------
+    folder : RunFolder
+        The run folder.
+    summary : dict
+        What ``summary.json`` told before.
+    session : Session
+        Counts.
+    go_on : str, optional
+        How; default `reducer resume`.
+    """
     try:
         yield
     except BaseException as stop:
@@ -461,5 +503,7 @@ def noting_a_stop(folder: RunFolder, summary: dict[str, Any], session: Session) 
             advice = f"run again with {more}, another --output and --reuse {folder.path}"
             stop.args = (f"{stop}. All photos are hashed: to read none of them again, {advice}",)
         elif isinstance(stop, ReducerError) and not isinstance(stop, TooManyFailuresError | LostLockError):
-            stop.args = (f"{stop}. What was hashed so far is kept. To go on: reducer resume {folder.path}",)
+            stop.args = (
+                f"{stop}. What was hashed so far is kept. To go on: {go_on or f'reducer resume {folder.path}'}",
+            )
         raise

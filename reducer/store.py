@@ -16,27 +16,32 @@ import pyarrow.compute as pc
 import pyarrow.dataset
 import pyarrow.parquet as pq
 
+from reducer.distance import Hashes
 from reducer.errors import InputError, ReducerError
 from reducer.files import Files, temporary_name
 from reducer.lock import check_unlocked, is_of_lock
 from reducer.places import Place, explained
-from reducer.ranking import Hashes
 from reducer.schemas import (
     HASHES_SCHEMA,
     LEDGER_SCHEMA,
+    PLACED_SCHEMA,
     PLAN_SCHEMA,
     REDUCED_COLUMNS,
     SHARDS_SCHEMA,
+    VECTORS_SCHEMA,
+    in_unit,
     reduced_schema,
 )
 from reducer.types import PieceReport, Shard, Tally
+from reducer.vectors import Aside, from_lists, placed, vectors_table
 
 FORMAT = "reducer-run"
-#: 2 keeps a plan, and tallies in its parts; 3 hashes of shards and of pieces.
-FORMAT_VERSION = 3
+#: 2 keeps a plan, and tallies in its parts; 3 hashes of shards and of pieces; 4 vectors.
+FORMAT_VERSION = 4
 #: Rows of a Parquet row group; fixed, so that the bytes of a file depend on its rows only.
 ROW_GROUP = 100_000
-SUMMARY, CSV, PARQUET, IMAGES, HASHES = "summary.json", "reduced.csv", "reduced.parquet", "images", "hashes"
+SUMMARY, CSV, PARQUET = "summary.json", "reduced.csv", "reduced.parquet"
+IMAGES, HASHES, VECTORS = "images", "hashes", "vectors"
 PLAN, SHARDS, AVOID, CROSS_LABEL = "plan.parquet", "shards.parquet", "avoid.parquet", "cross_label.parquet"
 REPORT = "report.html"
 #: Files that a run writes beside its summary, its ledger and its hashes.
@@ -63,6 +68,8 @@ class RunFolder(Files):
         #: Path or URL, to show.
         self.images = self.place.below(IMAGES).path
         self.report = self.place.below(REPORT).path
+        #: What distances in it are told in.
+        self.unit = "bits"
 
     def check_free(self, *, overwrite: bool, break_lock: bool = False) -> None:
         """Refuse a folder that holds something, unless it is a run folder that may be replaced.
@@ -152,8 +159,9 @@ class RunFolder(Files):
             raise InputError(f"--output {self.path} cannot be used: {error}") from None
 
     def remove_parts(self) -> None:
-        """Take out the ledger: then nothing is ranked."""
+        """Take out the ledger, and the vectors beside it: then nothing is ranked."""
         self._remove([f"{IMAGES}/{part}" for part in self.parts()])
+        self._remove([f"{VECTORS}/{part}" for part in self.vector_parts()])
 
     def remove_leftovers(self) -> None:
         """Take out files that a killed run was about to write."""
@@ -161,7 +169,7 @@ class RunFolder(Files):
             return
         own = [SUMMARY, *OWN_FILES]
         self._remove([name for name in self._names() if name in map(temporary_name, own)])
-        for folder in (IMAGES, HASHES):
+        for folder in (IMAGES, HASHES, VECTORS):
             own = [name for name in self._names(folder) if name.startswith(".part-")]
             self._remove([f"{folder}/{name}" for name in own if name == temporary_name(name[1:-4])])
 
@@ -231,10 +239,13 @@ class RunFolder(Files):
         report : PieceReport
             What came of it.
         """
+        self._make_folder(HASHES)
+        self._write(f"{HASHES}/part-{number:05d}.parquet", parquet_file(_with_metadata(found, report.as_dict())))
+
+    def _make_folder(self, name: str) -> None:
         if not self.place.on_s3:
             system, root = self.place.open()
-            system.makedirs(f"{root}/{HASHES}", exist_ok=True)
-        self._write(f"{HASHES}/part-{number:05d}.parquet", parquet_file(_with_metadata(found, report.as_dict())))
+            system.makedirs(f"{root}/{name}", exist_ok=True)
 
     def done_pieces(self) -> dict[int, str]:
         """Names of the files of hashes that are there now, by number."""
@@ -252,13 +263,27 @@ class RunFolder(Files):
             found = pool.map(lambda name: _report(self._metadata(f"{HASHES}/{name}").metadata), names.values())
             return dict(zip(names, found, strict=True))
 
-    def hashes(self) -> pa.Table:
-        """What was found in all shards and pieces that are done, in the order of their numbers."""
+    def hashes(self, aside: Aside) -> pa.Table:
+        """What was found in all shards and pieces that are done, in the order of their numbers.
+
+        Parameters
+        ----------
+        aside : Aside
+            Gets the vectors.
+
+        Returns
+        -------
+        pyarrow.Table
+            `PLACED_SCHEMA`.
+        """
         names = sorted(self.done_pieces().items())
         with ThreadPoolExecutor(FOOTERS_AT_A_TIME) as pool:
-            tables = list(pool.map(lambda named: self._read_parquet(f"{HASHES}/{named[1]}"), names))
-        rows = [table.replace_schema_metadata(None).cast(HASHES_SCHEMA) for table in tables]
-        return pa.concat_tables([HASHES_SCHEMA.empty_table(), *rows])
+            rows = []
+            for start in range(0, len(names), FOOTERS_AT_A_TIME):  # no more of them than their vectors have room
+                some = names[start : start + FOOTERS_AT_A_TIME]
+                for table in pool.map(lambda named: self._read_parquet(f"{HASHES}/{named[1]}"), some):
+                    rows.append(placed(table.replace_schema_metadata(None).cast(HASHES_SCHEMA), aside))
+        return pa.concat_tables([PLACED_SCHEMA.empty_table(), *rows])
 
     def read_avoid(self) -> Hashes | None:
         """The hashes to avoid that the plan goes with, packed; None where there are none."""
@@ -267,7 +292,13 @@ class RunFolder(Files):
         packed: list[bytes] = self._read_parquet(AVOID)["packed_hash"].to_pylist()
         return np.frombuffer(b"".join(packed), dtype=np.uint8).reshape(len(packed), -1)
 
-    def write_part(self, index: int, ledger: pa.Table, tally: Tally | None = None) -> None:
+    def write_part(
+        self,
+        index: int,
+        ledger: pa.Table,
+        tally: Tally | None = None,
+        vectors: pa.Array | pa.ChunkedArray | None = None,
+    ) -> None:
         """Write the ledger rows of one partition: from then on it is done.
 
         Parameters
@@ -278,8 +309,10 @@ class RunFolder(Files):
             `LEDGER_SCHEMA` rows.
         tally : Tally, optional
             What they add to the totals of the run.
+        vectors : pyarrow.Array of binary, optional
+            Their vectors, bytes of float16 numbers or null; None leaves those that are there.
         """
-        self.replace_part(f"part-{index:05d}.parquet", ledger, tally or Tally())
+        self.replace_part(f"part-{index:05d}.parquet", ledger, tally or Tally(), vectors)
 
     def write_unread(self, ledgers: Iterable[pa.Table]) -> None:
         """Write the ledger rows of the photos that are not read, in parts of their own."""
@@ -290,9 +323,43 @@ class RunFolder(Files):
         """Take out what `write_unread` has written: it may not hold any more."""
         self._remove([f"{IMAGES}/{part}" for part in self.parts() if part.startswith(UNREAD)])
 
-    def replace_part(self, name: str, ledger: pa.Table, tally: Tally) -> None:
-        """Write a part file anew."""
-        self._write(f"{IMAGES}/{name}", parquet_file(_with_metadata(ledger, tally.as_dict())))
+    def replace_part(
+        self, name: str, ledger: pa.Table, tally: Tally, vectors: pa.Array | pa.ChunkedArray | None = None
+    ) -> None:
+        """Write a part file anew; parameters as for `write_part`."""
+        table = None if vectors is None else vectors_table(ledger, vectors)
+        if table is not None:  # first: the part is what tells that it is there
+            self._make_folder(VECTORS)
+            self._write(f"{VECTORS}/{name}", parquet_file(table))
+        self._write(f"{IMAGES}/{name}", parquet_file(_with_metadata(in_unit(ledger, self.unit), tally.as_dict())))
+
+    def vector_parts(self) -> list[str]:
+        """Names of the files of vectors that are there now: those of the part files."""
+        return [name for name in self._names(VECTORS) if _is_part(name)]
+
+    def part_vectors(self, name: str, rows: int) -> pa.Array:
+        """Vectors of the rows of a part file, as bytes of float16 numbers; all null where none had one.
+
+        Parameters
+        ----------
+        name : str
+            Of the part file.
+        rows : int
+            How many it has.
+        """
+        if name not in self.vector_parts():
+            return pa.nulls(rows, pa.binary())
+        return from_lists(self._read_parquet(f"{VECTORS}/{name}")["vector"])
+
+    def placed_vectors(self, aside: Aside) -> pa.Table:
+        """All vectors kept aside: ``id``, ``label`` and, as ``vector``, the place of each there."""
+        schema = pa.schema([*VECTORS_SCHEMA, pa.field("vector", pa.int64())])
+        tables = [schema.empty_table()]
+        for name in self.vector_parts():
+            own = self._read_parquet(f"{VECTORS}/{name}")
+            columns = [own["id"], own["label"], aside.put(from_lists(own["vector"]))]
+            tables.append(pa.Table.from_arrays(columns, schema=schema))
+        return pa.concat_tables(tables)
 
     def read_part(self, name: str) -> tuple[pa.Table, Tally]:
         """Rows of a part file, and what they add to the totals of the run."""
@@ -308,6 +375,17 @@ class RunFolder(Files):
     def _footer(self, name: str) -> tuple[int, Tally]:
         footer = self._metadata(f"{IMAGES}/{name}")
         return footer.num_rows, _tally(footer.metadata)
+
+    def read_vectors(self, labels: Iterable[str]) -> pa.Table:
+        """``id``, ``label`` and ``vector`` of some labels, vectors as bytes of float16 numbers or null."""
+        wanted = pa.array(list(labels), pa.string())
+        found = []
+        for name in self.vector_parts():
+            rows = self._read_parquet(f"{VECTORS}/{name}")
+            own = rows.filter(pc.is_in(rows["label"], value_set=wanted))
+            found.append(pa.table({**{n: own[n] for n in VECTORS_SCHEMA.names}, "vector": from_lists(own["vector"])}))
+        empty = pa.schema([*VECTORS_SCHEMA, pa.field("vector", pa.binary())]).empty_table()
+        return pa.concat_tables([empty, *(table.cast(empty.schema) for table in found)])
 
     def _metadata(self, name: str) -> pq.FileMetaData:
         system, root = self.place.open()
@@ -390,7 +468,7 @@ class RunFolder(Files):
         formats : {"csv", "parquet", "both"}
             Which files.
         """
-        reduced = self.reduced(id_column, label_column)
+        reduced = in_unit(self.reduced(id_column, label_column), self.unit)
         for kind, name in (("parquet", PARQUET), ("csv", CSV)):
             if formats in (kind, "both"):
                 self._write(name, reduced_file(reduced, kind))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from reducer.config import near_copy_bits
+from reducer.config import near_copy_bits, unit_of
 from reducer.errors import InputError
 from reducer.places import Place
 from reducer.rules import CutRules
@@ -43,6 +43,8 @@ class Story:
         ``id`` and ``path`` of the kept photo nearest to it; None if it is kept, or none is known.
     near_copy_bits : int
         At most so far apart, in bits, two photos are near copies.
+    unit : {"bits", "cosine"}
+        What the distances in ``row`` are told in.
     other_labels : list of dict
         ``id``, ``label`` and ``distance`` of photos of other labels that are near copies, as far as
         ``cross_label.parquet`` tells.
@@ -55,6 +57,7 @@ class Story:
     label_kept: int
     nearest: dict[str, Any] | None
     near_copy_bits: int
+    unit: str = "bits"
     other_labels: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -107,6 +110,7 @@ def explain(run: Path | str, photo: str, *, storage_options: Mapping[str, Any] |
                 label_kept=kept,
                 nearest=nearest,
                 near_copy_bits=near_copy_bits(summary["job"]["hash_size"] ** 2),
+                unit=unit_of(summary["job"]),
                 other_labels=[pair for label_of_it, pair in pairs if label_of_it == row["label"]],
             )
         )

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from reducer.clusterspec import ClusterSpec
 from reducer.config import STORAGE_OPTIONS, Job
 from reducer.errors import InputError
+from reducer.facility import FACILITY_LOCATION_CANDIDATES
 from reducer.fingerprint import Fingerprint
 from reducer.places import absolute
 from reducer.plan import Plan
@@ -83,7 +84,7 @@ def shard_figures(plan: Plan, folder: RunFolder) -> dict[str, Any]:
 def job_figures(job: Job) -> dict[str, Any]:
     """A job that means the same from every working directory, without what may be secret."""
     found = asdict(job)
-    for name in ("images", "manifest", "always_keep", "avoid", "reuse", "md5"):
+    for name in ("images", "manifest", "always_keep", "avoid", "reuse", "md5", "vectors", "embed"):
         if found[name] is not None:
             found[name] = absolute(found[name])
     # Names only: values may be secrets.
@@ -142,7 +143,7 @@ def cluster_figures(spec: ClusterSpec) -> dict[str, Any]:
 
 def outcome(plan: Plan, folder: RunFolder) -> dict[str, Any]:
     """What the finished ledger says."""
-    ledger = folder.ledger(["row", "id", "label", "kept", "bytes", "reason", "error"])
+    ledger = folder.ledger(["row", "id", "label", "rank", "kept", "bytes", "reason", "error"])
     with_photo = set(pc.unique(ledger.filter(ledger["kept"])["label"]).to_pylist())
     left_out = ledger.filter(pc.invert(ledger["kept"]))["bytes"]
     reasons = counts(ledger["reason"])
@@ -151,6 +152,7 @@ def outcome(plan: Plan, folder: RunFolder) -> dict[str, Any]:
         "labels_ranked": len(np.unique(plan.read_label)),
         "labels_without_photos": [name for name in plan.labels.names if name not in with_photo],
         "labels_short": _labels_short(plan.job, ledger),
+        "labels_partitioned": _labels_partitioned(plan.job, ledger),
         "always_keep_failed": _always_keep_failed(plan, ledger),
         "reasons": reasons,
         "failures": failure_kinds(ledger["error"]),
@@ -175,6 +177,15 @@ def _labels_short(job: Job, ledger: pa.Table) -> list[str]:
     labels = rows.group_by("label").aggregate([("kept", "sum"), ("not_drawn", "sum")])
     short = pc.and_(pc.less(labels["kept_sum"], job.keep), pc.greater(labels["not_drawn_sum"], 0))
     return sorted(labels.filter(short)["label"].to_pylist())
+
+
+def _labels_partitioned(job: Job, ledger: pa.Table) -> list[str]:
+    """Labels with so many candidates that facility location has chosen from parts of them first (GreeDi)."""
+    if job.strategy != "facility-location":
+        return []
+    labels = pc.value_counts(ledger.filter(pc.is_valid(ledger["rank"]))["label"])
+    counted = zip(labels.field("values").to_pylist(), labels.field("counts").to_pylist(), strict=True)
+    return sorted(label for label, count in counted if count > FACILITY_LOCATION_CANDIDATES)
 
 
 def _always_keep_failed(plan: Plan, ledger: pa.Table) -> list[str]:

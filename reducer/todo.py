@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from reducer.distance import Hashes
 from reducer.errand import Errand, ShardErrand
 from reducer.errors import InputError, ListingError
 from reducer.found import beside_plan, missing_error, rows_with, unread_ledger, without_errors
@@ -17,13 +18,14 @@ from reducer.manifest import samples, with_paths
 from reducer.partition import Division
 from reducer.pieces import wanted_keys
 from reducer.plan import Plan, as_unread, plan_of
-from reducer.ranking import Hashes
 from reducer.reuse import Reuse, as_known, beside
-from reducer.schemas import FAILED, HASHES_SCHEMA, KNOWN_SCHEMA, TASK_SCHEMA
+from reducer.routing import Routing, VectorFiles
+from reducer.schemas import FAILED, KNOWN_SCHEMA, PLACED_SCHEMA, TASK_SCHEMA
 from reducer.shards import member_keys
 from reducer.store import ROW_GROUP, RunFolder
 from reducer.tables import with_column
 from reducer.types import MemberKeys, PieceReport
+from reducer.vectors import Aside, placed
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Todo:
         Shards that are to be read again; all labels are ranked anew then.
     is_begun : bool
         Whether what is in the folder is of this run; or of an earlier one that is still to be taken out.
+    vectors : VectorFiles or None
+        The vectors that are given.
     """
 
     plan: Plan
@@ -58,6 +62,12 @@ class Todo:
     failed: tuple[int, ...] = ()
     again: frozenset[int] = frozenset()
     is_begun: bool = True
+    vectors: VectorFiles | None = None
+
+    @cached_property
+    def aside(self) -> Aside:
+        """Holds the vectors that are known."""
+        return Aside() if self.reuse is None else self.reuse.aside
 
     @property
     def keys(self) -> MemberKeys | None:
@@ -79,7 +89,8 @@ class Todo:
     @cached_property
     def _known(self) -> pa.Table:
         """What an earlier run tells of the photos of the plan."""
-        return beside_plan(self.plan, pa.concat_tables([rows for rows, _ in self.reused.values()]), self.keys)
+        tables = [placed(rows, self.aside) for rows, _ in self.reused.values()]
+        return beside_plan(self.plan, pa.concat_tables(tables), self.keys)
 
     @cached_property
     def spared(self) -> frozenset[int]:
@@ -99,15 +110,17 @@ class Todo:
         done = self.folder.done_pieces() if self.is_begun else {}
         job = self.plan.job
         if self.plan.shards is None:
+            if not self.plan.pieced:
+                return None
             rows = self.plan.pieces(self._read_with_known).without(done)
-            return Errand(job, rows, is_pieces=True) if rows else None
+            return Errand(job, rows, is_pieces=True, aside=self.aside) if rows else None
         left = [shard for shard in self.plan.shards if shard.number not in done and shard.number not in self.spared]
         left += [shard for shard in self.plan.shards if shard.number in self.again & done.keys()]
         if not left:
             return None
         wanted = None
         if self.keys is not MemberKeys.SAMPLE:
-            hashed = self.plan.is_read
+            hashed = self.plan.is_read & job.hashes_photos
             if self.reused:
                 hashed = hashed & pc.is_null(self._known["hash"]).to_numpy()
             wanted = wanted_keys(self.plan.rows["path"].to_pylist(), hashed)
@@ -116,8 +129,8 @@ class Todo:
     def found(self) -> pa.Table:
         """All that was found in shards and pieces, and that an earlier run tells of shards that are spared."""
         done = self.folder.done_pieces() if self.is_begun else {}
-        tables = [self.folder.hashes()] if done else [HASHES_SCHEMA.empty_table()]
-        tables += [self.reused[number][0] for number in self.spared - done.keys()]
+        tables = [self.folder.hashes(self.aside)] if done else [PLACED_SCHEMA.empty_table()]
+        tables += [placed(self.reused[number][0], self.aside) for number in self.spared - done.keys()]
         rows = pa.concat_tables(tables)
         if len(tables) == 1:
             return rows
@@ -156,10 +169,15 @@ class Todo:
             labels = pc.unique(ledger.filter(pc.equal(ledger["reason"], FAILED))["label"])
             own = partitions[number]
             own = own.filter(pc.is_in(own["label"], value_set=labels))
+            if plan.job.embed is not None:
+                vectors = self.folder.part_vectors(names[number], ledger.num_rows)
+                ledger = ledger.append_column("vector", self.aside.put(vectors))
             before = beside(own.select(TASK_SCHEMA.names), as_known(ledger), plan.job)
             own = own if plan.shards is not None else own.select(TASK_SCHEMA.names)
             left |= {number: _with_known(own, before, pc.is_valid(before["known_hash"]))}
-        return Errand(plan.job, left, pieced | frozenset(self.failed), avoid=self.avoid)
+        routing = None if self.vectors is None or not left else Routing.of(self.vectors, plan.job.source, left)
+        trusted = pieced | frozenset(self.failed)
+        return Errand(plan.job, left, trusted, avoid=self.avoid, aside=self.aside, routing=routing)
 
     @property
     def _read_with_known(self) -> pa.Table | None:

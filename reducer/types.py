@@ -217,6 +217,8 @@ class Unfit:
 class Spread:
     """How different the chosen photos are, and how near all others are to them; sums of integers, so order-free.
 
+    Distances are in steps (`reducer.distance`): a bit, or 2**-30 of a cosine distance.
+
     Attributes
     ----------
     labels : int
@@ -224,19 +226,19 @@ class Spread:
     candidates : int
         Photos of these labels that could have been chosen.
     nearest_sum : int
-        Sum of their distances to the nearest chosen photo of their label, in bits.
+        Sum of their distances to the nearest chosen photo of their label.
     radius_sum, radius_max : int
-        Sum over labels, and largest, of the coverage radius: the largest of these distances, in bits.
+        Sum over labels, and largest, of the coverage radius: the largest of these distances.
     labels_with_pairs : int
         Labels with at least two chosen photos.
     pairs : int
         Pairs of chosen photos within a label.
     near_copies : int
-        Those of the pairs that are at most `reducer.config.near_copy_bits` apart.
+        Those of the pairs that are at most `reducer.config.near_copy_bits` apart; 0 for vectors.
     distance_sum : int
-        Sum of all pair distances, in bits.
+        Sum of all pair distances.
     smallest_sum : int
-        Sum over labels of the smallest pair distance, in bits.
+        Sum over labels of the smallest pair distance.
     """
 
     labels: int = 0
@@ -311,49 +313,51 @@ class Tally:
         Photos whose hashes were known from an earlier run.
     bytes_read : int
         Bytes of photos read.
+    looked_up : int
+        Photos whose vectors were looked for among those that are given.
     quality : Quality
-        What the choice is worth.
+        What the choice is worth, by what photos are compared by.
+    by_hash : Quality
+        The same by their hashes, where they have some and are compared by vectors.
     """
 
     read: int = 0
     failed: int = 0
     reused: int = 0
     bytes_read: int = 0
+    looked_up: int = 0
     quality: Quality = field(default_factory=Quality)
+    by_hash: Quality = field(default_factory=Quality)
+
+    @property
+    def tried(self) -> int:
+        """Photos that could have failed."""
+        return max(self.read + self.reused, self.looked_up)
 
     def __add__(self, other: Tally) -> Tally:
-        return Tally(
-            self.read + other.read,
-            self.failed + other.failed,
-            self.reused + other.reused,
-            self.bytes_read + other.bytes_read,
-            self.quality + other.quality,
-        )
+        return Tally(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
 
     def as_dict(self) -> dict[str, Any]:
         """In what JSON can say; `from_dict` reads it."""
         found = asdict(self)
-        certificate = found["quality"]["certificate"]
-        found["quality"]["certificate"] = certificate | {n: str(certificate[n]) for n in ("share_sum", "worst")}
+        for name in ("quality", "by_hash"):
+            certificate = found[name]["certificate"]
+            found[name]["certificate"] = certificate | {n: str(certificate[n]) for n in ("share_sum", "worst")}
         return found
 
     @classmethod
     def from_dict(cls, found: dict[str, Any]) -> Tally:
         """Read what `as_dict` made."""
-        quality = found["quality"]
-        certificate = quality["certificate"]
-        return cls(
-            **found
-            | {
-                "quality": Quality(
-                    Spread(**quality["selection"]),
-                    Spread(**quality["random"]),
-                    Certificate(
-                        certificate["labels"], Fraction(certificate["share_sum"]), Fraction(certificate["worst"])
-                    ),
-                )
-            }
-        )
+        return cls(**found | {name: _quality(found[name]) for name in ("quality", "by_hash")})
+
+
+def _quality(found: dict[str, Any]) -> Quality:
+    certificate = found["certificate"]
+    return Quality(
+        Spread(**found["selection"]),
+        Spread(**found["random"]),
+        Certificate(certificate["labels"], Fraction(certificate["share_sum"]), Fraction(certificate["worst"])),
+    )
 
 
 @dataclass(frozen=True)
@@ -365,7 +369,8 @@ class PartitionResult:
     index : int
         Number of the partition.
     found : bytes
-        `FOUND_SCHEMA` rows, one for each of the task's and in their order, packed by `to_ipc`.
+        `FOUND_SCHEMA` rows, one for each of the task's and in their order, packed by `to_ipc`, with a column ``vector``
+        behind them where photos are compared by vectors.
     tally : Tally
         What came of the photos.
     first_failure : str or None

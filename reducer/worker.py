@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from reducer.config import PhotoSettings
 from reducer.environment import environment
+from reducer.errors import InputError
 from reducer.isolation import (
     MEMORY_SHARE,
     CannotStart,
@@ -23,8 +24,9 @@ from reducer.isolation import (
     memory_left,
 )
 from reducer.pieces import PlainLooker, run_piece, run_shards
-from reducer.pipeline import Look, LookAtAll, look_at_all, run_partition
+from reducer.pipeline import Look, LookAtAll, VectorsOf, look_at_all, run_partition
 from reducer.places import ByteRange, PhotoRef, Source
+from reducer.routing import Given, RouteTask, Slice, VectorFiles, route
 from reducer.shipping import code_digest
 from reducer.types import PartitionResult, PiecesResult, ShardTask, Terms, Unfit, Work
 
@@ -36,7 +38,9 @@ if TYPE_CHECKING:
 look: LookAtAll = look_at_all
 
 
-def work_off(work: Work, shared: NDArray[np.uint8] | None = None) -> PartitionResult | PiecesResult | Unfit:
+def work_off(
+    work: Work, shared: NDArray[np.uint8] | None = None, vectors_of: VectorsOf | None = None
+) -> PartitionResult | PiecesResult | Unfit:
     """Run one partition, one piece or a few shards on the Dask worker that this is called on.
 
     Photos are looked at in the worker's own process, under its memory limit. Where a worker has died with this very
@@ -48,6 +52,8 @@ def work_off(work: Work, shared: NDArray[np.uint8] | None = None) -> PartitionRe
         The work.
     shared : ndarray of uint8, optional
         What all work of a run needs: for partitions the hashes to avoid, for shards the keys that are wanted.
+    vectors_of : callable, optional
+        Gives the vectors of a partition's photos, where these are given.
 
     Returns
     -------
@@ -69,7 +75,7 @@ def work_off(work: Work, shared: NDArray[np.uint8] | None = None) -> PartitionRe
                 return run_shards(task, None if shared is None else shared.view(np.uint64).reshape(-1), looker)
         if task.is_piece:
             return run_piece(task, looker)
-        return run_partition(task, shared, looker.at_all)
+        return run_partition(task, shared, looker.at_all, vectors_of, beat.steadily())
     except CannotStart as error:
         return Unfit(worker.address, f"it cannot look at photos in a process of their own: {error}")
 
@@ -120,6 +126,23 @@ class _Beat:
         self.sign = {"index": work.task.index, "attempt": work.attempt, "worker": worker.address}
         self.last = float("-inf")
         self.alive()
+
+    @contextmanager
+    def steadily(self) -> Iterator[None]:
+        """Tell so meanwhile, whatever this thread does: nothing that it waits for can hang."""
+        over = threading.Event()
+
+        def tell() -> None:
+            while not over.wait(self.terms.beat):
+                self.alive()
+
+        thread = threading.Thread(target=tell, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
     def alive(self) -> None:
         now = time.monotonic()
@@ -185,7 +208,10 @@ def _unfit(worker: str, terms: Terms, settings: PhotoSettings, source: Source) -
 def _look_into_fitness(worker: str, terms: Terms, settings: PhotoSettings, source: Source) -> Unfit | None:
     if code_digest() != terms.code:
         return Unfit(worker, "it has another version of reducer")
-    own = environment(settings)
+    try:
+        own = environment(settings)
+    except InputError as error:
+        return Unfit(worker, f"it cannot embed photos: {error}")
     if own.digest != terms.environment:
         return Unfit(worker, "it hashes differently from the first workers", own)
     failure = None if terms.seen is None else sees(terms.seen, settings, source)
@@ -204,9 +230,19 @@ def sees(ref: PhotoRef, settings: PhotoSettings, source: Source) -> str | None:
     return str(found) if isinstance(found, PhotoError) else None
 
 
-def as_partition(work: Work, shared: NDArray[np.uint8] | None) -> list[PartitionResult | PiecesResult | Unfit]:
+def as_partition(
+    work: Work,
+    shared: NDArray[np.uint8] | None,
+    files: VectorFiles | None = None,
+    slices: Sequence[Slice] = (),
+) -> list[PartitionResult | PiecesResult | Unfit]:
     """`work_off` as one partition of a Dask bag, which holds one element."""
-    return [work_off(work, shared)]
+    return [work_off(work, shared, None if files is None else Given(files, slices))]
+
+
+def routed(task: RouteTask, routes: NDArray[np.uint8]) -> list[Slice]:
+    """`reducer.routing.route` on a worker, which takes what all need as bytes."""
+    return route(task, routes.view(np.uint64))
 
 
 def unpacked(content: bytes, shape: tuple[int, ...]) -> NDArray[np.uint8]:

@@ -21,6 +21,8 @@ from deployments import DaskProcesses
 from reducer import ClusterError, ClusterSpec, WorkerRules
 from reducer.dispatch import Dispatch, _Sent
 from reducer.result import Result
+from reducer.types import ShardTask, Terms, Work
+from reducer.worker import _Beat
 
 KILLER = str(Path(__file__).parent / "killer")
 
@@ -230,3 +232,24 @@ def test_an_adaptive_cluster_grows_and_shrinks(slow_collection: Path, tmp_path: 
         thread.join()
     assert reduced_files(tmp_path / "run") == reduced_files(tmp_path / "reference")
     assert len(seen) > 1
+
+
+def test_ranking_tells_that_it_goes_on() -> None:
+    """Whatever the thread does that ranks: a large label takes minutes, and must not look like a stall."""
+    told = []
+
+    class Told:
+        address = "a"
+
+        def log_event(self, topic: str, sign: dict[str, object]) -> None:
+            told.append((topic, sign["worker"]))
+
+    terms = Terms("token", "", "", None, beat=0.02, patience=1)
+    beat = _Beat(Told(), Work(ShardTask(3, (), None, None, None), terms))  # type: ignore[arg-type]
+    with beat.steadily():
+        time.sleep(0.3)
+    count = len(told)
+    assert count > 5
+    assert set(told) == {("reducer-token", "a")}
+    time.sleep(0.1)
+    assert len(told) == count

@@ -53,7 +53,7 @@ def test_a_partition_that_cannot_be_finished_ends_the_run_and_keeps_the_others(
 ) -> None:
     real = reducer.worker.run_partition
 
-    def breaks(task: PartitionTask, avoid: object = None, look: object = None):
+    def breaks(task: PartitionTask, *_: object):
         if task.index == 1:
             time.sleep(1)
             raise RuntimeError("a bug\nof ours")

@@ -155,7 +155,7 @@ def test_the_closest_and_the_farthest_pair(bits: int) -> None:
 
 
 def test_of_very_many_photos_the_first_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(galleries, "MOST_COMPARED", 3)
+    monkeypatch.setattr(galleries, "MOST_COMPARED", {"hash": 3})
     rows = [
         {"label": "a", "id": f"{i}", "path": "-", "hash": to_hex(bytes([255 >> (7 - i)]), 8), "rank": i}
         for i in range(8)

@@ -285,10 +285,10 @@ def test_a_window_never_holds_more_than_it_may(
     outstanding: list[int] = [0]
     real, real_write = reducer.dispatch.as_bag, RunFolder.write_part
 
-    def watched(name: str, window: list[Work], avoid: object = None):
+    def watched(name: str, window: list[Work], *shared: object):
         windows.append(len(window))
         outstanding.append(outstanding[-1] + len(window))
-        return real(name, window, avoid)
+        return real(name, window, *shared)
 
     def written(folder: RunFolder, index: int, *rest: object) -> None:
         outstanding.append(outstanding[-1] - 1)

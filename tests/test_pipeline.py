@@ -12,11 +12,12 @@ from PIL import Image
 
 from reducer import Job
 from reducer.config import STRATEGY_NAMES
+from reducer.distance import Hamming
 from reducer.draw import RANDOM_ORDER, draw_order
-from reducer.pipeline import ledger_rows, run_partition
+from reducer.pipeline import as_ledger, run_partition
 from reducer.places import Source
 from reducer.quality import spread
-from reducer.schemas import LEDGER_SCHEMA, TASK_SCHEMA, to_ipc
+from reducer.schemas import LEDGER_SCHEMA, TASK_SCHEMA, from_ipc, to_ipc
 from reducer.types import PartitionTask
 
 
@@ -38,7 +39,7 @@ def result_of(rows: list[tuple[str, str, str]], always_keep: tuple[str, ...] = (
     settings = Job("-", "-", avoid=named, **{"keep": 3, "max_pixels": 10**8, **options}).photo_settings
     task = PartitionTask(0, len(rows), to_ipc(table), settings, Source())
     result = run_partition(task, avoid)
-    ledger = ledger_rows(table, result)
+    ledger = as_ledger(table, from_ipc(result.found))
     assert ledger.schema.equals(LEDGER_SCHEMA, check_metadata=True)
     return result, ledger.to_pylist()
 
@@ -138,8 +139,8 @@ def test_quality_is_of_the_kept_and_of_a_random_choice(collection: Path, strateg
     kept = [hashes[row["id"]] for row in rows if row["kept"]]
     ids = sorted(hashes)
     drawn = [hashes[ids[i]] for i in draw_order(RANDOM_ORDER, 0, "x", ids)[:4]]
-    assert result.tally.quality.selection == spread(np.array(kept), 64, nearest_of(kept, everyone))
-    assert result.tally.quality.random == spread(np.array(drawn), 64, nearest_of(drawn, everyone))
+    for side, chosen in ((result.tally.quality.selection, kept), (result.tally.quality.random, drawn)):
+        assert side == spread(Hamming(np.array(chosen)), np.arange(4), nearest_of(chosen, everyone), 6)
     assert (result.tally.quality.selection == result.tally.quality.random) == (strategy == "random")
     assert result.tally.quality.selection.pairs == 6
     assert result.tally.quality.certificate.labels == (strategy == "farthest-first")

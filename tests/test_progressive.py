@@ -97,7 +97,9 @@ def test_every_size(size: tuple[int, int], mode: str) -> None:
 def test_all_hashes(name: str, hash_size: int) -> None:
     content = jpeg(VIEW.resize((2400, 2100)), quality=85)
     options: dict[str, Any] = {"hash": name, "hash_size": hash_size}
-    needed = enough_of(content, Job("-", "-", decode="fastest", **options).photo_settings)
+    enough = enough_of(Job("-", "-", decode="fastest", **options).photo_settings)
+    assert enough is not None
+    needed = enough(content)
     # 64 x 64 pixels times 8 are more than it has blocks.
     assert (needed is None) == (options == {"hash": "phash", "hash_size": 16})
     assert apart(hashed(content, "fastest", **options).bits, hashed(content, **options).bits) <= hash_size

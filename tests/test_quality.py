@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reducer.config import near_copy_bits
+from reducer.distance import Hamming
 from reducer.quality import certificate, counting_bound, figures, spread
 from reducer.ranking import farthest_first, nearest_kept
 from reducer.types import Certificate, Quality, Spread
@@ -35,8 +36,9 @@ def test_spread_is_what_loops_count(data: st.DataObject, bits: int) -> None:
     values = data.draw(st.lists(st.integers(0, 2**bits - 1), min_size=1, max_size=12))
     keep = data.draw(st.integers(1, len(values)))
     hashes = packed(values, bits)
-    _, nearest = nearest_kept(hashes, names(len(values)), np.arange(keep))
-    found = spread(hashes[:keep], bits, nearest)
+    points = Hamming(hashes)
+    _, nearest = nearest_kept(points, names(len(values)), np.arange(keep))
+    found = spread(points, np.arange(keep), nearest, near_copy_bits(bits))
     distances = [apart(a, b) for a, b in combinations(values[:keep], 2)]
     assert found.labels == 1
     assert found.labels_with_pairs == (keep > 1)
@@ -89,7 +91,7 @@ def test_no_choice_beats_the_bounds(data: st.DataObject, bits: int) -> None:
     values = data.draw(st.lists(st.integers(0, 2**bits - 1) | st.integers(0, 3), min_size=2, max_size=9))
     keep = data.draw(st.integers(2, min(5, len(values))))
     hashes = packed(values, bits)
-    ranking = farthest_first(hashes, names(len(values)))
+    ranking = farthest_first(Hamming(hashes), names(len(values)))
     best = max(min(apart(a, b) for a, b in combinations(chosen, 2)) for chosen in combinations(values, keep))
     bound = counting_bound(hashes, bits, keep)
     assert best <= bound

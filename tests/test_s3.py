@@ -577,7 +577,7 @@ def test_no_secret_is_shown_when_a_partition_fails_on_a_cluster(
     capfd: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def breaks(task: object, avoid: object = None, look: object = None) -> None:
+    def breaks(*_: object) -> None:
         raise RuntimeError("a bug")
 
     monkeypatch.setattr(reducer.worker, "run_partition", breaks)

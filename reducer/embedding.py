@@ -1,0 +1,269 @@
+"""Vectors of photos by an ONNX model: loaded once a process, given photos a batch at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from reducer.config import EmbedSettings, PhotoSettings
+from reducer.errors import InputError, one_line
+from reducer.hashing import JPEG_FORMATS, TURNS, PhotoError, opened_photo, orientation
+from reducer.vectors import NO_VECTOR, PROBLEMS, as_units
+
+if TYPE_CHECKING:
+    from reducer.pipeline import Look
+
+#: Red, green and blue of a photo as a model is to see it, shape (size, size, 3).
+Picture = NDArray[np.uint8]
+#: Where this process has model files, by their SHA-256; each for as long as a run is under way that brought it.
+PATHS: dict[str, list[str]] = {}
+#: In what onnxruntime says where memory is short.
+NO_MEMORY = "allocate memory"
+#: Numbers that a model may take.
+NUMBERS = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
+
+
+def picture_of(content: bytes, settings: PhotoSettings) -> Picture:
+    """The middle square of a photo, scaled to what a model takes.
+
+    Parameters
+    ----------
+    content : bytes
+        The whole file.
+    settings : PhotoSettings
+        ``embed.size`` is the side of the square, in pixels. The photo is scaled by Pillow's bicubic filter. A JPEG is
+        decoded at 1/2, 1/4 or 1/8 where that is no smaller than the square, unless ``decode`` is ``exact``.
+
+    Raises
+    ------
+    PhotoError
+        As for `reducer.hashing.hash_photo`.
+    """
+    assert settings.embed is not None
+    side = settings.embed.size
+    with opened_photo(content, settings.max_pixels) as opened:
+        image: Image.Image = opened
+        turn = 1
+        if settings.exif_orientation:
+            if opened.format not in JPEG_FORMATS:  # some formats tell it behind the pixels only
+                image.load()
+            turn = orientation(image)
+        if settings.decode != "exact" and opened.format in JPEG_FORMATS:
+            opened.draft("RGB", (side, side))
+        if turn != 1:
+            image = image.transpose(TURNS[turn])
+        fitted = ImageOps.fit(image.convert("RGB"), (side, side), method=Image.Resampling.BICUBIC)
+        return np.asarray(fitted)
+
+
+def embedded(looks: Iterable[Look], settings: PhotoSettings) -> Iterator[Look]:
+    """Put vectors in the place of pictures, a batch at a time; in the order of the looks."""
+    if settings.embed is None:
+        yield from looks
+        return
+    waiting: list[Look] = []
+    pictures = 0
+    for look in looks:
+        waiting.append(look)
+        pictures += look.picture is not None
+        if pictures == settings.embed.batch:
+            yield from with_vectors(waiting, settings.embed)
+            waiting, pictures = [], 0
+    yield from with_vectors(waiting, settings.embed)
+
+
+def with_vectors(looks: Sequence[Look], settings: EmbedSettings) -> list[Look]:
+    """Looks with vectors in the place of their pictures; where a model gives none, that is the photo's failure."""
+    found = iter(vectors_of([look.picture for look in looks if look.picture is not None], settings))
+    return [look if look.picture is None else _with_vector(look, next(found)) for look in looks]
+
+
+def _with_vector(look: Look, found: bytes | str) -> Look:
+    if isinstance(found, str):
+        return replace(look, hash=None, picture=None, error=str(PhotoError(NO_VECTOR, found)))
+    return replace(look, picture=None, vector=found)
+
+
+def vectors_of(pictures: Sequence[Picture], settings: EmbedSettings) -> list[bytes | str]:
+    """Unit vectors of pictures, as bytes of float16 numbers, or what is wrong with each."""
+    found: list[bytes | str] = []
+    model = loaded(settings) if pictures else None
+    for start in range(0, len(pictures), settings.batch):
+        assert model is not None
+        own = pictures[start : start + settings.batch]
+        try:
+            found += model.vectors_of(own)
+        except Exception as error:  # one of them, or all: which one?
+            if NO_MEMORY in str(error).lower():
+                raise MemoryError(one_line(error)) from None  # of this worker: it says nothing of the photos
+            for picture in own:
+                try:
+                    found += model.vectors_of([picture])
+                except Exception as error:
+                    found.append(f"the model fails: {one_line(error)}")
+    return found
+
+
+@lru_cache(maxsize=2)
+def loaded(settings: EmbedSettings) -> Model:
+    """A model, loaded once in this process.
+
+    Raises
+    ------
+    InputError
+        If it cannot be loaded or does not fit its settings.
+    """
+    path = next((path for path in reversed(PATHS.get(settings.model, [])) if os.path.exists(path)), None)
+    if path is None:
+        raise InputError(f"the model of --embed ({settings.model[:16]}) is not here")
+    return Model(settings, path)
+
+
+class Model:
+    """An ONNX model that makes one vector of each photo.
+
+    Parameters
+    ----------
+    settings : EmbedSettings
+        What it is given, and which output is taken.
+    path : str
+        Its file.
+
+    Attributes
+    ----------
+    dimensions : int
+        Of its vectors.
+
+    Raises
+    ------
+    InputError
+        If onnxruntime is missing, the file cannot be loaded, or takes or gives something else.
+
+    Notes
+    -----
+    Every batch is full, the last one of a partition by empty photos, and one thread works on it: so a photo's vector
+    does not depend on those that it comes with.
+    """
+
+    def __init__(self, settings: EmbedSettings, path: str) -> None:
+        self.settings, self._where = settings, f"--embed {path}"
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise InputError(
+                f"--embed needs onnxruntime ({one_line(error)}): pip install 'reducer[embed]' where the workers run"
+            ) from None
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1  # as many workers as CPUs run at a time
+        options.use_deterministic_compute = True
+        options.log_severity_level = 4  # what is wrong is raised too
+        try:
+            # As bytes, and with no folder to look in: weights in other files would be on no worker, and in no digest.
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
+            content = Path(path).read_bytes()
+            providers = onnxruntime.get_available_providers()
+            self._session = onnxruntime.InferenceSession(content, options, providers=providers)
+        except Exception as error:
+            advice = ""
+            if "external" in str(error).lower():
+                advice = ". Its weights lie in another file: save it as one (onnx.save_model(onnx.load(...), ...))"
+            raise InputError(f"{self._where} cannot be loaded as an ONNX model: {one_line(error)}{advice}") from None
+        self._check_input()
+        self._choose_output()
+        try:
+            found = self._run(np.zeros((1, settings.size, settings.size, 3), np.uint8))
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(f"{self._where} does not take photos: {one_line(error)}") from None
+        self.dimensions = int(found.shape[1])
+
+    def _check_input(self) -> None:
+        inputs = self._session.get_inputs()
+        shown = ", ".join(f"{one.name} {_shape(one)}" for one in inputs)
+        if len(inputs) != 1 or len(inputs[0].shape) != 4 or inputs[0].type not in NUMBERS:
+            raise InputError(
+                f"{self._where} takes {shown or 'nothing'}: expected one input of floating-point numbers, (photos, 3, "
+                "height, width) or (photos, height, width, 3)"
+            )
+        own = inputs[0]
+        self._input, self._numbers = own.name, NUMBERS[own.type]
+        fixed = [side if isinstance(side, int) and side > 0 else None for side in own.shape]
+        self._channels_last = fixed[1] != 3 and fixed[3] == 3
+        batch, *sides = fixed
+        channels = sides.pop(2 if self._channels_last else 0)
+        if channels not in (None, 3):
+            raise InputError(f"{self._where} takes {shown}: expected 3 channels, red, green and blue")
+        size = self.settings.size
+        if any(side not in (None, size) for side in sides):
+            wanted = next(side for side in sides if side not in (None, size))
+            advice = f"give --embed-size {wanted}" if len({*sides, wanted} - {None}) == 1 else "it is not square"
+            raise InputError(f"{self._where} takes {shown}, and --embed-size is {size}: {advice}")
+        #: A model may take so many photos at a time and no other number.
+        self.batch = batch or self.settings.batch
+
+    def _choose_output(self) -> None:
+        outputs = {one.name: one for one in self._session.get_outputs()}
+        shown = ", ".join(f"{name} {_shape(one)}" for name, one in outputs.items())
+        name = self.settings.output
+        if name is None and len(outputs) > 1:
+            raise InputError(f"{self._where} gives {shown}: say which by --embed-output NAME")
+        if name is not None and name not in outputs:
+            raise InputError(f"{self._where} has no output {name!r} (--embed-output); it gives {shown}")
+        self._output = name or next(iter(outputs))
+
+    def _run(self, pictures: NDArray[np.uint8]) -> NDArray[np.floating[Any]]:
+        """What the model gives for at most a batch of pictures, shape (pictures, dimensions)."""
+        count, side = len(pictures), self.settings.size
+        given = np.zeros((self.batch, 3, side, side), np.float32)
+        for channel, (mean, std) in enumerate(zip(self.settings.mean, self.settings.std, strict=True)):
+            own = given[:count, channel]
+            np.multiply(pictures[..., channel], np.float32(1 / (255 * std)), out=own, dtype=np.float32)
+            own -= np.float32(mean / std)
+        if self._channels_last:
+            given = np.ascontiguousarray(given.transpose(0, 2, 3, 1))
+        (found,) = self._session.run([self._output], {self._input: given.astype(self._numbers, copy=False)})
+        shape: tuple[int, ...] = found.shape if isinstance(found, np.ndarray) else ()
+        sides = [side for side in shape[1:] if side != 1]
+        if len(shape) < 2 or shape[:1] != (self.batch,) or len(sides) > 1 or found.dtype.kind != "f":
+            raise InputError(
+                f"{self._where} gives {self._output} of shape {tuple(shape)} for {self.batch} photos: expected one "
+                f"vector each, ({self.batch}, dimensions); --embed-output names another output"
+            )
+        flat: NDArray[np.floating[Any]] = found.reshape(self.batch, -1)[:count]
+        return flat
+
+    def vectors_of(self, pictures: Sequence[Picture]) -> list[bytes | str]:
+        """As the function of that name, of at most `EmbedSettings.batch` pictures."""
+        found: list[bytes | str] = []
+        for start in range(0, len(pictures), self.batch):
+            units, problems = as_units(self._run(np.stack(pictures[start : start + self.batch])))
+            for unit, problem in zip(units, problems.tolist(), strict=True):
+                found.append(f"of the model's: {PROBLEMS[problem]}" if problem else unit.tobytes())
+        return found
+
+
+def _shape(one: Any) -> str:
+    return f"({', '.join(str(side or '?') for side in one.shape)}) {one.type}"
+
+
+def probe_digest(content: bytes, settings: PhotoSettings) -> str:
+    """16 hexadecimal digits that stand for the vector which this process makes of a photo.
+
+    Raises
+    ------
+    InputError
+        As for `Model`.
+    """
+    assert settings.embed is not None
+    found = loaded(settings.embed).vectors_of([picture_of(content, settings)])[0]
+    return hashlib.sha256(found.encode() if isinstance(found, str) else found).hexdigest()[:16]
