@@ -14,6 +14,9 @@ Examples:
     python scripts/bench.py flat PHOTOS            # hashes of photos without contrast; likewise
     python scripts/bench.py quality PHOTOS         # what each strategy keeps, against random; likewise
     python scripts/bench.py ranking                # time and memory of each strategy for one large label
+    python scripts/bench.py mixture                # what each strategy keeps of vectors of which all is known
+    python scripts/bench.py vectors                # ranking a million vectors; needs 5 GB of disk
+    python scripts/bench.py embed                  # --embed against bare onnxruntime; needs the extra "test"
     python scripts/bench.py plan                   # checking and planning a manifest of GLDv2's size
     python scripts/bench.py scale SIZES            # whole runs without photos, once and ten times as large; SIZES:
                                                    # a TSV file with the columns images_in_class and n_classes
@@ -41,13 +44,15 @@ from benchmarks.scaling import SECONDS, scaling
 from benchmarks.selection import quality, ranking
 from benchmarks.speed import floor, memory, speed, startup
 from benchmarks.storage import export, s3, shards, tar
+from benchmarks.vectors import STRATEGIES_BY_VECTORS, embed, mixture, vectors
 
 from reducer.config import DECODE_NAMES
 
 COMMANDS: dict[str, Callable[..., None]] = {
     f.__name__: f
     for f in (
-        *(speed, floor, startup, memory, codec, fidelity, flat, quality, ranking, plan, scale, scaling),
+        *(speed, floor, startup, memory, codec, fidelity, flat, quality, ranking),
+        *(mixture, vectors, embed, plan, scale, scaling),
         *(s3, tar, shards, export, cut, report),
     )
 }
@@ -56,6 +61,8 @@ PHOTOS = {
     "speed": 3_000,
     "floor": 30_000,
     "memory": 30_000,
+    "vectors": 1_000_000,
+    "embed": 6_000,
     "plan": 1_580_470,
     "scaling": 30_000,
     "s3": 3_000,
@@ -92,6 +99,10 @@ def parser() -> argparse.ArgumentParser:
     )
     adders["floor"]("--decode", nargs="+", default=["fast", "exact"], choices=DECODE_NAMES)
     adders["ranking"]("candidates", type=int, nargs="*", default=[1_000, 6_272, 20_000])
+    adders["vectors"]("--dimensions", type=int, default=512)
+    adders["vectors"]("--labels", type=int, default=16_000)
+    adders["vectors"]("--strategies", nargs="+", default=["facility-location"], choices=STRATEGIES_BY_VECTORS)
+    adders["embed"]("--model", metavar="FILE", help="an ONNX model; default one like MobileNetV2 with random weights")
     adders["scale"]("--times", type=int, nargs="*", default=[1, 10], help="how often each label is there")
     adders["scale"]("--plan-times", type=int, default=64, help="the same of a manifest that is only planned")
     adders["scaling"]("--most", type=int, default=256, metavar="WORKERS", help="from 1, always twice as many")

@@ -22,6 +22,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from reducer import Job, cut
 from reducer.config import DECODE_NAMES, STRATEGY_NAMES
+from reducer.distance import Hamming
 from reducer.hashing import hash_photo
 from reducer.plan import Plan, make_plan
 from reducer.ranking import STRATEGIES
@@ -74,7 +75,7 @@ def clustered_hashes(count: int) -> tuple[NDArray[np.uint8], list[str]]:
 )
 def test_ranking(benchmark: BenchmarkFixture, strategy: str, count: int) -> None:
     hashes, ids = clustered_hashes(count)
-    ranking = benchmark(STRATEGIES[strategy], hashes, ids, keep=25, label="label")
+    ranking = benchmark(STRATEGIES[strategy], Hamming(hashes), ids, keep=25, label="label")
     assert sorted(ranking.order.tolist()) == list(range(count))
     assert np.isnan(ranking.insertion_distance[0])
     first, second = np.unpackbits(hashes[ranking.order[:2]], axis=1)

@@ -148,7 +148,8 @@ def fidelity(photos: str, repetitions: int) -> None:
         ways = {decode: (lambda decode=decode, hash_all=hash_all: hash_all(decode)) for decode in DECODE_NAMES}
         milliseconds = measured(ways, repetitions, warm_up=False)
         settings = Job("-", "-", decode="fastest").photo_settings
-        needed = [min(enough_of(content, settings) or len(content), len(content)) for content in contents]
+        enough = enough_of(settings) or len
+        needed = [min(enough(content) or len(content), len(content)) for content in contents]
         share = f"{100 * sum(needed) / sum(map(len, contents)):.0f} %"
         for decode in ("fast", "fastest"):
             apart = [differing(*pair) for pair in zip(hashes["exact"], hashes[decode], strict=True)]

@@ -29,9 +29,8 @@ from reducer.sample import label_sizes
 
 #: Runs a function of this module in a process of its own, whose peak memory is its own too.
 ALONE = """
-import json, sys
-from benchmarks import planning
-print(json.dumps(getattr(planning, sys.argv[1])(*sys.argv[2:])))
+import importlib, json, sys
+print(json.dumps(getattr(importlib.import_module(sys.argv[1]), sys.argv[2])(*sys.argv[3:])))
 """
 
 
@@ -136,10 +135,10 @@ def run_without_photos(folder: str) -> dict[str, float]:
     }
 
 
-def alone(function: str, *given: str) -> object:
-    """What a function of this module returns in a process of its own."""
+def alone(function: str, *given: str, module: str = __name__) -> object:
+    """What a function of a module of ours returns in a process of its own."""
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-c", ALONE, function, *given]
+    command = [sys.executable, "-c", ALONE, module, function, *given]
     return json.loads(subprocess.check_output(command, text=True, env={**os.environ, "PYTHONPATH": path}))
 
 

@@ -179,7 +179,7 @@ def complete_run(folder: Path, photos: list[str]) -> None:
             rows = with_column(rows, "reason", pc.if_else(broken, FAILED, rows["reason"]))
             rows = with_column(rows, "error", pc.if_else(broken, "broken: OSError: image file is truncated", None))
         else:
-            rows, found = judge_again(rows, np.zeros(rows.num_rows, dtype=bool), settings)
+            rows, found, _ = judge_again(rows, None, np.zeros(rows.num_rows, dtype=bool), settings)
             total += found
         run.replace_part(name, rows, tally)
     run.write_cross_label(cross_label_table(run.ledger(["id", "label", "path", "hash"]), settings.bits))
@@ -192,6 +192,7 @@ def complete_run(folder: Path, photos: list[str]) -> None:
             "labels_ranked": pc.count_distinct(ledger.filter(pc.is_valid(ledger["rank"]))["label"]).as_py(),
             "labels_without_photos": [],
             "labels_short": [],
+            "labels_partitioned": [],
             "always_keep_failed": [],
             "reasons": counts(ledger["reason"]),
             "failures": failure_kinds(ledger["error"]),

@@ -13,6 +13,7 @@ from benchmarks.common import KEEP, looks_at, machine, measured, photos_by_label
 from benchmarks.notebook import notebook_choice
 
 from reducer.config import near_copy_bits
+from reducer.distance import Hamming
 from reducer.quality import certificate, figures, spread
 from reducer.ranking import STRATEGIES, nearest_kept
 from reducer.types import Certificate, Quality, Spread
@@ -31,14 +32,15 @@ def quality(photos: str) -> None:
             continue
         ids = [photo for photo, _ in hashed]
         hashes = np.array([list(bits) for _, bits in hashed], dtype=np.uint8)
+        points = Hamming(hashes)
         chosen = {"the notebook as it stands": notebook_choice(hashes)}
         for name, strategy in STRATEGIES.items():
-            ranking = strategy(hashes, ids, keep=keep, label=label)
+            ranking = strategy(points, ids, keep=keep, label=label)
             chosen[name] = ranking.order[:keep]
             if name == "farthest-first":
                 certificates.append(certificate(hashes, 64, ranking.insertion_distance[:keep]))
         for name, kept in chosen.items():
-            worth[name].append(spread(hashes[kept], 64, nearest_kept(hashes, ids, kept)[1]))
+            worth[name].append(spread(points, kept, nearest_kept(points, ids, kept)[1], near_copy_bits(64)))
     if not certificates:
         sys.exit(f"no label of {photos} has more than {keep} photos: nothing to choose")
     rows = []
@@ -70,7 +72,9 @@ def ranking(candidates: list[int], repetitions: int) -> None:
         noise = np.packbits(generator.random((count, 64)) < 0.04, axis=1)
         hashes = views[generator.integers(0, len(views), count)] ^ noise
         ids = [f"{i:07}" for i in range(count)]
-        ways = {name: functools.partial(strategy, hashes, ids, keep=25) for name, strategy in STRATEGIES.items()}
+        ways = {
+            name: functools.partial(strategy, Hamming(hashes), ids, keep=25) for name, strategy in STRATEGIES.items()
+        }
         found = measured({name: (lambda way=way: timed(way)) for name, way in ways.items()}, repetitions)
         for name, way in ways.items():
             tracemalloc.start()
