@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import models
 import pytest
 import yaml
 from conftest import ROOT
@@ -24,6 +25,7 @@ BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.MULTILINE | re.DO
 
 def test_the_examples_run(tmp_path: Path) -> None:
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    models.small(tmp_path / "model.onnx")
     ran = []
     for kind, block in BLOCKS:
         if kind not in ("sh", "python"):
@@ -36,7 +38,8 @@ def test_the_examples_run(tmp_path: Path) -> None:
         ran.append(kind)
     assert ran.count("sh") >= 5
     assert ran.count("python") >= 1
-    for run in ("run", "trial", "listed", "templated", "run-python", "other"):
+    assert (tmp_path / "by-model" / "reduced.csv").read_text().count("\n") > 2
+    for run in ("run", "trial", "listed", "templated", "run-python", "other", "by-vectors"):
         assert (tmp_path / run / "reduced.csv").read_text().count("\n") > 2
         assert (tmp_path / run / "report.html").exists()
     assert (tmp_path / "listed" / "reduced.csv").read_text().startswith("photo,class\n")
