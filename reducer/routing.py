@@ -104,7 +104,6 @@ def find_vectors(job: Job) -> VectorFiles | None:
         name = where if len(places) == 1 else f"{where}: {place.path}"
         with _opened(name, place) as file:
             metadata = file.metadata
-            digest.update(repr(metadata.to_dict()).encode())
             for sample in _samples(place):
                 digest.update(sample)
             own = vector_columns(name, file, job.id_column, {job.label_column, job.path_column})
@@ -122,9 +121,12 @@ def find_vectors(job: Job) -> VectorFiles | None:
 
 
 def _samples(place: Place) -> Iterator[bytes]:
-    """Some bytes from all over a file, and no others."""
+    """A Parquet file's footer, and some bytes from all over it; no others are read."""
     system, path = place.open()
     size = system.size(path)
+    # Its last 8 bytes are the footer's size, and the format's name.
+    footer = int.from_bytes(system.cat_file(path, start=size - 8, end=size - 4), "little")
+    yield system.cat_file(path, start=size - 8 - footer, end=size)
     for number in range(SAMPLES):
         start = number * size // SAMPLES
         yield system.cat_file(path, start=start, end=min(size, start + SAMPLE_BYTES))
