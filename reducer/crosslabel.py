@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from reducer.config import near_copy_bits
 from reducer.distance import Hashes, Positions
+from reducer.groups import is_new
 from reducer.hashing import all_from_hex
 from reducer.schemas import CROSS_LABEL_SCHEMA
 from reducer.tables import text_ranks
@@ -90,7 +91,7 @@ def cross_label_pairs(
     words = _as_numbers(hashes[photos])
     by_hash = np.lexsort(words[::-1])  # equal ones stay in the order of their positions
     photos, words = photos[by_hash], words[:, by_hash]
-    starts = np.flatnonzero(np.append(True, (words[:, 1:] != words[:, :-1]).any(axis=0)))
+    starts = np.flatnonzero(is_new(*words))
     words = np.ascontiguousarray(words[:, starts])
 
     taken = _Taken(photos, labels[photos], starts, most)
@@ -216,7 +217,7 @@ class _Taken:
         self._starts = np.append(starts, count).data
         self._next = np.arange(count + 1, dtype=np.int32).data
         self._used = bytearray(count)
-        run = np.append(True, labels[1:] != labels[:-1])
+        run = is_new(labels)
         run[starts] = True
         run_starts = np.append(np.flatnonzero(run), count).astype(np.int32)
         self._run_end = np.repeat(run_starts[1:], np.diff(run_starts)).data
@@ -395,10 +396,7 @@ def _pairs_of_equal_key(
 ) -> Iterator[tuple[Positions, Positions]]:
     """`_pairs_at`, of those with equal keys only; all are sorted by (key, number)."""
     count = len(key)
-    new_key = np.append(True, key[1:] != key[:-1])
-    new_run = new_key.copy()
-    new_run[1:] |= numbers[1:] != numbers[:-1]
-    key_starts, run_starts = np.flatnonzero(new_key), np.flatnonzero(new_run)
+    key_starts, run_starts = np.flatnonzero(is_new(key)), np.flatnonzero(is_new(key, numbers))
     if len(key_starts) == len(run_starts):
         return  # wherever keys are equal, so are the numbers
     key_ends, run_ends = np.append(key_starts[1:], count), np.append(run_starts[1:], count)

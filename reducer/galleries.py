@@ -13,10 +13,10 @@ import pyarrow.compute as pc
 from reducer.config import nearest
 from reducer.distance import Cosine, Hamming, Points
 from reducer.errors import InputError
+from reducer.groups import place_in_group
 from reducer.hashing import all_from_hex
 from reducer.places import PhotoRef, ref_of
 from reducer.schemas import BEYOND_KEEP, BUDGET, FAILED, MIN_DISTANCE
-from reducer.selection import place_in_group
 from reducer.summary import counts
 from reducer.tables import numbered
 from reducer.vectors import units_of

@@ -6,7 +6,6 @@ import os
 import stat
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,13 +15,13 @@ from PIL import Image
 
 from reducer.config import Job, template_fields
 from reducer.errors import InputError
+from reducer.groups import in_groups, is_new
 from reducer.places import Place, absolute, explained, is_url
 from reducer.schemas import MANIFEST_SCHEMA
 from reducer.sources import paths_by_rule
 from reducer.tables import (
     EXAMPLES,
     column_names,
-    in_groups,
     ranked,
     read_columns,
     refuse_empty,
@@ -192,20 +191,13 @@ def _without_duplicates(
         keys.insert(0, text_ranks(table["path"].take(pa.array(rows))))
     own = np.lexsort(keys)
     rows, group = rows[own], group[own]
-    first = _starts(group, label[rows])
+    first = is_new(group, label[rows])
     if not first.all():
         out = np.zeros(len(order), dtype=bool)
         out[rows[~first]] = True
         order = order[~out[order]]
     _, starts, labels = np.unique(group[first], return_index=True, return_counts=True)
     return order, rows[first][starts[labels > 1]]
-
-
-def _starts(*columns: NDArray[Any]) -> NDArray[np.bool_]:
-    """Where sorted rows differ from the row before."""
-    new = np.ones(len(columns[0]), dtype=bool)
-    new[1:] = np.logical_or.reduce([column[1:] != column[:-1] for column in columns])
-    return new
 
 
 def _read_table(job: Job, keys: MemberKeys | None) -> pa.Table:

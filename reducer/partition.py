@@ -10,6 +10,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from reducer.groups import is_new
+
 #: A partition holds about this many photos: enough to drown the cost of a task, few enough that the work
 #: spreads evenly and progress shows.
 FEWEST_PHOTOS, MOST_PHOTOS = 500, 2000
@@ -129,7 +131,7 @@ def pieces(label: NDArray[np.int32], whole: int, most: int) -> NDArray[np.int32]
         The piece of each photo; -1 for photos of labels that are not divided.
     """
     piece = np.full(len(label), -1, dtype=np.int32)
-    starts = np.flatnonzero(np.append(True, label[1:] != label[:-1])[: len(label)])
+    starts = np.flatnonzero(is_new(label))
     sizes = np.diff(starts, append=len(label))
     first = 0
     for start, size in zip(starts[sizes > whole].tolist(), sizes[sizes > whole].tolist(), strict=True):
@@ -178,6 +180,10 @@ class Division(Mapping[int, pa.Table]):
     def without(self, numbers: Collection[int]) -> Division:
         """All but some parts."""
         return Division(self._rows, {n: part for n, part in self._parts.items() if n not in numbers})
+
+    def size(self, number: int) -> int:
+        """Rows of a part."""
+        return len(self._parts[number])
 
     @property
     def photos(self) -> int:

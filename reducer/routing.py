@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import IO, Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from reducer.config import Job
 from reducer.errors import InputError
+from reducer.groups import is_new
 from reducer.hashing import PhotoError
 from reducer.pieces import digest_of
 from reducer.places import Place, Source, absolute, explained
@@ -323,7 +325,7 @@ class Routing:
             parts.append(np.stack([own, np.full(len(own), bucket_of[number], dtype=np.uint64)], axis=1))
         routes = np.concatenate(parts) if parts else np.empty((0, 2), dtype=np.uint64)
         routes = routes[np.lexsort((routes[:, 1], routes[:, 0]))]
-        routes = routes[np.append(True, (routes[1:] != routes[:-1]).any(axis=1))[: len(routes)]]
+        routes = routes[is_new(*routes.T)]
         tasks = (RouteTask(number, files, tuple(own), source, buckets) for number, own in enumerate(groups))
         return cls(tuple(tasks), routes, bucket_of)
 
@@ -423,15 +425,13 @@ def route(task: RouteTask, routes: Routes) -> list[Slice]:
                 rows, buckets = _wanted(ids, routes)
                 units, wrong = as_units(vectors[rows])
                 wrong[problems[rows] > 0] = ODD
-                ends = np.append(np.flatnonzero(np.diff(buckets)) + 1, len(rows)) if len(rows) else rows
-                start = 0
-                for stop in ends.tolist():
+                starts = np.flatnonzero(is_new(buckets)).tolist()
+                for start, stop in pairwise([*starts, len(rows)]):
                     own = slice(start, stop)
                     columns = [ids.take(pa.array(rows[own])), pa.array(wrong[own]), packed(units[own])]
                     content = pa.RecordBatch.from_arrays(columns, schema=ROUTED).serialize()
                     parts[int(buckets[start])].append((file.tell(), len(content)))
                     file.write(content)
-                    start = stop
     return [Slice(spill, own) for own in parts]
 
 

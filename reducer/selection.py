@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from reducer.errors import BudgetError, InputError
+from reducer.groups import place_in_group
 from reducer.rules import CutRules
 from reducer.schemas import BEYOND_KEEP, BUDGET, KEPT, KEPT_SMALL_LABEL, MIN_DISTANCE
 from reducer.tables import text_ranks
@@ -192,13 +193,6 @@ def _fit(
     room = int(np.argmax(over)) if over.any() else len(rest)
     fits[rest[:room]] = True
     return fits, float(effective[rest[room - 1]]) if room else None
-
-
-def place_in_group(group: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Place of each row in its group, the first is 0; equal groups stand together."""
-    own = np.arange(len(group))
-    starts = np.flatnonzero(np.concatenate([[True], group[1:] != group[:-1]])) if len(group) else own
-    return own - np.repeat(starts, np.diff(np.concatenate([starts, [len(group)]])))
 
 
 def _running_minimum(group: NDArray[np.int64], values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -332,7 +332,7 @@ class Run:
                     own = sum(shard.bytes for shard in errand.groups[result.index])
                     self._warn_of_no_match(read / max(1, size), (read + own) / max(1, size), result)
                 else:
-                    own = errand.rows[result.index].num_rows
+                    own = errand.rows.size(result.index)
                 read += own
                 bar.update(own)
                 any_wrong = any_wrong or any(piece.report.wrong_md5 for piece in result.pieces)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from reducer.config import nearest
 from reducer.errors import InputError
+from reducer.groups import in_groups, is_new
 from reducer.places import Place, explained
 
 #: How many rows or ids an error message or a report names.
@@ -207,7 +208,7 @@ def text_order(column: pa.ChunkedArray) -> tuple[NDArray[np.int64], NDArray[np.b
     key = _eight_bytes(texts, 0, slice(len(lengths)))
     order = np.argsort(key, kind="stable")
     key = key[order]
-    new = np.append(True, key[1:] != key[:-1])[: len(order)]
+    new = is_new(key)
     at = 8
     while len(places := in_groups(new)):
         rows = order[places]
@@ -221,13 +222,6 @@ def text_order(column: pa.ChunkedArray) -> tuple[NDArray[np.int64], NDArray[np.b
             break
         at += 8
     return order, new
-
-
-def in_groups(new: NDArray[np.bool_]) -> NDArray[np.intp]:
-    """Places of sorted rows that are equal to the one before or behind them, by which ones differ from the former."""
-    equal = ~new
-    equal[:-1] |= ~new[1:]
-    return np.flatnonzero(equal)
 
 
 def _eight_bytes(texts: pa.Array, at: int, rows: slice | NDArray[np.int64]) -> NDArray[np.uint64]:

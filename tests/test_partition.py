@@ -92,7 +92,7 @@ def test_a_division_knows_its_rows_and_holds_those_of_others() -> None:
     assert (len(division), division.photos) == (3, 7)
     left = division.without([1]) | {2: pa.table({"row": [9], "other": ["x"]}), 1: pa.table({"row": [0]})}
     assert [(n, own["row"].to_pylist()) for n, own in left.items()] == [(0, [1, 4]), (2, [9]), (1, [0])]
-    assert left.photos == 4
+    assert (left.photos, [left.size(n) for n in left]) == (4, [2, 1, 1])
     for most, expected in [(1, [0]), (2, [0, 4]), (3, [0, 3, 6]), (7, list(range(7))), (20, list(range(7)))]:
         in_turn = [1, 4, 0, 3, 8, 5, 7]
         assert [row["row"].to_pylist() for row in division.few(most)] == [[in_turn[place]] for place in expected]
