@@ -95,6 +95,10 @@ class S3Server:
             self._process = None
             atexit.unregister(self.kill)
 
+    def options(self, **others: Any) -> dict[str, Any]:
+        """What opens it as its administrator, as storage options; others are added or take the place of these."""
+        return {"endpoint_url": self.endpoint, "key": self.key, "secret": self.secret, **others}
+
     def client(self, endpoint: str | None = None, **config: Any) -> Any:
         """A botocore client of the administrator, that does not retry.
 

@@ -514,8 +514,7 @@ PLANTED = "a-planted-value"
 
 def storage(s3: S3Server) -> dict[str, Any]:
     """Options for the server, with one more secret further in."""
-    more = {"config_kwargs": {"user_agent_extra": PLANTED}}
-    return {"endpoint_url": s3.endpoint, "key": s3.key, "secret": s3.secret, **more}
+    return s3.options(config_kwargs={"user_agent_extra": PLANTED})
 
 
 def test_logs_and_keys_tell_no_secret_and_no_path(

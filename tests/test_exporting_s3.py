@@ -23,7 +23,7 @@ from shardjobs import run_of
 from tarfiles import packed, write_tars
 from test_cli import invoke
 from test_exporting import collection_of, exported, files_below, photos_of
-from test_s3 import flags, options
+from test_s3 import flags
 
 from reducer import ClusterSpec, InputError, Job, ReducerError, WorkerRules, reduce_images
 from reducer.copying import PUTS
@@ -54,7 +54,7 @@ def server(s3: S3Server, tiny: Path) -> S3Server:
 
 def job_there(server: S3Server, tiny: Path, output: Path, **others: Any) -> Job:
     settings: dict[str, Any] = {"keep": 15, "manifest": str(tiny / "train.csv"), "report": False, **others}
-    return Job("s3://tiny/train", str(output), storage_options=options(server), **settings)
+    return Job("s3://tiny/train", str(output), storage_options=server.options(), **settings)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def wanted(local: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, b
 
 def both(server: S3Server, **others: Any) -> dict[str, Any]:
     """What opens photos and target."""
-    return {"storage_options": options(server, **others), "target_storage_options": options(server)}
+    return {"storage_options": server.options(**others), "target_storage_options": server.options()}
 
 
 def names_read(run: Path) -> list[str]:
@@ -99,25 +99,25 @@ def test_from_s3_to_a_folder(
     if reader == "obstore":
         run = tmp_path / "run"
         reduce_images(job_there(server, tiny, run, reader=reader), SERIAL, progress=False)
-    code, out, err = invoke("export", run, tmp_path / "out", *flags(options(server)))
+    code, out, err = invoke("export", run, tmp_path / "out", *flags(server.options()))
     assert (code, "Traceback" in err) == (0, False)
     assert photos_of(tmp_path / "out") == wanted
     assert (tmp_path / "out" / "train.csv").read_bytes() == (run / "reduced.csv").read_bytes()
-    code, out, _ = invoke("export", run, tmp_path / "out", *flags(options(server)))
+    code, out, _ = invoke("export", run, tmp_path / "out", *flags(server.options()))
     assert f"; {len(wanted)} of them were there already" in out
     name = next(iter(wanted))
     (tmp_path / "out" / name).write_bytes(b"x" * len(wanted[name]))
-    result = exported(run, tmp_path / "out", storage_options=options(server))
+    result = exported(run, tmp_path / "out", storage_options=server.options())
     assert result.written == 1
     assert photos_of(tmp_path / "out") == wanted
     with pytest.raises(InputError, match="which a run folder does not keep: give them again"):
         exported(run, tmp_path / "other")
-    code, _, err = invoke("export", run, tmp_path / "other", "--link", *flags(options(server)))
+    code, _, err = invoke("export", run, tmp_path / "other", "--link", *flags(server.options()))
     assert (code, "hard links are of files of one disk" in err) == (2, True)
 
 
 def test_from_a_folder_to_s3(server: S3Server, local: Path, wanted: dict[str, bytes]) -> None:
-    given = {"target_storage_options": options(server)}
+    given = {"target_storage_options": server.options()}
     first = exported(local, "s3://exports/up", **given)
     found = objects(server, "up")
     assert of_photos(found) == wanted
@@ -142,7 +142,7 @@ def test_what_is_taken_out_of_a_bucket(
     server: S3Server, some: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = collection_of(tmp_path, [(f"IMG [{number}] 100%+#&", "l[1]", some[number]) for number in range(4)])
-    given = {"target_storage_options": options(server), "layout": "by-label"}
+    given = {"target_storage_options": server.options(), "layout": "by-label"}
     exported(run, "s3://exports/odd", resize=60, **given)
     mine = "odd/l[1]/IMG 3 100%+#&.jpg"
     server.client().put_object(Bucket="exports", Key=mine, Body=b"mine")
@@ -186,7 +186,7 @@ def test_a_store_copies_itself(
 ) -> None:
     plans = [one_in(9, "status-503", ("HEAD", "PUT")), one_in(8, "reset", ("HEAD", "PUT"))]
     with FaultProxy(server.endpoint, lambda *request: next(filter(None, (p(*request) for p in plans)), None)) as proxy:
-        opened = options(server, endpoint_url=proxy.endpoint)
+        opened = server.options(endpoint_url=proxy.endpoint)
         given = {"storage_options": opened, "target_storage_options": opened, "cluster": SERIAL}
         result = exported(remote, "s3://exports/itself", **given)
         requests = [(method, path) for method, path, _ in proxy.log if ".jpg" in path]
@@ -210,12 +210,12 @@ def test_a_store_copies_itself(
 def test_made_smaller_on_a_cluster(server: S3Server, remote: Path, tmp_path: Path) -> None:
     code, out, err = invoke(
         *("export", remote, "s3://exports/small", "--resize", 40, "--workers", 2),
-        *flags(options(server)),
-        *flags(options(server), "--target-storage-option"),
+        *flags(server.options()),
+        *flags(server.options(), "--target-storage-option"),
     )
     assert code == 0, err
     assert "Before: " in out
-    exported(remote, tmp_path / "small", resize=40, storage_options=options(server))
+    exported(remote, tmp_path / "small", resize=40, storage_options=server.options())
     assert of_photos(objects(server, "small")) == photos_of(tmp_path / "small")
     again = exported(remote, "s3://exports/small", resize=40, cluster=SERIAL, **both(server))
     assert again.written == 0
@@ -226,7 +226,7 @@ def test_from_tars_on_s3_to_tars_on_s3(server: S3Server, photos: dict[str, bytes
     server.upload_folder(tars, "tiny", "tars/")
     manifest = tiny / "train.csv"
     run_of(tars, tmp_path / "run", manifest)
-    run_of("s3://tiny/tars/*.tar", tmp_path / "run-s3", manifest, storage_options=options(server))
+    run_of("s3://tiny/tars/*.tar", tmp_path / "run-s3", manifest, storage_options=server.options())
     given = {"layout": "tar", "shard_bytes": "150kB"}
     exported(tmp_path / "run", tmp_path / "out", **given)
     shards = {name: content for name, content in files_below(tmp_path / "out").items() if name.endswith(".tar")}
@@ -253,7 +253,7 @@ def test_a_large_shard_goes_to_s3_in_parts(server: S3Server, local: Path, monkey
     monkeypatch.setattr("reducer.transfer.Transfer._beside", lambda *_: tuple((f".{name}", part) for name, part in big))
     few = local.parent / "few.csv"
     few.write_text("".join((local / "reduced.csv").read_text().splitlines(keepends=True)[:3]))
-    result = exported(local, "s3://exports/parts", layout="tar", list_file=few, target_storage_options=options(server))
+    result = exported(local, "s3://exports/parts", layout="tar", list_file=few, target_storage_options=server.options())
     assert result.photos == 2
     head = server.client().head_object(Bucket="exports", Key="parts/photos-000000.tar")
     assert head["ContentLength"] > 22 * 2**20
@@ -264,8 +264,8 @@ def test_interrupted_and_gone_on_with(server: S3Server, remote: Path, wanted: di
     with FaultProxy(server.endpoint, delay_get=0.3) as proxy:
         command = [
             *(sys.executable, "-m", "reducer", "export", str(remote), "s3://exports/cut-off", "--workers", "0"),
-            *flags(options(server, endpoint_url=proxy.endpoint)),
-            *flags(options(server), "--target-storage-option"),
+            *flags(server.options(endpoint_url=proxy.endpoint)),
+            *flags(server.options(), "--target-storage-option"),
         ]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         wait_for(lambda: len(server.list_keys("exports", "cut-off/")) > 30, "some photos")
@@ -289,7 +289,7 @@ def test_requests_that_fail_are_made_again(server: S3Server, remote: Path, wante
         one_in(6, "reset", ("GET", "PUT")),
     ]
     with FaultProxy(server.endpoint, faults) as proxy:
-        opened = options(server, endpoint_url=proxy.endpoint)
+        opened = server.options(endpoint_url=proxy.endpoint)
         # For all that can be told they are two stores.
         there = opened | {"region": "us-east-1"}
         result = exported(
@@ -310,7 +310,7 @@ def test_photos_that_are_gone_from_the_bucket(
         str(tmp_path / "run"),
         keep=15,
         manifest=str(tiny / "train.csv"),
-        storage_options=options(server),
+        storage_options=server.options(),
         report=False,
     )
     reduce_images(job, SERIAL, progress=False)
@@ -323,8 +323,8 @@ def test_photos_that_are_gone_from_the_bucket(
     for target in (str(tmp_path / "out"), "s3://exports/gone"):
         code, out, err = invoke(
             *("export", tmp_path / "run", target, "--workers", 0),
-            *flags(options(server)),
-            *(flags(options(server), "--target-storage-option") if "://" in target else ()),
+            *flags(server.options()),
+            *(flags(server.options(), "--target-storage-option") if "://" in target else ()),
         )
         assert code == 3, err
         assert f"Exported {len(wanted) - 5} photos" in out
@@ -340,12 +340,12 @@ def test_photos_that_are_gone_from_the_bucket(
 
 
 def test_a_target_that_may_not_be_written(server: S3Server, local: Path, remote: Path) -> None:
-    read_only = options(server, key=server.ro_key, secret=server.ro_secret)
+    read_only = server.options(key=server.ro_key, secret=server.ro_secret)
     code, _, err = invoke("export", local, "s3://exports/no", *flags(read_only, "--target-storage-option"))
     assert code == 2
     assert "TARGET s3://exports/no may not be written: s3://exports/no/export.json cannot be written" in err
     assert "Traceback" not in err
-    code, _, err = invoke("export", local, "s3://nowhere/no", *flags(options(server), "--target-storage-option"))
+    code, _, err = invoke("export", local, "s3://nowhere/no", *flags(server.options(), "--target-storage-option"))
     assert code == 2
     assert "Traceback" not in err
     assert server.secret not in err

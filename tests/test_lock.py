@@ -526,11 +526,7 @@ ONCE = {"retries": {"total_max_attempts": 1}}
 def bucket(s3: S3Server) -> Place:
     """A run folder of the test's own on S3."""
     s3.make_bucket("locks")
-    return Place(f"s3://locks/{uuid.uuid4().hex}", options(s3))
-
-
-def options(s3: S3Server, **others: Any) -> dict[str, Any]:
-    return {"endpoint_url": s3.endpoint, "key": s3.key, "secret": s3.secret, **others}
+    return Place(f"s3://locks/{uuid.uuid4().hex}", s3.options())
 
 
 def keys(s3: S3Server, place: Place) -> list[str]:
@@ -606,7 +602,7 @@ def test_a_broken_lock_on_s3_is_refused_until_it_is_broken(s3: S3Server, bucket:
 
 def test_the_lock_is_ours_though_the_answer_was_lost(s3: S3Server, bucket: Place) -> None:
     with FaultProxy(s3.endpoint, one_in(1, "reset", ("PUT",))) as proxy:
-        with locked(Place(bucket.path, options(s3, endpoint_url=proxy.endpoint))):
+        with locked(Place(bucket.path, s3.options(endpoint_url=proxy.endpoint))):
             assert not try_lock(bucket)
             puts = [status for method, _, status in proxy.log if method == "PUT"]
             assert puts == [0, 412]  # the first was carried out, its answer cut off
@@ -617,7 +613,7 @@ def test_a_lock_on_s3_that_cannot_be_removed_hides_no_failure(
     s3: S3Server, bucket: Place, messages: Callable[[], list[str]]
 ) -> None:
     with FaultProxy(s3.endpoint, one_in(1, "status-500", ("DELETE",), attempts=99)) as proxy:
-        place = Place(bucket.path, options(s3, endpoint_url=proxy.endpoint, config_kwargs=ONCE))
+        place = Place(bucket.path, s3.options(endpoint_url=proxy.endpoint, config_kwargs=ONCE))
         with pytest.raises(ValueError, match="the failure itself"), locked(place):
             raise ValueError("the failure itself")
     (said,) = messages()
@@ -626,14 +622,14 @@ def test_a_lock_on_s3_that_cannot_be_removed_hides_no_failure(
 
 
 def test_s3_that_cannot_be_used(s3: S3Server, bucket: Place, messages: Callable[[], list[str]]) -> None:
-    readonly = Place(bucket.path, options(s3, key=s3.ro_key, secret=s3.ro_secret))
+    readonly = Place(bucket.path, s3.options(key=s3.ro_key, secret=s3.ro_secret))
     check_unlocked(readonly)
     secret = "not-the-secret-of-this-server"
     for place, match in (
         (readonly, "PermissionError.* Access is refused"),
-        (Place(bucket.path, options(s3, secret=secret)), "PermissionError.* Access is refused"),
+        (Place(bucket.path, s3.options(secret=secret)), "PermissionError.* Access is refused"),
         (
-            Place(bucket.path, options(s3, endpoint_url="http://127.0.0.1:9", config_kwargs=ONCE)),
+            Place(bucket.path, s3.options(endpoint_url="http://127.0.0.1:9", config_kwargs=ONCE)),
             "Endpoint.* server is up",
         ),
     ):

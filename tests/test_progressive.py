@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from s3server import S3Server
 from test_hashing import FORMATS, hashed, saved
-from test_s3 import READERS, SERIAL, ledger, options
+from test_s3 import READERS, SERIAL, ledger
 
 import reducer.objects
 import reducer.sources
@@ -237,7 +237,7 @@ def test_on_s3_only_the_beginning_is_read(
 
     monkeypatch.setattr(reducer.objects, "_fetch", counted)
     common: dict[str, Any] = {"keep": 3, "decode": "fastest", "report": False, "max_failures": 0.5}
-    there = {"storage_options": options(s3), "reader": reader}
+    there = {"storage_options": s3.options(), "reader": reader}
     local = reduce_images(Job(str(some_photos), str(tmp_path / "local"), **common), SERIAL, progress=False)
     reduce_images(Job("s3://trial/progressive", str(tmp_path / "there"), **common, **there), SERIAL, progress=False)
     columns = ["id", "hash", "bytes", "width", "height", "format", "rank", "error"]
@@ -278,7 +278,7 @@ def test_where_beginnings_are_not_enough_they_are_not_asked_for_any_more(
         keep=3,
         decode="fastest",
         report=False,
-        storage_options=options(s3),
+        storage_options=s3.options(),
         read_ahead=1,
     )
     reduce_images(job, SERIAL, progress=False)

@@ -210,7 +210,7 @@ def test_objects_are_asked_for_their_etag_only(s3: S3Server, collection: Path, t
     keys = s3.upload_folder(collection / "train", bucket, "train/")
 
     def run(name: str, endpoint: str, **options: Any) -> dict[str, Any]:
-        opened = {"endpoint_url": endpoint, "key": s3.key, "secret": s3.secret}
+        opened = s3.options(endpoint_url=endpoint)
         manifest = str(collection / "train.csv")
         job = Job(
             f"s3://{bucket}/train", str(tmp_path / name), manifest=manifest, keep=8, storage_options=opened,

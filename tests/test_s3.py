@@ -44,10 +44,6 @@ OF_THE_PLACE = ["path", "mtime", "etag"]
 SERIAL = ClusterSpec(workers=0)
 
 
-def options(s3: S3Server, **others: Any) -> dict[str, Any]:
-    return {"endpoint_url": s3.endpoint, "key": s3.key, "secret": s3.secret, **others}
-
-
 def flags(given: Mapping[str, Any], flag: str = "--storage-option") -> list[str]:
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in given.items()}
     return [part for key, text in texts.items() for part in (flag, f"{key}={text}")]
@@ -55,13 +51,13 @@ def flags(given: Mapping[str, Any], flag: str = "--storage-option") -> list[str]
 
 def s3_run(s3: S3Server, output: Path | str, endpoint: str | None = None, **others: Any) -> Result:
     """A serial run on the bucket, with the manifest there."""
-    opened = options(s3, endpoint_url=endpoint or s3.endpoint)
+    opened = s3.options(endpoint_url=endpoint or s3.endpoint)
     settings: dict[str, Any] = {
         "keep": 8,
         "manifest": "s3://trial/train.csv",
         "report": False,
         "storage_options": opened,
-        "manifest_storage_options": options(s3),
+        "manifest_storage_options": s3.options(),
         **others,
     }
     return reduce_images(Job("s3://trial/train", str(output), **settings), SERIAL, progress=False)
@@ -180,7 +176,7 @@ def test_any_name_that_a_file_may_have_is_found_and_read(
     s3.client().put_object(Bucket=bucket, Key="odd/marker/", Body=b"")  # as consoles do it: "a folder"
     given: dict[str, Any] = {"rank_all": True, "keep": 4}
     reduce_images(Job(str(folder), str(tmp_path / "local"), **given), SERIAL, progress=False)
-    job = Job(f"s3://{bucket}/odd/", str(tmp_path / "run"), storage_options=options(s3), reader=reader, **given)
+    job = Job(f"s3://{bucket}/odd/", str(tmp_path / "run"), storage_options=s3.options(), reader=reader, **given)
     summary = reduce_images(job, SERIAL, progress=False).summary
     assert (summary["photos_read"], summary["photos_failed"]) == (len(names), 0)
     assert summary["manifest"]["skipped_files"]["hidden file"] == 1
@@ -201,7 +197,7 @@ def test_the_ledger_has_what_the_bucket_says(s3: S3Server, tmp_path: Path, reade
 
 def test_a_dry_run_reads_a_sample_from_the_bucket(s3: S3Server, reader: str) -> None:
     paths = ["s3://trial/train", "--manifest", "s3://trial/train.csv", "--output", "s3://trial/never", "--keep", 8]
-    every = [part for name in ("", "manifest-", "output-") for part in flags(options(s3), f"--{name}storage-option")]
+    every = [part for name in ("", "manifest-", "output-") for part in flags(s3.options(), f"--{name}storage-option")]
     code, out, err = invoke("run", *paths, *every, "--workers", 0, "--reader", reader, "--dry-run")
     assert (code, err) == (0, "")
     assert re.search(r"photos to read: \d+, about \d+\.\d MB", out)
@@ -282,7 +278,7 @@ def test_what_is_refused_is_not_asked_for_again(
     # As when a key is taken back between the look at the bucket and the first photo.
     monkeypatch.setattr("reducer.plan.find_shards", lambda job: None)
     monkeypatch.setattr("reducer.manifest._check_remote", lambda place: None)
-    wrong = options(s3, endpoint_url=proxy.endpoint, secret="a-planted-wrong-secret")
+    wrong = s3.options(endpoint_url=proxy.endpoint, secret="a-planted-wrong-secret")
     given: dict[str, Any] = {"manifest": str(collection / "train.csv"), "limit_labels": 4, "max_failures": 1.0}
     job = Job("s3://trial/train", str(tmp_path / "run"), keep=8, storage_options=wrong, reader=reader, **given)
     result = reduce_images(job, SERIAL, progress=False)
@@ -416,7 +412,7 @@ def test_what_is_wrong_with_a_place_is_said_before_the_start(
         "anonymous": {"anon": True},
         "server": {"endpoint_url": f"http://127.0.0.1:{free_port()}"},
     }
-    given = options(s3, **changed.get(wrong, {}))
+    given = s3.options(**changed.get(wrong, {}))
     if wrong == "anonymous":
         del given["key"], given["secret"]
     places = {"IMAGES": "s3://trial/train", "--manifest": "s3://trial/train.csv", "--output": "s3://trial/wrong"}
@@ -427,7 +423,7 @@ def test_what_is_wrong_with_a_place_is_said_before_the_start(
     every: list[str] = []
     for name, prefix in (("IMAGES", "--"), ("--manifest", "--manifest-"), ("--output", "--output-")):
         if "://" in places[name]:
-            every += flags(given if name == where else options(s3), f"{prefix}storage-option")
+            every += flags(given if name == where else s3.options(), f"{prefix}storage-option")
     paths = [places["IMAGES"], "--manifest", places["--manifest"], "--output", places["--output"], "--workers", 0]
     begin = time.monotonic()
     code, out, err = invoke("run", *paths, *every)
@@ -443,7 +439,7 @@ def test_what_is_wrong_with_a_place_is_said_before_the_start(
 
 
 def test_a_read_only_key_is_told_of_before_the_first_photo(s3: S3Server, bucket: str, proxy: FaultProxy) -> None:
-    read_only = options(s3, key=s3.ro_key, secret=s3.ro_secret)
+    read_only = s3.options(key=s3.ro_key, secret=s3.ro_secret)
     output = {"output": f"s3://{bucket}/run", "output_storage_options": read_only}
     with pytest.raises(InputError, match=rf"the run folder s3://{bucket}/run cannot be used") as caught:
         s3_run(s3, endpoint=proxy.endpoint, **output)
@@ -518,7 +514,7 @@ def files(folder: Path) -> list[Path]:
 
 def planted(s3: S3Server, **others: Any) -> dict[str, Any]:
     """Options with one more secret, further in; the server's key is a word that stands everywhere."""
-    return options(s3, config_kwargs={"user_agent_extra": "a-planted-value"}, **others)
+    return s3.options(config_kwargs={"user_agent_extra": "a-planted-value"}, **others)
 
 
 def hidden(s3: S3Server, *texts: str | bytes) -> bool:
@@ -548,13 +544,13 @@ def test_no_secret_is_shown_or_stored_and_workers_give_the_same(
     client = s3.client()
     stored = {key: client.get_object(Bucket=bucket, Key=key)["Body"].read() for key in s3.list_keys(bucket)}
     assert {"run/summary.json", "run/reduced.csv", "run/reduced.parquet"} < set(stored)
-    assert hidden(s3, *stored.values(), str(ledger(Place(output, options(s3))).to_pydict()))
+    assert hidden(s3, *stored.values(), str(ledger(Place(output, s3.options())).to_pydict()))
     job = json.loads(stored["run/summary.json"])["job"]
     for name in ("storage_options", "manifest_storage_options", "output_storage_options"):
         assert job[name] == ["config_kwargs", "endpoint_url", "key", "secret"]
     for name, content in reduced_files(remote).items():
         assert stored[f"run/{name}"] == content
-    assert ledger(Place(output, options(s3))).equals(ledger(remote))
+    assert ledger(Place(output, s3.options())).equals(ledger(remote))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -603,7 +599,7 @@ def stored_in(s3: S3Server, bucket: str, prefix: str = "run/") -> dict[str, byte
 
 
 def test_a_run_folder_in_a_bucket_is_that_on_a_disk(remote: Path, s3: S3Server, bucket: str) -> None:
-    result = s3_run(s3, f"s3://{bucket}/deep/run", output_storage_options=options(s3))
+    result = s3_run(s3, f"s3://{bucket}/deep/run", output_storage_options=s3.options())
     stored = stored_in(s3, bucket, "deep/run/")
     on_disk = {path.relative_to(remote).as_posix(): path.read_bytes() for path in files(remote)}
     assert set(stored) == set(on_disk)
@@ -617,7 +613,7 @@ def test_a_run_folder_in_a_bucket_is_that_on_a_disk(remote: Path, s3: S3Server, 
 
 def test_a_run_in_a_bucket_is_replaced_only_when_asked(s3: S3Server, bucket: str) -> None:
     output = f"s3://{bucket}/run"
-    given: dict[str, Any] = {"limit_labels": 4, "output_storage_options": options(s3)}
+    given: dict[str, Any] = {"limit_labels": 4, "output_storage_options": s3.options()}
     s3_run(s3, output, partition_images=10, **given)
     client = s3.client()
     client.put_object(Bucket=bucket, Key="run/notes.txt", Body=b"mine")
@@ -642,7 +638,7 @@ def test_a_prefix_that_holds_something_else_is_not_touched(s3: S3Server, bucket:
     prefix = key.partition(".")[0]
     s3.client().put_object(Bucket=bucket, Key=f"{prefix}/run/{key}", Body=b'{"mine": 1}')
     before = stored_in(s3, bucket, "")
-    output = {"output_storage_options": options(s3), "overwrite": True, "limit_labels": 2}
+    output = {"output_storage_options": s3.options(), "overwrite": True, "limit_labels": 2}
     with pytest.raises(InputError, match="is not empty and is no run folder"):
         s3_run(s3, f"s3://{bucket}/{prefix}/run", **output)
     assert {name: content for name, content in stored_in(s3, bucket, "").items() if prefix in name} == {
@@ -657,7 +653,7 @@ def test_a_put_that_fails_is_made_again(
     given: dict[str, Any] = {"limit_labels": 2, "partition_images": 40}
     s3_run(s3, tmp_path / "run", **given)
     proxy.plan = one_in(1, kind, ["PUT"])
-    opened = options(s3, endpoint_url=proxy.endpoint)
+    opened = s3.options(endpoint_url=proxy.endpoint)
     s3_run(s3, f"s3://{bucket}/run", output_storage_options=opened, **given)
     stored = stored_in(s3, bucket)
     # The first and the last summary have one path, and so one fault; and there was a lock.
@@ -705,7 +701,7 @@ def test_what_was_read_ahead_is_given_back_when_nobody_wants_it(
     remote: Path, s3: S3Server, proxy: FaultProxy, reader: str, little_memory: Callable[[int], list[int]]
 ) -> None:
     little_memory(200_000)
-    source = Source(options(s3, endpoint_url=proxy.endpoint), reader, 16)
+    source = Source(s3.options(endpoint_url=proxy.endpoint), reader, 16)
     proxy.plan = on_photos(one_in(4, "latency", delay=0.2))
     photos = read_all(ledger(remote)["path"].to_pylist(), source, max_pixels=10**8)
     assert all(isinstance(next(photos), PhotoFile) for _ in range(20))

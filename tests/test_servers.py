@@ -53,7 +53,7 @@ def connect(proxy: FaultProxy, timeout: float = 10) -> http.client.HTTPConnectio
 
 
 def filesystem(server: S3Server, endpoint: str | None = None, **options: Any) -> s3fs.S3FileSystem:
-    settings = {"key": server.key, "secret": server.secret, "endpoint_url": endpoint or server.endpoint, **options}
+    settings = server.options(endpoint_url=endpoint or server.endpoint, **options)
     return s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False, **settings)
 
 

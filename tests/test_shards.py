@@ -18,7 +18,7 @@ from s3server import S3Server
 from shardjobs import SERIAL, SHARDS, assert_same_rows, csv_of, hashed, rows_of, run_of, summary_of
 from tarfiles import md5, packed, photos_below, tar_of, write_tars
 from test_cli import invoke
-from test_s3 import flags, options
+from test_s3 import flags
 
 from reducer import ClusterSpec, Job, resume
 from reducer.errors import InputError
@@ -95,9 +95,9 @@ def test_a_bucket_gives_what_a_folder_of_tars_gives(
     s3: S3Server, big_bucket: str, proxy: FaultProxy, big_run: Path, of_files: Path, tmp_path: Path, reader: str
 ) -> None:
     pytest.importorskip(reader)
-    opened: dict[str, Any] = {"storage_options": options(s3, endpoint_url=proxy.endpoint), "reader": reader}
+    opened: dict[str, Any] = {"storage_options": s3.options(endpoint_url=proxy.endpoint), "reader": reader}
     images = f"s3://{big_bucket}/train/images_*.tar" if reader == "s3fs" else f"s3://{big_bucket}/train"
-    manifest = {"manifest_storage_options": options(s3)}
+    manifest = {"manifest_storage_options": s3.options()}
     run_of(images, tmp_path / "run", "s3://trial/train.csv", **opened, **manifest)
     assert csv_of(tmp_path / "run") == csv_of(of_files)
     assert_same_rows(tmp_path / "run", big_run)
@@ -182,8 +182,8 @@ def clean_run(tiny: Path, labels: dict[str, str], tmp_path_factory: pytest.TempP
 
 def one_liner(s3: S3Server, bucket: str, run: Path) -> list[object]:
     given: list[object] = [f"s3://{bucket}/train/images_*.tar", "--manifest"]
-    given += [f"s3://{bucket}/metadata/train_clean.csv", *flags(options(s3))]
-    return [*given, *flags(options(s3), "--manifest-storage-option"), "--output", run]
+    given += [f"s3://{bucket}/metadata/train_clean.csv", *flags(s3.options())]
+    return [*given, *flags(s3.options(), "--manifest-storage-option"), "--output", run]
 
 
 def test_the_one_liner(s3: S3Server, replica: str, clean_run: Path, tmp_path: Path) -> None:
@@ -238,10 +238,10 @@ def test_photos_of_a_shard_with_another_sum_fail(
     assert summary_of(run)["shards"]["wrong_md5"] == [shard]
     assert summary_of(run)["failures"] == {"wrong md5": len(failed)}
     # The next place to look for it is the report that a person sees.
-    code, out, _ = invoke("resume", run, *flags(options(s3)), *flags(options(s3), "--manifest-storage-option"))
+    code, out, _ = invoke("resume", run, *flags(s3.options()), *flags(s3.options(), "--manifest-storage-option"))
     assert (code, f"MD5 sum than the published one: 1: {shard}\n" in out) == (3, True)
     wrong_sum()
-    arguments = [*flags(options(s3)), *flags(options(s3), "--manifest-storage-option"), "--workers", 0, "--quiet"]
+    arguments = [*flags(s3.options()), *flags(s3.options(), "--manifest-storage-option"), "--workers", 0, "--quiet"]
     code, _, err = invoke("resume", run, "--retry-failed", *arguments)
     assert code == 0, err
     assert csv_of(run) == csv_of(clean_run)
@@ -394,7 +394,7 @@ def test_a_cut_of_a_run_on_shards(tars: Path, tiny: Path, tmp_path: Path) -> Non
     run_of(tars, tmp_path / "tars_run", tiny / "train.csv")
     size = rows_of(tmp_path / "tars_run").query("kept")["bytes"].sum() // 2
     code, _, err = invoke("cut", tmp_path / "tars_run", "--output", tmp_path / "x.csv", "--keep", 3)
-    assert (code, "--rank-all (it reads the 24 photos of labels that were kept whole" in err) == (2, True)
+    assert (code, "--rank-all (it ranks the 24 photos of labels that were kept whole" in err) == (2, True)
     resume(tmp_path / "tars_run", SERIAL, rank_all=True, progress=False)
     for given in (["--keep", 3], ["--max-bytes", size]):
         lists = []
@@ -432,7 +432,7 @@ def test_hidden_files_and_folders_are_no_shards(tars: Path, s3: S3Server, tmp_pa
     s3.make_bucket("hidden")
     s3.upload_folder(tars, "hidden", "p/")
     places = [(str(tars), {}), (f"{tars}/*.tar", {})]
-    places += [(f"s3://hidden/p{end}", options(s3)) for end in ("", "/", "/*.tar", "/images_*.tar")]
+    places += [(f"s3://hidden/p{end}", s3.options()) for end in ("", "/", "/*.tar", "/images_*.tar")]
     (tars / "folder.tar").mkdir()
     for images, opened in places[1:]:
         found = find_shards(Job(images, str(tmp_path / "run"), storage_options=opened))
@@ -445,7 +445,7 @@ def test_a_folder_of_single_files_may_be_called_like_a_glob(tiny: Path, s3: S3Se
     (tmp_path / "p[1]").symlink_to(tiny / "train")
     s3.make_bucket("brackets")
     s3.upload_folder(next(path for path in (tiny / "train").iterdir()), "brackets", "p[1]/")
-    for images, opened in ((str(tmp_path / "p[1]"), {}), ("s3://brackets/p[1]", options(s3))):
+    for images, opened in ((str(tmp_path / "p[1]"), {}), ("s3://brackets/p[1]", s3.options())):
         assert find_shards(Job(images, str(tmp_path / "run"), storage_options=opened)) is None
 
 

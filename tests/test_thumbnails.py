@@ -273,7 +273,7 @@ def test_photos_on_s3(tiny: Path, s3: S3Server) -> None:
     s3.make_bucket("drawn")
     s3.client().put_object(Bucket="drawn", Key=f"{name}.jpg", Body=content)
     s3.client().put_object(Bucket="drawn", Key="shard.tar", Body=b"\0" * 512 + content + b"\0" * 512)
-    source = Source({"key": s3.key, "secret": s3.secret, "endpoint_url": s3.endpoint})
+    source = Source(s3.options())
     refs = [f"s3://drawn/{name}.jpg", ByteRange("s3://drawn/shard.tar", 512, len(content)), "s3://drawn/none.jpg"]
     (_, one), (_, part), (_, missing) = draw([Wanted(ref, 100) for ref in refs], source, SETTINGS, most_bytes=40_000)
     with pillow_settings(10**8):

@@ -143,7 +143,7 @@ def test_vectors_on_s3(collection: Path, vectors: Path, by_vectors: Path, tmp_pa
     pq.write_table(pa.table({"id": table["id"], **columns}), tmp_path / "columns.parquet", row_group_size=100)
     for key, path in (("lists/v.parquet", vectors), ("columns/v.parquet", tmp_path / "columns.parquet")):
         s3.client().put_object(Bucket="trial", Key=f"vectors/{key}", Body=path.read_bytes())
-    options = {"endpoint_url": s3.endpoint, "key": s3.key, "secret": s3.secret}
+    options = s3.options()
     for number, url in enumerate(["s3://trial/vectors/columns/v.parquet", "s3://trial/vectors/lists"]):
         run = tmp_path / f"run{number}"
         spec = ClusterSpec(workers=2 if number else 0)

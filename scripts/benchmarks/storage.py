@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from benchmarks.codec import as_progressive
 from benchmarks.common import PROCESSES, machine, measured, pack, reduced, say, small_photos, table, timed
@@ -21,9 +22,33 @@ from reducer import ClusterSpec, Job, reduce_images
 from reducer.config import READER_NAMES
 from reducer.sample import write_sample
 
+if TYPE_CHECKING:
+    from faultproxy import FaultProxy
+
 #: For all that can be told, it is not the store that the photos come from.
 OTHER_STORE = "--target-storage-option=region=us-east-1"
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+
+
+def rate_of(folder: Path, images: str, keys: dict[str, object], photos: int, **options: object) -> float:
+    """Photos a second of a run that reads so many photos."""
+    job = Job(images, str(folder / "run"), overwrite=True, report=False, rank_all=True, storage_options=keys, **options)
+    summary = reduced(job)
+    assert (summary["photos_read"], summary["photos_failed"]) == (photos, 0)
+    return float(summary["photos_per_second"])
+
+
+def delayed(proxy: FaultProxy, way: Callable[[], float]) -> Callable[[], float]:
+    """The same with 40 ms on every GET."""
+
+    def late() -> float:
+        proxy.delay_get = 0.04
+        try:
+            return way()
+        finally:
+            proxy.delay_get = 0.0
+
+    return late
 
 
 def tar(photos: int, repetitions: int) -> None:
@@ -47,30 +72,10 @@ def tar(photos: int, repetitions: int) -> None:
             with FaultProxy(server.endpoint) as proxy:
 
                 def rate(images: str, endpoint: str | None = None, **options: object) -> float:
-                    if endpoint:
-                        keys = {"key": server.key, "secret": server.secret, "endpoint_url": endpoint}
-                        options["storage_options"] = keys
                     if images.endswith("train"):
                         options["path_template"] = "{label}/{id}.jpg"
-                    job = Job(
-                        images,
-                        str(folder / "run"),
-                        manifest=str(folder / "train.csv"),
-                        overwrite=True,
-                        report=False,
-                        rank_all=True,
-                        **options,
-                    )
-                    summary = reduced(job)
-                    assert (summary["photos_read"], summary["photos_failed"]) == (photos, 0)
-                    return float(summary["photos_per_second"])
-
-                def late(reader: str) -> float:
-                    proxy.delay_get = 0.04
-                    try:
-                        return rate("s3://photos/tars", proxy.endpoint, reader=reader)
-                    finally:
-                        proxy.delay_get = 0.0
+                    keys = server.options(endpoint_url=endpoint) if endpoint else {}
+                    return rate_of(folder, images, keys, photos, manifest=str(folder / "train.csv"), **options)
 
                 ways = {
                     "single files on disk": lambda: rate(str(folder / "train")),
@@ -83,8 +88,9 @@ def tar(photos: int, repetitions: int) -> None:
                             name = f"{what} on {where}, {reader}"
                             ways[name] = functools.partial(rate, f"s3://photos/{kind}", endpoint, reader=reader)
                             base[name] = f"single files on {where}, {reader}"
-                    ways[f"tar shards through it, 40 ms on every GET, {reader}"] = functools.partial(late, reader)
-                    base[f"tar shards through it, 40 ms on every GET, {reader}"] = f"tar shards on {where}, {reader}"
+                    late = f"tar shards through it, 40 ms on every GET, {reader}"
+                    ways[late] = delayed(proxy, ways[f"tar shards on {where}, {reader}"])
+                    base[late] = f"tar shards on {where}, {reader}"
                 found = measured(ways, repetitions)
     say(
         f"{photos} photos of {size / photos / 1e3:.0f} KB on average, or {shards} shards of {size / shards / 1e6:.0f} "
@@ -126,7 +132,7 @@ def shards(gigabytes: float) -> None:
             client = server.client()
             for path in sorted((folder / "tars").iterdir()):
                 s3_put(client, path, "photos", f"tars/{path.name}")
-            keys = {"key": server.key, "secret": server.secret, "endpoint_url": server.endpoint}
+            keys = server.options()
             places: list[tuple[str, dict[str, object]]] = [(str(folder / "tars"), {})]
             places += [("s3://photos/tars", {"storage_options": keys, "reader": reader}) for reader in READER_NAMES]
             for images, options in places:
@@ -167,45 +173,35 @@ def s3(photos: int, repetitions: int) -> None:
         folder = Path(temporary)
         size = small_photos(folder, photos) / photos / 1e3
         large = folder / "progressive"
-        for number, path in enumerate(sorted((folder / "sample" / "train").rglob("*.jpg"))):
+        originals = sorted((folder / "sample" / "train").rglob("*.jpg"))
+        counts = {"train": photos, "progressive": len(originals)}
+        for number, path in enumerate(originals):
             target = large / str(number % 20) / path.name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(as_progressive(path.read_bytes(), 85))
         with S3Server(folder / "server") as server:
             server.make_bucket("photos")
-            for name in ("train", "progressive"):
+            for name in counts:
                 server.upload_folder(folder / name, "photos", f"{name}/")
             with FaultProxy(server.endpoint) as proxy:
 
-                def rate(images: str, endpoint: str | None = None, **options: object) -> float:
-                    if endpoint:
-                        keys = {"key": server.key, "secret": server.secret, "endpoint_url": endpoint}
-                        options["storage_options"] = keys
-                    job = Job(images, str(folder / "run"), overwrite=True, report=False, rank_all=True, **options)
-                    summary = reduced(job)
-                    assert summary["photos_failed"] == 0
-                    return float(summary["photos_per_second"])
+                def rate(kind: str, endpoint: str, **options: object) -> float:
+                    keys = server.options(endpoint_url=endpoint)
+                    return rate_of(folder, f"s3://photos/{kind}", keys, counts[kind], **options)
 
-                def late(reader: str) -> float:
-                    proxy.delay_get = 0.04
-                    try:
-                        return rate("s3://photos/train", proxy.endpoint, reader=reader)
-                    finally:
-                        proxy.delay_get = 0.0
-
-                ways = {"local folder": lambda: rate(str(folder / "train"))}
+                ways = {"local folder": lambda: rate_of(folder, str(folder / "train"), {}, photos)}
                 base = {"local folder": "local folder"}
                 for reader in READER_NAMES:
                     through = f"S3 through a proxy, {reader}"
-                    ways[f"S3, {reader}"] = functools.partial(rate, "s3://photos/train", server.endpoint, reader=reader)
-                    ways[through] = functools.partial(rate, "s3://photos/train", proxy.endpoint, reader=reader)
-                    ways[f"S3 through a proxy, 40 ms on every GET, {reader}"] = functools.partial(late, reader)
-                    base |= {f"S3, {reader}": "local folder", through: "local folder"}
-                    base[f"S3 through a proxy, 40 ms on every GET, {reader}"] = through
+                    ways[f"S3, {reader}"] = functools.partial(rate, "train", server.endpoint, reader=reader)
+                    ways[through] = functools.partial(rate, "train", proxy.endpoint, reader=reader)
+                    late = f"S3 through a proxy, 40 ms on every GET, {reader}"
+                    ways[late] = delayed(proxy, ways[through])
+                    base |= {f"S3, {reader}": "local folder", through: "local folder", late: through}
                     for decode in ("fast", "fastest"):
                         name = f"progressive JPEGs on S3, `--decode {decode}`, {reader}"
                         ways[name] = functools.partial(
-                            rate, "s3://photos/progressive", server.endpoint, reader=reader, decode=decode
+                            rate, "progressive", server.endpoint, reader=reader, decode=decode
                         )
                         base[name] = f"progressive JPEGs on S3, `--decode fast`, {reader}"
                 found = measured(ways, repetitions)
@@ -223,7 +219,6 @@ def export(photos: int, repetitions: int) -> None:
     """`reducer export` against `cp -r` and against an S3 server's own copy; commands, their start included."""
     from s3server import S3Server
 
-    rows = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         size = small_photos(folder, photos)
@@ -236,7 +231,7 @@ def export(photos: int, repetitions: int) -> None:
             manifest.write("id,landmark_id\n" + "".join(f"{path.stem},{path.parent.name}\n" for path in paths))
         pack(paths, folder / "tars", 12)
         with S3Server(folder / "server") as server:
-            keys = {"key": server.key, "secret": server.secret, "endpoint_url": server.endpoint}
+            keys = server.options()
             for bucket in ("photos", "copies"):
                 server.make_bucket(bucket)
             server.upload_folder(folder / "train", "photos", "train/")
