@@ -123,8 +123,8 @@ def cut(
         selection = select(ledger, rules, _always_kept(folder, summary["job"], ledger["row"]))
     except NeedsRanksError as error:
         raise InputError(
-            f"{error}, which this cut needs. First: reducer resume {folder.path} --rank-all (it reads the "
-            f"{error.unranked.unread:,} photos of labels that were kept whole, and no other)"
+            f"{error}, which this cut needs. First: reducer resume {folder.path} --rank-all (it ranks the "
+            f"{error.unranked.unread:,} photos of labels that were kept whole, and looks at no other)"
         ) from None
     rows = ledger.filter(pa.array(selection.kept))
     job = summary["job"]

@@ -132,7 +132,7 @@ def test_labels_that_were_not_read(unread: Path, tmp_path: Path) -> None:
     needed = small[small > largest - 1]
     assert (code, out) == (2, "")
     assert f"{len(needed)} labels ({needed.sum()} photos) were kept whole and not read" in err
-    assert f"First: reducer resume {unread} --rank-all (it reads the {small.sum()} photos of labels" in err
+    assert f"First: reducer resume {unread} --rank-all (it ranks the {small.sum()} photos of labels" in err
     assert not (tmp_path / "x.csv").exists()
     for rules in (["--min-distance", 3], ["--total", 100], ["--max-bytes", "20GB"]):
         assert invoke("cut", unread, "--output", tmp_path / "x.csv", *rules)[0] == 2
