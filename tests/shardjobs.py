@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -91,27 +88,3 @@ def samples_of(photos: dict[str, bytes], labels: dict[str, str], form: str, shar
 
 def lines_of(run: Path) -> list[str]:
     return sorted(csv_of(run).decode().splitlines())
-
-
-KILLED_BEFORE = """
-import os, pathlib, signal, sys
-name, left = sys.argv.pop(1), int(sys.argv.pop(1))
-real = pathlib.Path.replace
-def replace(path, target):
-    global left
-    left -= str(target).endswith(name)
-    if left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(path, target)
-pathlib.Path.replace = replace
-from reducer.cli import main
-main(sys.argv[1:])
-"""
-
-
-def killed_before(name: str, time: int, *arguments: object) -> None:
-    given = [str(argument) for argument in (name, time, *arguments)]
-    if "run" in given and name != "report.html":
-        given.append("--no-report")
-    process = subprocess.run([sys.executable, "-c", KILLED_BEFORE, *given], check=False, capture_output=True)
-    assert process.returncode == -signal.SIGKILL, process.stderr.decode()

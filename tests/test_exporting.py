@@ -19,8 +19,9 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset
 from conftest import run_on, small_disk, wait_for
+from killing import killed_before
 from PIL import ExifTags, Image
-from shardjobs import killed_before, run_of
+from shardjobs import run_of
 from tarfiles import write_tars
 from test_cli import invoke
 from test_deaths import killer_env
@@ -376,7 +377,7 @@ def test_killed_half_way_and_gone_on_with(run: Path, tmp_path: Path, options: tu
     invoke("export", run, tmp_path / "whole", *options)
     whole = {name: content for name, content in files_below(tmp_path / "whole").items() if name != "export.json"}
     name, time_ = (".jpg", 60) if options[1] == "same" else (".tar", 3)
-    killed_before(name, time_, "export", run, tmp_path / "out", *options)
+    assert killed_before(name, time_, "export", run, tmp_path / "out", *options)
     there = {n: c for n, c in files_below(tmp_path / "out").items() if n.endswith(name)}
     assert len(there) >= time_ - 10  # some of them at a time
     assert all(whole[n] == content for n, content in there.items())  # nothing is half there

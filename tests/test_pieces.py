@@ -7,7 +7,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from conftest import reduced_files, run_on
-from shardjobs import SERIAL, csv_of, hashed, killed_before, manifest_of, rows_of, summary_of
+from killing import killed_before
+from shardjobs import SERIAL, csv_of, hashed, manifest_of, rows_of, summary_of
 from test_cli import invoke
 
 from reducer import ClusterSpec, resume
@@ -42,7 +43,7 @@ def test_a_giant_label_is_hashed_in_pieces(giant: Path, in_one_piece: Path, tmp_
 def test_a_giant_label_goes_on_by_the_piece(giant: Path, in_one_piece: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     arguments = [giant / "train", "--manifest", giant / "train.csv", "--output", run, "--keep", 8, "--workers", 0]
-    killed_before("hashes/part-00002.parquet", 1, "run", *arguments, "--partition-images", 60, "--quiet")
+    assert killed_before("hashes/part-00002.parquet", 1, "run", *arguments, "--partition-images", 60, "--quiet")
     done = len(hashed(run))
     assert 0 < done < 4
     before = {part: (run / "hashes" / part).stat().st_mtime_ns for part in hashed(run)}

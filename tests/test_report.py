@@ -19,9 +19,10 @@ import pandas as pd
 import pytest
 from conftest import job_on, run_on, small_disk
 from distributed import Client, LocalCluster
+from killing import killed_before
 from PIL import Image
 from s3server import S3Server
-from shardjobs import SERIAL, killed_before, run_of
+from shardjobs import SERIAL, run_of
 from test_cli import invoke, reduce
 
 from reducer import ClusterSpec, InputError, Job, reduce_images, report, resume, write_report
@@ -359,7 +360,7 @@ def pictures_of(path: Path) -> list[bytes]:
 
 def test_a_run_that_was_stopped_before_its_report_draws_it_when_it_goes_on(tiny: Path, tmp_path: Path) -> None:
     arguments = [tiny / "train", "--manifest", tiny / "train.csv", "--keep", 8, "--workers", 0, "--quiet"]
-    killed_before("report.html", 1, "run", *arguments, "--output", tmp_path / "run")
+    assert killed_before("report.html", 1, "run", *arguments, "--output", tmp_path / "run")
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "done"
     assert not (tmp_path / "run" / "report.html").exists()
     code, _, err = invoke("resume", tmp_path / "run", "--workers", 0, "--quiet")
@@ -412,7 +413,7 @@ def test_what_cannot_be_reported(run: Path, tmp_path: Path) -> None:
 def test_shards_on_s3_and_a_run_there(tars: Path, tiny: Path, s3: S3Server, tmp_path: Path) -> None:
     s3.make_bucket("reported")
     s3.upload_folder(tars, "reported", "tars/")
-    opened = {"key": s3.key, "secret": s3.secret, "endpoint_url": s3.endpoint}
+    opened = s3.options()
     given = {"storage_options": opened, "output_storage_options": opened, "report": True}
     run_of("s3://reported/tars", "s3://reported/run", tiny / "train.csv", **given)  # type: ignore[arg-type]
     run_of(tars, tmp_path / "run", tiny / "train.csv", report=True)

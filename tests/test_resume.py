@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import pytest
 from conftest import job_on, reduced_files, run_on, small_disk, wait_for
+from killing import killed_before
 from s3server import S3Server
 from test_cli import invoke
 from test_job import ledger_of
@@ -110,45 +111,24 @@ def test_a_client_that_is_killed_at_random_moments(slow_collection: Path, whole:
     assert sum(found.values()) == KILLS
 
 
-#: Ends the process, as kill -9 would, before the n-th file is put in its place.
-KILLED_AT = """
-import os, pathlib, signal, sys
-left = int(sys.argv.pop(1))
-real = pathlib.Path.replace
-def replace(path, target):
-    global left
-    left -= 1
-    if left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(path, target)
-pathlib.Path.replace = replace
-from reducer.cli import main
-main(sys.argv[1:])
-"""
-
-
 @pytest.mark.parametrize("options", [[], ["--total", "60", "--cross-label"]], ids=["plain", "budget"])
 def test_a_client_that_is_killed_at_every_file_that_it_writes(
     collection: Path, tmp_path: Path, options: list[str]
 ) -> None:
     arguments = [str(collection / "train"), "--manifest", str(collection / "train.csv"), "--workers", "0", "--quiet"]
-    arguments += ["--no-report", "--partition-images", "80", *(options or ["--keep", "8"])]
-    assert invoke("run", *arguments, "--output", tmp_path / "whole")[0] == 0
+    arguments += ["--partition-images", "80", *(options or ["--keep", "8"])]
+    assert invoke("run", *arguments, "--no-report", "--output", tmp_path / "whole")[0] == 0
     killed = 0
     for number in range(1, 30):
         run = tmp_path / str(number)
-        process = subprocess.run(
-            [sys.executable, "-c", KILLED_AT, str(number), "run", *arguments, "--output", str(run)], check=False
-        )
-        if process.returncode == 0:
+        if not killed_before("", number, "run", *arguments, "--output", run):
             break
-        assert process.returncode == -signal.SIGKILL
         killed += 1
         assert (run / "lock.json").exists()
         code, _, err = invoke("resume", run, "--workers", "0", "--quiet")
         if number == 1:  # not even the first summary is there
             assert (code, "is no run folder" in err) == (2, True)
-            assert invoke("run", *arguments, "--output", run)[0] == 0
+            assert invoke("run", *arguments, "--no-report", "--output", run)[0] == 0
         else:
             assert code == 0, err
         assert_same(run, tmp_path / "whole")
@@ -507,7 +487,7 @@ def test_a_disk_that_is_full(collection: Path, tmp_path: Path) -> None:
 
 
 def storage(s3: S3Server, flag: str = "--output-storage-option") -> list[str]:
-    pairs = {"endpoint_url": s3.endpoint, "key": s3.key, "secret": s3.secret}
+    pairs = s3.options()
     return [part for name, value in pairs.items() for part in (flag, f"{name}={value}")]
 
 
@@ -528,7 +508,7 @@ def test_a_run_on_s3_goes_on(
     code, _, err = invoke("resume", url, *opened, "--workers", "0", "--break-lock")
     assert code == 0, err
     assert "was broken (--break-lock)" in caplog.text
-    place = Place(url, {"endpoint_url": s3.endpoint, "key": s3.key, "secret": s3.secret})
+    place = Place(url, s3.options())
     for name, content in reduced_files(whole).items():
         assert s3.client().get_object(Bucket="resume", Key=f"run/{name}")["Body"].read() == content
     assert RunFolder(place).ledger().equals(RunFolder(str(whole)).ledger())
@@ -540,7 +520,7 @@ def test_a_run_on_s3_goes_on(
 
 
 def test_photos_on_s3_need_their_options_again(s3: S3Server, tmp_path: Path) -> None:
-    opened = {"endpoint_url": s3.endpoint, "key": s3.key, "secret": s3.secret}
+    opened = s3.options()
     job = {"keep": 8, "manifest": "s3://trial/train.csv", "partition_images": 30, "manifest_storage_options": opened}
     from reducer import Job
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 from conftest import reduced_files
+from killing import killed_before
 from shardjobs import (
     SERIAL,
     assert_same_rows,
     content_at,
     hashed,
-    killed_before,
     lines_of,
     rows_of,
     run_of,
@@ -146,7 +146,7 @@ def test_samples_are_gone_on_with_before_all_labels_are_known(
     tars = write_tars(tmp_path / "tars", samples_of(photos, labels, "cls", 4))
     run_of(tars, tmp_path / "whole", None)
     run = tmp_path / "run"
-    killed_before(name, time, "run", tars, "--output", run, "--keep", 8, "--workers", 0, "--quiet")
+    assert killed_before(name, time, "run", tars, "--output", run, "--keep", 8, "--workers", 0, "--quiet")
     code, out, _ = invoke("status", run)
     assert code == 0
     done = len(hashed(run))
@@ -237,7 +237,7 @@ def test_samples_when_the_client_is_killed_at_every_file_that_it_writes(
     written = ["shards.parquet", "plan.parquet", "part-00000.parquet", "reduced.csv", "summary.json"]
     for name, time in [*((name, 1) for name in written[:-1]), ("plan.parquet", 2), ("summary.json", 2)]:
         run = tmp_path / f"{name}-{time}"
-        killed_before(name, time, "run", tars, "--output", run, "--keep", 8, "--workers", 0, "--quiet")
+        assert killed_before(name, time, "run", tars, "--output", run, "--keep", 8, "--workers", 0, "--quiet")
         assert invoke("resume", run, "--workers", 0)[0] == 0
         assert_same_rows(run, tmp_path / "whole")
         for figure in ("photos", "labels", "photos_to_read", "shards", "reasons", "manifest"):

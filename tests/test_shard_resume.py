@@ -9,11 +9,11 @@ from typing import Any
 import pandas as pd
 import pytest
 from conftest import reduced_files
+from killing import killed_before
 from s3server import S3Server
-from shardjobs import SERIAL, SHARDS, assert_same_rows, csv_of, hashed, killed_before, rows_of, run_of, summary_of
+from shardjobs import SERIAL, SHARDS, assert_same_rows, csv_of, hashed, rows_of, run_of, summary_of
 from tarfiles import md5, packed, shards_read, spoil, tar_of, write_tars
 from test_cli import invoke
-from test_s3 import options
 
 from reducer import ClusterSpec, resume
 from reducer.places import ByteRange, Source
@@ -39,7 +39,7 @@ def test_a_client_that_is_killed_goes_on_by_the_shard(
 ) -> None:
     run = tmp_path / "run"
     arguments = [tars, "--manifest", tiny / "train.csv", "--output", run, "--keep", 8, "--partition-images", 60]
-    killed_before(name, 1, "run", *arguments, "--workers", workers, "--quiet")
+    assert killed_before(name, 1, "run", *arguments, "--workers", workers, "--quiet")
     done = spoil_done(tars, run)
     assert done == SHARDS if name.startswith("images") else 0 <= done < SHARDS
     code, out, _ = invoke("status", run)
@@ -280,7 +280,7 @@ def test_a_photo_is_read_only_from_the_shard_that_it_was_found_in(
     good = [ByteRange(str(path), 512, 9, state.st_mtime_ns), ByteRange(url, 512, 9, None, etag)]
     late = [ByteRange(str(path), 512, 9, state.st_mtime_ns - 1), ByteRange(url, 512, 9, None, "another")]
     for reader in ("s3fs", "obstore"):
-        source = Source(options(s3), reader)
+        source = Source(s3.options(), reader)
         contents = [file.content for file in read_all(good, source, max_pixels=10**6)]
         assert contents == [path.read_bytes()[512:521]] * 2
         for error in read_all(late, source, max_pixels=10**6):
