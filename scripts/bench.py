@@ -62,7 +62,7 @@ PHOTOS = {
     "floor": 30_000,
     "memory": 30_000,
     "vectors": 1_000_000,
-    "embed": 6_000,
+    "embed": 12_000,
     "plan": 1_580_470,
     "scaling": 30_000,
     "s3": 3_000,

@@ -209,7 +209,7 @@ def flat(photos: str) -> None:
             content = io.BytesIO()
             Image.fromarray(dull.round().clip(0, 255).astype(np.uint8)).save(content, "JPEG", quality=90)
             other = hash_photo(content.getvalue(), settings).bits
-            apart.append((int.from_bytes(other) ^ int.from_bytes(found.bits)).bit_count())
+            apart.append(differing(other, found.bits))
         rows.append([deviation, float(np.mean(apart)), f"{np.mean(np.array(apart) <= near_copy_bits(64)):.0%}"])
     say(
         f"{len(some)} photos of {photos}, their contrast lowered and saved again; a photo is flat under "

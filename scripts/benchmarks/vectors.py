@@ -210,6 +210,8 @@ def embed(photos: int, model: str | None, repetitions: int) -> None:
         vectors_of([picture_of(Path(paths[0]).read_bytes(), settings)], settings.embed)  # does it fit?
         with multiprocessing.get_context("spawn").Pool(PROCESSES) as pool:
             halves = [paths[start::PROCESSES] for start in range(PROCESSES)]
+            # In the place of a round to warm up, which takes minutes.
+            pool.map(embed_only, [(own[:100], model, True) for own in halves], chunksize=1)
 
             def bare(hashed: bool) -> float:
                 return timed(lambda: pool.map(embed_only, [(own, model, hashed) for own in halves]))
@@ -230,7 +232,7 @@ def embed(photos: int, model: str | None, repetitions: int) -> None:
                 "bare processes that hash them too": lambda: bare(True),
                 "`reducer run --embed`": job,
             }
-            found = measured(ways, repetitions)
+            found = measured(ways, repetitions, warm_up=False)
     bases = [found["bare processes that read, decode and embed"], found["bare processes that hash them too"]]
     rows = [[name, photos / figure, *(base / figure for base in bases)] for name, figure in found.items()]
     size = os.path.getsize(model) / 1e6 if os.path.exists(model) else 8.8
