@@ -11,7 +11,7 @@ import os
 import re
 import string
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Any
 
@@ -386,8 +386,10 @@ class Job:
             raise InputError(f"--embed-std is {','.join(map(str, self.embed_std))}: nothing can be divided by 0")
         if self.vectors is not None and self.embed is not None:
             raise InputError("--vectors and --embed exclude each other: give the vectors, or what makes them")
-        if self.embed is None and self.embed_output is not None:
-            raise InputError("--embed-output names an output of a model: give --embed too")
+        if self.embed is None:
+            for own in fields(self):
+                if own.name.startswith("embed_") and getattr(self, own.name) != own.default:
+                    raise InputError(f"{flag(own.name)} is about a model: give --embed too, or leave it out")
         if self.by_vectors and self.strategy == "pairs":
             raise InputError(
                 "--strategy pairs compares hashes: with vectors give facility-location, farthest-first or random"
@@ -499,7 +501,7 @@ class Job:
     @property
     def settings_without_model(self) -> PhotoSettings:
         """The same, but that no vectors are made."""
-        near = near_copy_bits(self.hash_size**2) if self.by_vectors and self.hashes_photos else None
+        near = None if self.embed is None else near_copy_bits(self.hash_size**2)
         return PhotoSettings(
             keep=self.keep,
             strategy=self.ranked_by,

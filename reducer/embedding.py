@@ -146,12 +146,14 @@ class Model:
     Raises
     ------
     InputError
-        If onnxruntime is missing, the file cannot be loaded, or takes or gives something else.
+        If onnxruntime is missing, the file cannot be loaded, takes or gives something else, or makes vectors that
+        depend on the other photos of a batch.
 
     Notes
     -----
     Every batch is full, the last one of a partition by empty photos, and one thread works on it: so a photo's vector
-    does not depend on those that it comes with.
+    does not depend on those that it comes with. Of models that look at a batch as a whole it would, and they are
+    refused.
     """
 
     def __init__(self, settings: EmbedSettings, path: str) -> None:
@@ -180,12 +182,25 @@ class Model:
         self._check_input()
         self._choose_output()
         try:
-            found = self._run(np.zeros((1, settings.size, settings.size, 3), np.uint8))
+            alone, together = self._in_company()
         except InputError:
             raise
         except Exception as error:
             raise InputError(f"{self._where} does not take photos: {one_line(error)}") from None
-        self.dimensions = int(found.shape[1])
+        if alone.tobytes() != together.tobytes():
+            raise InputError(
+                f"{self._where} makes other vectors of a photo in other company, as dynamically quantized models do: "
+                "results would hang on which photos are read together. "
+                + ("Export it for one photo at a time" if self._fixed else "Give --embed-batch 1")
+            )
+        self.dimensions = int(alone.shape[1])
+
+    def _in_company(self) -> tuple[NDArray[np.floating[Any]], NDArray[np.floating[Any]]]:
+        """Vectors of one picture, of shape (1, dimensions): first of all and alone, and behind others unlike it."""
+        side = self.settings.size
+        pictures = np.random.default_rng(0).integers(0, 256, (self.batch, side, side, 3), np.uint8)
+        pictures[-1] = 100 + pictures[-1] // 16  # one of low contrast
+        return self._run(pictures[-1:]), self._run(pictures)[-1:]
 
     def _check_input(self) -> None:
         inputs = self._session.get_inputs()
@@ -209,6 +224,7 @@ class Model:
             advice = f"give --embed-size {wanted}" if len({*sides, wanted} - {None}) == 1 else "it is not square"
             raise InputError(f"{self._where} takes {shown}, and --embed-size is {size}: {advice}")
         #: A model may take so many photos at a time and no other number.
+        self._fixed = batch is not None
         self.batch = batch or self.settings.batch
 
     def _choose_output(self) -> None:

@@ -173,6 +173,8 @@ def _named(folder: RunFolder) -> Iterator[None]:
 def _check_target(target: Place, overwrite: bool) -> None:
     if not target.path.endswith(".parquet"):
         raise InputError(f"--output {target.path}: the name must end in .parquet, which is what is written")
+    if not target.remote and Path(target.path).is_dir():
+        raise InputError(f"--output {target.path} is a folder: give the name of a file")
     if not overwrite and (target.holds_something() if target.remote else Path(target.path).exists()):
         raise InputError(f"--output {target.path} is there already: give another name, or --overwrite")
     if not target.remote and not Path(target.path).absolute().parent.is_dir():

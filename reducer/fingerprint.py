@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from reducer.config import STORAGE_OPTIONS, Job
@@ -38,6 +38,8 @@ INDIFFERENT = (
     "read_ahead",
     *STORAGE_OPTIONS,
 )
+#: Those that decide which vectors a model makes.
+EMBED_SETTINGS = ("embed", "embed_size", "embed_mean", "embed_std", "embed_batch", "embed_output")
 BLOCK = 2**20
 
 
@@ -102,8 +104,10 @@ class Fingerprint:
             now = settings_of(job)
         except InputError as error:
             log.warning("%s: whether it has changed cannot be told", error)
-            now = self.settings | settings_of(replace(job, vectors=None, embed=None, embed_output=None, near_copy=None))
-            now |= {name: self.settings[name] for name in ("vectors", "embed", "embed_output", "near_copy", "strategy")}
+            names = ("vectors", "near_copy", *EMBED_SETTINGS)
+            defaults: dict[str, Any] = {field.name: field.default for field in fields(Job) if field.name in names}
+            now = self.settings | settings_of(replace(job, **defaults))
+            now |= {name: self.settings[name] for name in (*names, "strategy")}
         changed = [
             _changed(name, job, self.settings.get(name), now.get(name))
             for name in dict.fromkeys([*self.settings, *now])

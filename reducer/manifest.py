@@ -231,7 +231,7 @@ def _read_table(job: Job, keys: MemberKeys | None) -> pa.Table:
             found = [path.removeprefix("./") for path in found]
         columns["path"] = pa.array(found, pa.string())
     else:
-        _check_lengths(where, rule, ids, labels)
+        _check_lengths(where, rule, ids, labels, job.hashes_photos)
         if keys is not None:
             columns["path"] = paths_by_rule(rule, ids, labels)
     return pa.table(columns)
@@ -246,7 +246,7 @@ def _one_row_a_photo(where: str, table: pa.Table, job: Job) -> pa.Table:
     return pa.table({job.id_column: pc.list_flatten(lists), job.label_column: labels})
 
 
-def _check_lengths(where: str, rule: PathRule, ids: pa.ChunkedArray, labels: pa.ChunkedArray) -> None:
+def _check_lengths(where: str, rule: PathRule, ids: pa.ChunkedArray, labels: pa.ChunkedArray, is_read: bool) -> None:
     """Refuse an id or label that lacks a character which the template uses."""
     for _, name, character in template_fields(rule.template):
         if name is None or character is None:
@@ -257,6 +257,7 @@ def _check_lengths(where: str, rule: PathRule, ids: pa.ChunkedArray, labels: pa.
             raise InputError(
                 f"{where}: {name} {column[short].as_py()!r} of photo {short + 1} (label {labels[short].as_py()!r}) "
                 f"is too short for --path-template {rule.template!r}; give the layout of your photos, or --path-column"
+                + ("" if is_read else " (no photo is read here: --path-template '{id}' will do)")
             )
 
 

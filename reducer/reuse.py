@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from reducer.config import Job
 from reducer.environment import Environment, compare_with, without_model
 from reducer.errors import InputError
-from reducer.fingerprint import Fingerprint, settings_of
+from reducer.fingerprint import EMBED_SETTINGS, Fingerprint, settings_of
 from reducer.manifest import with_paths
 from reducer.pieces import stem_of
 from reducer.rules import flag
@@ -28,8 +28,6 @@ log = logging.getLogger("reducer")
 
 #: Settings that must be equal for hashes to be the same.
 HASH_SETTINGS = ("hash", "hash_size", "decode", "exif_orientation")
-#: And for vectors to be, where a model makes them.
-EMBED_SETTINGS = ("embed", "embed_size", "embed_mean", "embed_std", "embed_batch", "embed_output")
 #: Where the columns of `KNOWN_SCHEMA` come from in the ledger.
 LEDGER_NAMES = {name: name.removeprefix("known_") for name in KNOWN_SCHEMA.names if name != "known_reused"}
 KEY = ("id", "path")

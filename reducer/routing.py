@@ -7,6 +7,7 @@ import logging
 import os
 import tempfile
 import weakref
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -108,6 +109,8 @@ def find_vectors(job: Job) -> VectorFiles | None:
             metadata = file.metadata
             for sample in _samples(place):
                 digest.update(sample)
+            if not metadata.num_rows:  # one of the parts that Spark writes
+                continue
             own = vector_columns(name, file, job.id_column, {job.label_column, job.path_column})
             if found is not None and found != own:
                 raise InputError(
@@ -116,7 +119,8 @@ def find_vectors(job: Job) -> VectorFiles | None:
                 )
             found = own
             groups += [(number, group, _stored(metadata.row_group(group))) for group in range(metadata.num_row_groups)]
-    assert found is not None
+    if found is None:
+        raise InputError(f"{where} holds no vector: it has no rows")
     columns, dimensions = found
     paths = tuple(absolute(place.path) for place in places)
     return VectorFiles(where, paths, job.id_column, columns, dimensions, tuple(groups), digest.hexdigest())
@@ -193,6 +197,12 @@ def vector_columns(
     schema = file.schema_arrow
     if id_column not in schema.names:
         raise InputError(f"{where} has no column {id_column!r} (--id-column); it has {_shown(schema.names)}")
+    named = [
+        own.name for own in schema if own.name == id_column or pa.types.is_floating(own.type) or _is_list(own.type)
+    ]
+    twice = [name for name, count in Counter(named).items() if count > 1]
+    if twice:
+        raise InputError(f"{where} has several columns of one name ({_shown(twice)}): leave one in")
     kind = schema.field(id_column).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer, pa.types.is_null)
@@ -215,10 +225,17 @@ def vector_columns(
                 f"{where}: columns of numbers are of several kinds ({', '.join(sorted(kinds))}), so they are not all "
                 "dimensions of one vector: leave the others out, or put the vectors into one column of lists"
             )
+        stems = Counter(stem for name in numbers if (stem := _stem(name)) is not None)
+        odd = [name for name in numbers if _stem(name) != stems.most_common(1)[0][0]] if stems else []
+        if odd and stems.total() > 1:
+            raise InputError(
+                f"{where}: columns {_shown(odd)} are not named as the others, so they may be no dimensions: leave them "
+                "out, or put the vectors into one column of lists"
+            )
         log.info("%s: vectors of %d columns, %s to %s", where, len(numbers), numbers[0], numbers[-1])
         return tuple(numbers), len(numbers)
     kind = schema.field(lists[0]).type
-    dimensions = kind.list_size if pa.types.is_fixed_size_list(kind) else _first_length(file, lists[0])
+    dimensions = kind.list_size if pa.types.is_fixed_size_list(kind) else _usual_length(file, lists[0])
     if dimensions < 1:
         raise InputError(f"{where}: column {lists[0]!r} holds no vector")
     return (lists[0],), dimensions
@@ -228,11 +245,18 @@ def _is_list(kind: pa.DataType) -> bool:
     return any(check(kind) for check in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list))
 
 
-def _first_length(file: pq.ParquetFile, name: str) -> int:
+def _stem(name: str) -> str | None:
+    """What a numbered name begins with; None of others."""
+    stem = name.rstrip("0123456789")
+    return None if stem == name else stem
+
+
+def _usual_length(file: pq.ParquetFile, name: str) -> int:
+    """Of most of the first lists; empty ones do not count."""
     for batch in file.iter_batches(1024, columns=[name]):
-        lengths = pc.list_value_length(batch.column(0)).drop_null()
-        if len(lengths):
-            return int(lengths[0].as_py())
+        lengths = pc.list_value_length(batch.column(0)).drop_null().to_numpy(zero_copy_only=False)
+        if lengths.any():
+            return int(np.bincount(lengths[lengths > 0]).argmax())
     return 0
 
 

@@ -32,6 +32,7 @@ from reducer.store import RunFolder
 from reducer.summary import outcome, plan_figures, shard_figures
 from reducer.todo import Todo
 from reducer.types import PartitionResult, Piece, PiecesResult, Tally
+from reducer.vectors import NO_VECTOR
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -419,6 +420,8 @@ class Run:
         if give_up and own.tried >= ALL_FAILED and own.failed == own.tried and not own.reused:
             if own.looked_up and not own.read:
                 advice = "that the file of vectors is of these photos, and --id-column, which names its ids too"
+            elif f": {NO_VECTOR}" in (session.first_failure or ""):
+                advice = "the model, --embed-mean, --embed-std and --embed-output"
             else:
                 advice = "IMAGES, --path-template or --path-column, and that the workers see this path"
             raise TooManyFailuresError(

@@ -18,6 +18,7 @@ NO_VECTOR = "no vector"
 PROBLEMS = ("", "its vector holds numbers that are not finite", "its vector is all zeros")
 #: Rounding each number to float16 changes the length of a unit vector by at most half of this.
 ROUNDING = 2**-10
+LARGEST = np.finfo(np.float64).max
 #: Vectors that are made alike at a time.
 BLOCK = 4096
 
@@ -47,6 +48,10 @@ def as_units(vectors: NDArray[np.floating]) -> tuple[Vectors, NDArray[np.uint8]]
     for start in range(0, len(vectors), BLOCK):
         own = slice(start, start + BLOCK)
         wide = vectors[own].astype(np.float64)
+        if vectors.dtype == np.float64:
+            # Their squares may be out of its range, those of smaller kinds never are. A power of two changes no bit.
+            peak = np.abs(wide).max(axis=1, initial=0)
+            wide = np.ldexp(wide, -np.frexp(np.where(np.isfinite(peak), peak, LARGEST))[1][:, None])
         squares = np.zeros(len(wide))
         for column in np.ascontiguousarray(wide.T):
             squares += column * column

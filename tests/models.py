@@ -123,6 +123,17 @@ def no_number_for_dark_photos(path: Path) -> Path:
     return _save(path, net, [_photos(["photos", 3, "side", "side"])], [_vectors(["photos", 3])])
 
 
+def less_the_mean_of_all(path: Path, batch: int | str = "photos") -> Path:
+    """One whose vectors depend on the photos that come with them."""
+    net = _Net(0)
+    net.convolution(3, 16, 5, 4)
+    net.add("GlobalAveragePool")
+    net.add("Flatten")
+    net.nodes.append(helper.make_node("ReduceMean", [net.top], ["mean"], axes=[0]))
+    net.add("Sub", ["mean"], name="vectors")
+    return _save(path, net, [_photos([batch, 3, "side", "side"])], [_vectors([batch, 16])])
+
+
 def text(path: Path) -> Path:
     """One that takes words."""
     net = _Net(0)

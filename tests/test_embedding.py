@@ -135,6 +135,19 @@ def test_photos_that_a_model_has_no_vector_for_fail_alone(tmp_path: Path) -> Non
     assert images["hash"].notna().tolist() == [True, False, True, True, False, False]
 
 
+def test_where_a_model_has_no_vector_for_any_photo_that_is_what_to_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reducer.session.ALL_FAILED", 3)
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    for number in range(4):
+        Image.new("RGB", (40, 40), (number, 0, 0)).save(tmp_path / "train" / "a" / f"{number}.png")
+    path = models.no_number_for_dark_photos(tmp_path / "m.onnx")
+    job = Job(str(tmp_path / "train"), str(tmp_path / "run"), embed=str(path), rank_all=True, **OWN)
+    with pytest.raises(TooManyFailuresError, match=r"all failed.* no vector: of the model.* Check the model, --embed"):
+        reduce_images(job, ClusterSpec(workers=0), progress=False)
+
+
 def test_a_model_that_fails_at_a_photo_costs_that_photo(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = settings_of(model)
     assert settings.embed is not None
@@ -186,6 +199,16 @@ def test_a_model_that_has_no_memory_blames_no_photo(model: Path, monkeypatch: py
             models.text,
             {},
             r"takes words \(photos, 7\) tensor\(int64\): expected one input of floating",
+        ),
+        (
+            models.less_the_mean_of_all,
+            {},
+            r"makes other vectors of a photo in other company, .* Give --embed-batch 1",
+        ),
+        (
+            lambda path: models.less_the_mean_of_all(path, 8),
+            {},
+            r"makes other vectors of a photo in other company, .* Export it for one photo at a time",
         ),
         (models.grey, {}, r"takes photos \(photos, 1, \S+ \S+ tensor\(float\): expected 3 channels"),
     ],
@@ -495,12 +518,14 @@ def run_on_folder(tmp_path: Path, vectors: Path) -> pa.Table:
     [
         ("v.csv", {}, r"the name must end in \.parquet"),
         ("nowhere/v.parquet", {}, "there is no folder"),
+        ("folder.parquet", {"overwrite": True}, r"\.parquet is a folder: give the name of a file"),
         ("v.parquet", {"embed": None}, r"embed needs a model: give --embed MODEL\.onnx"),
     ],
 )
 def test_embedding_refuses_what_cannot_be(
     tiny: Path, model: Path, tmp_path: Path, output: str, options: dict[str, object], message: str
 ) -> None:
+    (tmp_path / "folder.parquet").mkdir()
     with pytest.raises(InputError, match=message):
         embed(
             job_on(tiny, tmp_path / output, **{"embed": str(model), **options}), ClusterSpec(workers=0), progress=False

@@ -208,6 +208,9 @@ def test_paths_by_template_and_by_column(tmp_path: Path) -> None:
         assert found.table["path"].to_pylist() == [f"{root}/{name}" for name in expected]
     found = manifest_of(tmp_path, content, path_column="file")
     assert found.table["path"].to_pylist() == [f"{root}/sub/a.png", "/abs/b.png"]
+    hint = r"\(no photo is read here: --path-template '\{id\}' will do\)"
+    with pytest.raises(InputError, match=f"'xy' of photo 1 .* is too short for .*; give the layout .* {hint}"):
+        manifest_of(tmp_path, "id,landmark_id\nxy,1\n", vectors="v.parquet", path_template="{id[2]}/{id}")
     with pytest.raises(InputError, match=r"train.csv: id 'xy' of photo 2 \(label '1'\) is too short for"):
         manifest_of(tmp_path, "id,landmark_id\nabc,1\nxy,1\n", path_template="{id[2]}/{id}")
 

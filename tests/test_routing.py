@@ -131,6 +131,41 @@ def test_columns_that_are_no_dimensions(tmp_path: Path) -> None:
     pq.write_table(pa.table({"id": IDS, **columns, "score": np.arange(200.0)}), tmp_path / "w.parquet")
     with pytest.raises(InputError, match=r"columns of numbers are of several kinds \(double, float\)"):
         find_vectors(job(tmp_path / "w.parquet"))
+    pq.write_table(pa.table({"id": IDS, **columns, "score": VECTORS[:, 0]}), tmp_path / "x.parquet")
+    with pytest.raises(InputError, match="columns 'score' are not named as the others, so they may be no dimensions"):
+        find_vectors(job(tmp_path / "x.parquet"))
+    named = dict(zip(["red", "green", "blue", "hue", "line", "dim6"], columns.values(), strict=True))
+    pq.write_table(pa.table({"id": IDS, **named}), tmp_path / "y.parquet")
+    assert all_of(tmp_path / "y.parquet", {0: IDS}) == {0: units(VECTORS)}
+
+
+def test_a_vector_of_another_length_is_its_photos_matter(tmp_path: Path) -> None:
+    for odd in ([], [1.0, 2.0]):
+        path = written(tmp_path / "v.parquet", pa.array([odd, *VECTORS[1:].tolist()], pa.list_(pa.float32())))
+        (found,) = all_of(path, {0: IDS}).values()
+        assert found == [
+            f"no vector: --vectors {path}: it has no list of 6 numbers for its id",
+            *units(VECTORS[1:]),
+        ]
+
+
+def test_files_without_rows_are_passed_over(tmp_path: Path) -> None:
+    for number, rows in enumerate([slice(0, 0), slice(0, 150), slice(150, 150), slice(150, 200)]):
+        values = pa.array(VECTORS[rows].tolist(), pa.list_(pa.float32()))
+        written(tmp_path / f"part-{number}.parquet", values, IDS[rows])
+    assert all_of(tmp_path, {0: IDS}) == {0: units(VECTORS)}
+    for number in (1, 3):
+        (tmp_path / f"part-{number}.parquet").unlink()
+    with pytest.raises(InputError, match=r"--vectors \S+ holds no vector: it has no rows"):
+        find_vectors(job(tmp_path))
+
+
+def test_two_columns_of_one_name(tmp_path: Path) -> None:
+    columns = [pa.array(IDS), pa.array(IDS), pa.array(VECTORS[:, 0]), pa.array(VECTORS[:, 1])]
+    for names in (["id", "id", "x", "y"], ["id", "a", "x", "x"]):
+        pq.write_table(pa.Table.from_arrays(columns, names), tmp_path / "v.parquet")
+        with pytest.raises(InputError, match=f"several columns of one name .'{names[1] if names[1] == 'id' else 'x'}'"):
+            find_vectors(job(tmp_path / "v.parquet"))
 
 
 def test_very_many_columns_are_read_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -315,7 +315,9 @@ def test_labels_too_large_for_one_step_are_named(
         ({"vectors": "v", "strategy": "pairs"}, "--strategy pairs compares hashes"),
         ({"near_copy": 3}, "--near-copy says which photos come last when they are ranked by vectors"),
         ({"vectors": "v", "near_copy": 65}, "--near-copy is 65: expected a whole number of bits from 0 to 64"),
-        ({"embed_output": "x"}, "--embed-output names an output of a model: give --embed too"),
+        ({"embed_output": "x"}, "--embed-output is about a model: give --embed too, or leave it out"),
+        ({"embed_size": 64}, "--embed-size is about a model: give --embed too"),
+        ({"vectors": "v", "embed_mean": "0,0,0"}, "--embed-mean is about a model"),
         ({"embed": "m", "embed_mean": "1,2"}, "--embed-mean is '1,2': expected three numbers"),
         ({"embed": "m", "embed_std": (1, 0, 1)}, "--embed-std is 1.0,0.0,1.0: nothing can be divided by 0"),
         ({"embed": "m", "embed_batch": 0}, "--embed-batch is 0: expected a whole number of 1 or more"),
@@ -357,5 +359,8 @@ def test_the_job_is_told_as_it_is(collection: Path, vectors: Path, tmp_path: Pat
     assert not job.hashes_photos
     assert job.photo_settings.unit == "cosine"
     for options in ({"near_copy": 0}, {"drop_flat": True}, {"cross_label": True}, {"max_bytes": "1GB"}):
-        assert job_on(collection, tmp_path / "run", vectors=str(vectors), **options).hashes_photos
+        job = job_on(collection, tmp_path / "run", vectors=str(vectors), **options)
+        assert job.hashes_photos
+        # What else needs hashes does not change which photos are kept.
+        assert job.photo_settings.near_copy == options.get("near_copy")
     assert job_on(collection, tmp_path / "run").photo_settings.near_copy is None

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -44,6 +46,11 @@ def test_vectors_without_a_direction_are_told_apart() -> None:
     ]
     np.testing.assert_allclose(units[[0, 5, 6]].astype(float), [[1, 0], [0.5**0.5, 0.5**0.5], [1, 0]], atol=1e-3)
     assert not units[1:5].any()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        units, problem = as_units(np.array([[3e200, -4e200], [3e-310, 4e-310], [0, 0], [np.inf, 1e300]]))
+    np.testing.assert_allclose(units[:2].astype(float), [[0.6, -0.8], [0.6, 0.8]], atol=1e-3)
+    assert problem.tolist() == [0, 0, 2, 1]
 
 
 def test_lists_and_bytes_are_the_same_vectors(tmp_path: object) -> None:
