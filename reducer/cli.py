@@ -128,7 +128,7 @@ def main() -> None:
     type=int,
     metavar="BITS",
     help="With hashes and vectors: photos at most so many bits from one with a smaller rank come behind all others."
-    "  [default: 6 of 64, in proportion]",
+    "  [default: 6 of 64, in proportion, with --embed; none with --vectors]",
 )
 @click.option(
     "--hash",

@@ -172,7 +172,7 @@ class Job:
         What the model is given and which output is taken, as for `EmbedSettings`.
     near_copy : int, optional
         With hashes and vectors: a photo at most so many bits from one with a smaller rank comes behind all that are
-        not; default 6 of 64.
+        not; default 6 of 64 with ``embed``, none with ``vectors``.
     hash : {"dhash", "dhash-vertical", "phash", "ahash", "whash"}
         Which perceptual hash of imagehash's they are compared by.
     hash_size : int

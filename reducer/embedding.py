@@ -223,8 +223,8 @@ class Model:
             wanted = next(side for side in sides if side not in (None, size))
             advice = f"give --embed-size {wanted}" if len({*sides, wanted} - {None}) == 1 else "it is not square"
             raise InputError(f"{self._where} takes {shown}, and --embed-size is {size}: {advice}")
-        #: A model may take so many photos at a time and no other number.
         self._fixed = batch is not None
+        #: A model may take so many photos at a time and no other number.
         self.batch = batch or self.settings.batch
 
     def _choose_output(self) -> None:

@@ -79,7 +79,7 @@ class VectorFiles:
 
 
 def find_vectors(job: Job) -> VectorFiles | None:
-    """Look at the files of vectors of a job; reads what they hold, and no vector but one.
+    """Look at the files of vectors of a job: at what they hold, and no more of it than a few rows and samples.
 
     Parameters
     ----------
@@ -226,7 +226,8 @@ def vector_columns(
                 "dimensions of one vector: leave the others out, or put the vectors into one column of lists"
             )
         stems = Counter(stem for name in numbers if (stem := _stem(name)) is not None)
-        odd = [name for name in numbers if _stem(name) != stems.most_common(1)[0][0]] if stems else []
+        usual = max(stems, key=stems.__getitem__, default=None)
+        odd = [name for name in numbers if _stem(name) != usual]
         if odd and stems.total() > 1:
             raise InputError(
                 f"{where}: columns {_shown(odd)} are not named as the others, so they may be no dimensions: leave them "

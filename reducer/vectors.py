@@ -18,6 +18,7 @@ NO_VECTOR = "no vector"
 PROBLEMS = ("", "its vector holds numbers that are not finite", "its vector is all zeros")
 #: Rounding each number to float16 changes the length of a unit vector by at most half of this.
 ROUNDING = 2**-10
+#: Of float64.
 LARGEST = np.finfo(np.float64).max
 #: Vectors that are made alike at a time.
 BLOCK = 4096
