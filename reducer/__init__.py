@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from reducer._version import __version__
 from reducer.clusterspec import TLS, ClusterSpec, WorkerRules
 from reducer.config import Job
 from reducer.errors import ClusterError, InputError, ReducerError, TooManyFailuresError
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
     from reducer.report import write_report
     from reducer.result import Result
     from reducer.story import Story, explain
-
-__version__ = "0.1.0"
 
 #: Where the names are that are imported when they are first used: Dask, Arrow and Pillow take a second to import, and
 #: ``reducer --help`` does without them. No module may have the name of a function: importing it would hide that one.

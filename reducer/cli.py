@@ -8,7 +8,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-import reducer
+from reducer._version import __version__
 from reducer.clusterspec import ClusterSpec
 from reducer.config import (
     DECODE_NAMES,
@@ -61,7 +61,7 @@ EXCLUSIVE = (("path_column", "path_template"), ("total", "max_bytes"))
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Example: reducer sample photos && reducer run photos/train --manifest photos/train.csv --output run",
 )
-@click.version_option(reducer.__version__, prog_name="reducer")
+@click.version_option(__version__, prog_name="reducer")
 def main() -> None:
     """Reduce a labelled photo collection to the K most different photos of every label."""
     # A notebook names its own to all that it starts. Where that is not installed matplotlib could not be imported, and
@@ -271,7 +271,10 @@ def run(
         labels=None if labels is None else _parse_labels(labels),
     )
     if dry_run:
-        print_forecast(job, spec, 0 if no_sample else SAMPLE_PHOTOS)
+        from reducer.dryrun import forecast
+
+        sample = 0 if no_sample else SAMPLE_PHOTOS
+        print_forecast(forecast(job, spec, sample=sample), job, sample)
         return
     # Dask and Arrow are imported from here on.
     from reducer.job import reduce_images

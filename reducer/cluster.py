@@ -17,7 +17,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 import dask
-from dask.system import CPU_COUNT
+from dask.system import CPU_COUNT as CPU_COUNT
 from distributed.diagnostics.plugin import UploadFile
 
 from reducer.clusterspec import TLS, ClusterSpec

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from reducer.config import Job, known_keys
 from reducer.errors import InputError
+from reducer.formatting import parse_seconds
 from reducer.rules import flag
 
 if TYPE_CHECKING:
@@ -324,13 +326,14 @@ def _security(top: Mapping[str, Any]) -> TLS | None:
 
 def _seconds(where: str, value: object) -> float:
     """A length of time as Dask writes it: ``60s``, ``10 minutes``, or a number of seconds."""
-    from dask.utils import parse_timedelta
-
     try:
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             raise ValueError(value)
-        return float(parse_timedelta(value))
-    except (ValueError, LookupError, TypeError, OverflowError):
+        seconds = parse_seconds(value) if isinstance(value, str) else float(value)
+        if not math.isfinite(seconds):
+            raise ValueError(value)
+        return seconds
+    except (ValueError, OverflowError):
         raise InputError(f"{where} is {_shown(value)}: expected a length of time, such as 60s or 10m") from None
 
 

@@ -20,7 +20,7 @@ from reducer.embedding import embedded
 from reducer.errand import ShardErrand
 from reducer.job import check_vectors
 from reducer.lists import read_avoided
-from reducer.manifest import with_paths
+from reducer.manifest import path_rule, with_paths
 from reducer.pieces import PlainLooker, run_shards
 from reducer.pipeline import Look, look_at_all
 from reducer.places import ByteRange
@@ -118,7 +118,7 @@ def forecast(job: Job, cluster: ClusterSpec | None = None, *, sample: int = SAMP
     rows = plan.read.num_rows
     ids = plan.read["id"].to_pylist() if sample else []
     drawn = plan.read.take(pa.array(draw_order(TIME_SAMPLE, job.seed, "", ids)[:sample], pa.int64()))
-    paths = with_paths(job, drawn)["path"].to_pylist()
+    paths = with_paths(path_rule(job), drawn)["path"].to_pylist()
     clock = time.perf_counter()
     looks = list(embedded(look_at_all(paths, job.photo_settings, job.source), job.photo_settings))
     seconds = time.perf_counter() - clock

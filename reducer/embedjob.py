@@ -23,7 +23,7 @@ from reducer.fingerprint import Fingerprint
 from reducer.found import beside_plan
 from reducer.job import check_vectors, connected, terms_of, worker_threads_of
 from reducer.lock import locked
-from reducer.manifest import with_paths
+from reducer.manifest import path_rule, with_paths
 from reducer.partition import piece_size
 from reducer.places import Place
 from reducer.plan import Plan, make_plan
@@ -207,7 +207,7 @@ def _in_pieces(plan: Plan, threads: int) -> Plan:
 def _write(todo: Todo, target: Place, session: Session) -> EmbedResult:
     """The file of vectors, in the order of the manifest, a row group at a time."""
     plan, job = todo.plan, todo.plan.job
-    plan = replace(plan, rows=with_paths(job, plan.rows))
+    plan = replace(plan, rows=with_paths(path_rule(job), plan.rows))
     found = beside_plan(plan, todo.found(), todo.keys)
     error = pc.if_else(pc.is_null(found["key"]), pa.scalar(todo.missing, pa.string()), found["error"])
     order = pa.array(np.argsort(plan.rows["row"].to_numpy(), kind="stable"))

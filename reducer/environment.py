@@ -32,7 +32,7 @@ import numpy as np
 import PIL
 from PIL import features
 
-import reducer
+from reducer._version import __version__
 from reducer.config import PhotoSettings
 from reducer.embedding import probe_digest
 from reducer.hashing import PhotoError, hash_photo, pillow_settings, to_hex
@@ -88,7 +88,7 @@ def versions() -> dict[str, str]:
         with: ``libjpeg_turbo``, ``zlib``, ``libwebp``. What is not there, or does not tell, is left out.
     """
     found: dict[str, str | None] = {
-        "reducer": reducer.__version__,
+        "reducer": __version__,
         "python": platform.python_version(),
         # What is loaded decides; on the disk there may be a newer one since this process began.
         "pillow": PIL.__version__,

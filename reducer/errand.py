@@ -80,7 +80,7 @@ class Errand:
         if not self.job.hashes_photos:
             return []
         few = self.rows.without(self.trusted).few(FEW)
-        return [with_paths(self.job, row)["path"][0].as_py() for row in few]
+        return [with_paths(path_rule(self.job), row)["path"][0].as_py() for row in few]
 
     def task(self, index: int) -> PartitionTask:
         """What is to be done with a partition or piece."""

@@ -13,9 +13,9 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-from dask.system import CPU_COUNT
 from tqdm.auto import tqdm
 
+from reducer.cluster import CPU_COUNT
 from reducer.clusterspec import ClusterSpec
 from reducer.config import SHARD_BYTES, Job
 from reducer.copying import PUTS, Way

@@ -117,17 +117,16 @@ def path_rule(job: Job) -> PathRule | None:
     return PathRule(root, "{id}" if job.manifest is None else job.template)
 
 
-def with_paths(job: Job, rows: pa.Table) -> pa.Table:
-    """Rows of a manifest or plan with their paths, which they lack where a rule tells them.
+def with_paths(rule: PathRule | None, rows: pa.Table) -> pa.Table:
+    """Return rows of a manifest or plan with their paths, which they lack where a rule tells them.
 
     Parameters
     ----------
-    job : Job
-        Whose rows they are.
+    rule : PathRule or None
+        Where the photos lie; None where the rows have their paths.
     rows : pyarrow.Table
         With ``id``, ``label`` and ``path``. Better a few than all: a path takes as much memory as all else of a row.
     """
-    rule = path_rule(job)
     if rule is None or not rows["path"].null_count:
         return rows
     return with_column(rows, "path", paths_by_rule(rule, rows["id"], rows["label"]))

@@ -101,7 +101,7 @@ class Place:
         import fsspec
 
         try:
-            system, path = fsspec.core.url_to_fs(self.path, **_fsspec_options(self, attempts))
+            system, path = fsspec.core.url_to_fs(self.path, **fsspec_options(self.options, self.on_s3, attempts))
         except (ImportError, ValueError, TypeError) as error:
             raise InputError(f"{self.path} cannot be opened: {self.safe(error)}") from None
         return system, path
@@ -228,10 +228,20 @@ def parse_options(flag: str, pairs: Iterable[str]) -> dict[str, Any]:
     return options
 
 
-def _fsspec_options(place: Place, attempts: int) -> dict[str, Any]:
-    """The options as fsspec's own file system for the URL takes them."""
-    options = dict(place.options)
-    if not place.on_s3:
+def fsspec_options(given: Mapping[str, Any], on_s3: bool, attempts: int) -> dict[str, Any]:
+    """Return storage options as fsspec's own file system for the URL takes them.
+
+    Parameters
+    ----------
+    given : mapping
+        The options.
+    on_s3 : bool
+        Whether the store speaks S3.
+    attempts : int
+        How often a request is made at most, where the client makes it again by itself.
+    """
+    options = dict(given)
+    if not on_s3:
         return options
     client = dict(options.pop("client_kwargs", None) or {})
     if region := options.pop("region", None):

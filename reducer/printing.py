@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from reducer.clusterspec import ClusterSpec
 from reducer.config import Job
 from reducer.errors import TooManyFailuresError
 from reducer.places import Place
@@ -16,6 +15,7 @@ from reducer.rules import CutRules
 
 if TYPE_CHECKING:
     from reducer.cutting import CutResult
+    from reducer.dryrun import Forecast
     from reducer.embedjob import EmbedResult
     from reducer.exporting import ExportResult
     from reducer.progress import Status
@@ -29,17 +29,14 @@ SHOWN_FAILURES = 5
 CONTROLS = r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]"
 
 
-def print_forecast(job: Job, spec: ClusterSpec, sample: int) -> None:
-    """What a dry run finds.
+def print_forecast(found: Forecast, job: Job, sample: int) -> None:
+    """Print what a dry run has found.
 
     Raises
     ------
     TooManyFailuresError
         If all photos of the sample have failed.
     """
-    from reducer.dryrun import forecast
-
-    found = forecast(job, spec, sample=sample)
     if found.bytes_to_read is None:
         size = "of unknown size"
     else:

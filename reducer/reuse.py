@@ -14,7 +14,7 @@ from reducer.config import Job
 from reducer.environment import Environment, compare_with, without_model
 from reducer.errors import InputError
 from reducer.fingerprint import EMBED_SETTINGS, Fingerprint, settings_of
-from reducer.manifest import with_paths
+from reducer.manifest import path_rule, with_paths
 from reducer.pieces import stem_of
 from reducer.rules import flag
 from reducer.schemas import FLAT, KNOWN_SCHEMA, PLACE_SCHEMA
@@ -254,7 +254,7 @@ def beside(rows: pa.Table, known: pa.Table, job: Job) -> pa.Table:
     pyarrow.Table
         The rows with the columns of `KNOWN_SCHEMA`.
     """
-    places = pc.index_in(_keys(with_paths(job, rows)), value_set=_keys(known))
+    places = pc.index_in(_keys(with_paths(path_rule(job), rows)), value_set=_keys(known))
     for field in KNOWN_SCHEMA:
         rows = rows.append_column(field, known[field.name].take(places).cast(field.type))
     return rows

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from reducer.errors import InputError
+from reducer.formatting import parse_bytes
 
 #: Photos of each label that a budget must leave room for.
 DEFAULT_MIN_PER_LABEL = 1
@@ -75,12 +75,8 @@ def bytes_of(name: str, text: str) -> int:
     InputError
         If it is none; names the flag.
     """
-    from dask.utils import parse_bytes
-
     try:
-        if not re.match(r"\s*\d", text):  # it takes a unit alone for one of it
-            raise ValueError
-        return int(parse_bytes(text))
+        return parse_bytes(text)
     except (ValueError, OverflowError):
         raise InputError(
             f"{flag(name)} is {text!r}: expected a number of bytes such as 20GB (20 x 10^9), 500MB or 20GiB"

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from dask.system import CPU_COUNT
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
+from reducer.cluster import CPU_COUNT
 from reducer.errors import InputError
 
 WIDTH, HEIGHT = 800, 600

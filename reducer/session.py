@@ -23,7 +23,7 @@ from reducer.dispatch import Dispatch, InProcess
 from reducer.errand import Errand, ShardErrand
 from reducer.errors import BudgetError, ListingError, LostLockError, ReducerError, TooManyFailuresError
 from reducer.found import merged
-from reducer.manifest import with_paths
+from reducer.manifest import path_rule, with_paths
 from reducer.pipeline import as_ledger
 from reducer.plan import Plan
 from reducer.quality import figures, judge_again
@@ -383,7 +383,7 @@ class Run:
         with self._working(work, errand.photos, " photos") as (results, bar):
             for result in results:
                 assert isinstance(result, PartitionResult)
-                rows = with_paths(errand.job, errand.rows[result.index])
+                rows = with_paths(path_rule(errand.job), errand.rows[result.index])
                 found, tally = from_ipc(result.found), result.tally
                 ledger = as_ledger(rows, found)
                 vectors = found["vector"] if "vector" in found.column_names else None

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import cloudpickle
 from distributed.diagnostics.plugin import UploadFile
 
-import reducer
+from reducer._version import __version__
 from reducer.errors import ClusterError, InputError, one_line
 
 if TYPE_CHECKING:
@@ -204,7 +204,7 @@ def _ship(client: Client) -> str:
         raise ClusterError(f"a worker or the scheduler went away: {one_line(error)}; run this again") from None
     except Exception as error:
         raise InputError(
-            f"our code could not be sent to the workers ({one_line(error)}): install reducer {reducer.__version__} "
+            f"our code could not be sent to the workers ({one_line(error)}): install reducer {__version__} "
             "where they run, and give workers: {ship_code: never}"
         ) from None
     raise InputError(
@@ -220,7 +220,7 @@ def _refuse_others(client: Client) -> None:
         if digest != code_digest():
             what = "no reducer" if digest is None else f"another version of reducer than this one ({digest})"
             raise InputError(
-                f"{who} has {what}: install reducer {reducer.__version__} ({code_digest()}) there, or leave "
+                f"{who} has {what}: install reducer {__version__} ({code_digest()}) there, or leave "
                 "workers: ship_code at auto"
             )
 

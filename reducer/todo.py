@@ -14,7 +14,7 @@ from reducer.distance import Hashes
 from reducer.errand import Errand, ShardErrand
 from reducer.errors import InputError, ListingError
 from reducer.found import beside_plan, missing_error, rows_with, unread_ledger, without_errors
-from reducer.manifest import samples, with_paths
+from reducer.manifest import path_rule, samples, with_paths
 from reducer.partition import Division
 from reducer.pieces import wanted_keys
 from reducer.plan import Plan, as_unread, plan_of
@@ -187,7 +187,7 @@ class Todo:
     def _hashed_in_pieces(self) -> Division:
         """The partitions of single files that were hashed in pieces, with what was found of them."""
         rows = self.plan.rows
-        plan = replace(self.plan, rows=with_paths(self.plan.job, rows.filter(pc.is_valid(rows["piece"]))))
+        plan = replace(self.plan, rows=with_paths(path_rule(self.plan.job), rows.filter(pc.is_valid(rows["piece"]))))
         rows = rows_with(plan, beside_plan(plan, self.found(), self.keys), self.missing)
         return plan.partitions(rows.select([*TASK_SCHEMA.names, *KNOWN_SCHEMA.names]))
 
@@ -207,7 +207,7 @@ class Todo:
         rows = unread_ledger(plan, self._found_beside, self.missing) if in_shards else plan.unread
         for start in range(0, rows.num_rows, ROW_GROUP):
             own = rows.slice(start, ROW_GROUP)
-            yield own if in_shards else as_unread(with_paths(plan.job, own))
+            yield own if in_shards else as_unread(with_paths(path_rule(plan.job), own))
 
 
 def _with_known(rows: pa.Table, known: pa.Table, where: pa.ChunkedArray) -> pa.Table:

@@ -27,7 +27,7 @@ from s3server import S3Server
 
 from reducer import ClusterError, ClusterSpec, InputError, Job, reduce_images
 from reducer.cli import main
-from reducer.manifest import with_paths
+from reducer.manifest import path_rule, with_paths
 from reducer.plan import make_plan
 from reducer.shipping import PLUGIN
 
@@ -446,7 +446,7 @@ def test_a_late_worker_with_another_pillow_gets_no_work(
 def first_photo(job: Job, threads: int) -> dict[str, Any]:
     """The plan's row of the photo that is to be read first."""
     rows = make_plan(job).numbered(threads).partitions()[0]
-    found: dict[str, Any] = with_paths(job, rows.slice(0, 1)).to_pylist()[0]
+    found: dict[str, Any] = with_paths(path_rule(job), rows.slice(0, 1)).to_pylist()[0]
     return found
 
 

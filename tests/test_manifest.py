@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reducer import InputError, Job
-from reducer.manifest import Manifest, read_manifest, with_paths
+from reducer.manifest import Manifest, path_rule, read_manifest, with_paths
 from reducer.schemas import MANIFEST_SCHEMA
 from reducer.tables import text_order
 
@@ -29,7 +29,7 @@ def manifest_of(folder: Path, content: str | bytes, name: str = "train.csv", **o
     job = Job(str(folder / "train"), str(folder / "run"), manifest=str(path), **settings)
     found = read_manifest(job)
     assert found.table["path"].null_count == (0 if "path_column" in options else found.table.num_rows)
-    return replace(found, table=with_paths(job, found.table))
+    return replace(found, table=with_paths(path_rule(job), found.table))
 
 
 def rows(manifest) -> list[tuple[int, str, str]]:

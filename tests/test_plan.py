@@ -11,7 +11,7 @@ from reducer import InputError, Job
 from reducer.dispatch import as_bag
 from reducer.draw import CANDIDATES, draw_order
 from reducer.errand import Errand
-from reducer.manifest import with_paths
+from reducer.manifest import path_rule, with_paths
 from reducer.pipeline import photo_paths
 from reducer.plan import as_unread, make_plan, parse_labels
 from reducer.schemas import LEDGER_SCHEMA, TASK_SCHEMA, from_ipc
@@ -95,7 +95,7 @@ def test_tasks_hold_whole_labels_once_and_no_path_in_their_names(listed: Path) -
             sent = from_ipc(task.rows)
             assert sent.column_names == ["id", "label"]
             assert sent.equals(table.select(["id", "label"]))
-            assert photo_paths(task, sent).equals(with_paths(plan.job, table)["path"])
+            assert photo_paths(task, sent).equals(with_paths(path_rule(plan.job), table)["path"])
         assert sorted(row for table in tables for row in table["row"].to_pylist()) == list(range(63))
         homes = [label for table in tables for label in set(table["label"].to_pylist())]
         assert sorted(homes) == list("abcdef")
@@ -127,7 +127,9 @@ def test_tasks_travel_small(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("id,landmark_id\n" + "\n".join(lines) + "\n")
     for size in (1000, 10_000):
         plan = plan_of(tmp_path, path_template=None, partition_images=size)
-        terms = Terms("f" * 32, "f" * 16, "f" * 16, with_paths(plan.job, plan.read)["path"][0].as_py(), 10.0, 600.0)
+        terms = Terms(
+            "f" * 32, "f" * 16, "f" * 16, with_paths(path_rule(plan.job), plan.read)["path"][0].as_py(), 10.0, 600.0
+        )
         errand = Errand(plan.job, plan.numbered(1).partitions())
         works = [Work(errand.task(index), terms) for index in errand.rows]
         assert len(works) == 10_000 // size

@@ -28,7 +28,7 @@ import reducer.session
 from reducer import ClusterSpec, InputError, TooManyFailuresError, reduce_images, resume
 from reducer.environment import Environment
 from reducer.errors import LostLockError
-from reducer.manifest import with_paths
+from reducer.manifest import path_rule, with_paths
 from reducer.places import Place
 from reducer.store import RunFolder
 
@@ -226,7 +226,7 @@ def test_a_plan_that_holds_paths_is_gone_on_with(half: Path, collection: Path, t
     rows, terms = folder.read_plan()
     assert rows["path"].null_count == rows.num_rows
     job = job_on(collection, half)
-    folder.write_plan(with_paths(job, rows), terms)
+    folder.write_plan(with_paths(path_rule(job), rows), terms)
     assert folder.read_plan()[0]["path"].null_count == 0
     resume(half, SERIAL, progress=False)
     run_on(collection, tmp_path / "whole", partition_images=30)
