@@ -41,8 +41,8 @@ from reducer.flags import (
     where_it_runs,
     which_are_kept,
 )
+from reducer.formatting import as_size
 from reducer.printing import (
-    as_size,
     print_cut,
     print_embedded,
     print_export,
@@ -623,6 +623,6 @@ def sample(directory: str, labels: int, images: int, seed: int) -> None:
 
 
 def _parse_labels(text: str) -> tuple[str, ...]:
-    from reducer.plan import parse_labels
+    from reducer.formatting import parse_labels
 
     return parse_labels(text)

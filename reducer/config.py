@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import csv
-import difflib
 import hashlib
-import io
 import math
 import os
 import re
 import string
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Any
 
-from reducer.errors import InputError
+from reducer.errors import InputError, nearest
 from reducer.places import Place, Source, absolute, check_obstore, is_url
 from reducer.rules import CutRules, check_count, flag
 
@@ -579,19 +576,6 @@ def file_digest(where: str, path: str) -> str:
 def _digest(path: str, size: int, mtime_ns: int) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def labels_text(labels: Iterable[str]) -> str:
-    """Labels as ``--labels`` takes them (`reducer.plan.parse_labels`)."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="").writerow(labels)
-    return text.getvalue()
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """`` (did you mean 'x'?)`` for the nearest known word, or nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def choose(name: str, value: str, known: tuple[str, ...]) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class ReducerError(Exception):
     """An expected failure: one clear message for a person, and the exit code of the command.
@@ -46,3 +49,9 @@ class ClusterError(ReducerError):
 def one_line(error: BaseException) -> str:
     """An error's kind and message in one line, not too long."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`` (did you mean 'x'?)`` for the nearest known word, or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -21,9 +21,9 @@ from reducer.config import SHARD_BYTES, Job
 from reducer.copying import PUTS, Way
 from reducer.errors import InputError, ReducerError
 from reducer.exported import Exported, same_photos
+from reducer.formatting import as_size
 from reducer.layouts import BY_LABEL, FAILURES, LABELS, LIST, PLAN, SAME, ExportOptions, index_name
 from reducer.places import Place, absolute
-from reducer.printing import as_size
 from reducer.schemas import EXPORT_SCHEMA
 from reducer.sending import write_here, write_on
 from reducer.store import RunFolder

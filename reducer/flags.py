@@ -14,8 +14,9 @@ import click
 from click.core import ParameterSource
 
 from reducer.clusterspec import ClusterFile, ClusterSpec
-from reducer.config import EMBED_BATCH, EMBED_MEAN, EMBED_SIZE, EMBED_STD, STORAGE_OPTIONS, labels_text
+from reducer.config import EMBED_BATCH, EMBED_MEAN, EMBED_SIZE, EMBED_STD, STORAGE_OPTIONS
 from reducer.errors import InputError, ReducerError
+from reducer.formatting import labels_text
 
 Command = Callable[..., None]
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 #: Bytes of each unit that a size may be written in, lower case: powers of 1000, and of 1024 with an ``i``.
 BYTE_UNITS = {"": 1, "b": 1}
@@ -17,6 +19,12 @@ for _name in ("second", "minute", "hour", "day", "week"):
 for _name in ("milli", "micro", "nano"):
     _seconds = {"milli": 1e-3, "micro": 1e-6, "nano": 1e-9}[_name]
     SECOND_UNITS |= {f"{_name}second": _seconds, f"{_name}seconds": _seconds}
+
+
+#: Of texts from outside so many characters are shown, where there is little room.
+SHOWN_CHARACTERS = 160
+#: Those of C0 and C1 but line breaks and tabs, and Unicode's marks of direction.
+CONTROLS = r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]"
 
 
 def parse_bytes(text: str) -> int:
@@ -48,3 +56,47 @@ def _parse(text: str, units: Mapping[str, float]) -> float:
     if found is None or found[2] not in units:
         raise ValueError(text)
     return float(found[1]) * units[found[2]]
+
+
+def apart(distance: float, unit: str) -> str:
+    """A distance as people read it."""
+    if unit == "cosine":
+        return f"{distance:.4f}"
+    return f"{distance:g} bit{'' if distance == 1 else 's'}"
+
+
+def as_size(count: int) -> str:
+    """A number of bytes as people write it (20 GB = 20 x 10^9 bytes)."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} bytes"
+
+
+def as_duration(seconds: float) -> str:
+    """A time as people say it."""
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def clip(text: object, most: int = SHOWN_CHARACTERS) -> str:
+    """A text that is too long without its middle: paths begin alike, and messages end alike.
+
+    Characters that control others, the direction of writing among them, are shown as what cannot be shown.
+    """
+    shown, half = re.sub(CONTROLS, "\ufffd", str(text)), most // 2
+    return shown if len(shown) <= most else f"{shown[:half]}…{shown[len(shown) - half :]}"
+
+
+def labels_text(labels: Iterable[str]) -> str:
+    """Labels as ``--labels`` takes them (`reducer.formatting.parse_labels`)."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="").writerow(labels)
+    return text.getvalue()
+
+
+def parse_labels(text: str) -> tuple[str, ...]:
+    """Labels separated by commas; one that holds a comma stands in double quotes, as in CSV."""
+    return tuple(label for row in csv.reader([text]) for label in row)

@@ -10,9 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from reducer.config import nearest
 from reducer.distance import Cosine, Hamming, Points
-from reducer.errors import InputError
+from reducer.errors import InputError, nearest
 from reducer.groups import place_in_group
 from reducer.hashing import all_from_hex
 from reducer.places import PhotoRef, ref_of

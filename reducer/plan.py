@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,9 +12,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from reducer.config import Job, nearest
+from reducer.config import Job
 from reducer.draw import CANDIDATES, TRIAL_LABELS, draw_order
-from reducer.errors import BudgetError, InputError
+from reducer.errors import BudgetError, InputError, nearest
 from reducer.lists import find_always_keep
 from reducer.manifest import Manifest, read_manifest
 from reducer.partition import Division, assign, largest_whole, partition_count, piece_size, pieces
@@ -326,11 +325,6 @@ def _check_total(job: Job, label: NDArray[np.int32], always_keep: NDArray[np.boo
             f"--total {rules.total} is under what is guaranteed, {rules.guaranteed} of each of {labels:,} labels "
             f"(--min-per-label){kept}: give at least --total {least}"
         )
-
-
-def parse_labels(text: str) -> tuple[str, ...]:
-    """Labels separated by commas; one that holds a comma stands in double quotes, as in CSV."""
-    return tuple(label for row in csv.reader([text]) for label in row)
 
 
 def _assigned(job: Job, label: NDArray[np.int32], threads: int, most: int | None = None) -> NDArray[np.int32]:

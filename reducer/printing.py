@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from reducer.config import Job
 from reducer.errors import TooManyFailuresError
+from reducer.formatting import apart, as_duration, as_size, clip
 from reducer.places import Place
 from reducer.rules import CutRules
 
@@ -21,12 +21,8 @@ if TYPE_CHECKING:
     from reducer.progress import Status
     from reducer.story import Story
 
-#: Of texts from outside so many characters are shown, where there is little room.
-SHOWN_CHARACTERS = 160
 #: Photos that an export names which are not there.
 SHOWN_FAILURES = 5
-#: Those of C0 and C1 but line breaks and tabs, and Unicode's marks of direction.
-CONTROLS = r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]"
 
 
 def print_forecast(found: Forecast, job: Job, sample: int) -> None:
@@ -315,13 +311,6 @@ def _print_quality(quality: dict[str, Any]) -> None:
         click.echo(certificate)
 
 
-def apart(distance: float, unit: str) -> str:
-    """A distance as people read it."""
-    if unit == "cosine":
-        return f"{distance:.4f}"
-    return f"{distance:g} bit{'' if distance == 1 else 's'}"
-
-
 def quality_title(quality: dict[str, Any]) -> str:
     """What the distances of `quality_rows` are."""
     return "Cosine distances" if quality["unit"] == "cosine" else f"Distances in bits, of {quality['bits']}"
@@ -368,28 +357,3 @@ def certificate_line(quality: dict[str, Any]) -> str | None:
 def _percent(share: float) -> str:
     """Rounded down: what is "at least" so much must be so."""
     return f"{round(1000 * share) // 10} %"
-
-
-def as_size(count: int) -> str:
-    """A number of bytes as people write it (20 GB = 20 x 10^9 bytes)."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} bytes"
-
-
-def as_duration(seconds: float) -> str:
-    """A time as people say it."""
-    if seconds < 90:
-        return f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def clip(text: object, most: int = SHOWN_CHARACTERS) -> str:
-    """A text that is too long without its middle: paths begin alike, and messages end alike.
-
-    Characters that control others, the direction of writing among them, are shown as what cannot be shown.
-    """
-    shown, half = re.sub(CONTROLS, "\ufffd", str(text)), most // 2
-    return shown if len(shown) <= most else f"{shown[:half]}…{shown[len(shown) - half :]}"

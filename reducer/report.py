@@ -21,7 +21,7 @@ from markupsafe import Markup
 from tqdm.auto import tqdm
 
 from reducer.clusterspec import ClusterSpec
-from reducer.config import GALLERY_PHOTOS, STORAGE_OPTIONS, Job, default_strategy, labels_text, unit_of
+from reducer.config import GALLERY_PHOTOS, STORAGE_OPTIONS, Job, default_strategy, unit_of
 from reducer.curves import (
     InsertionCurve,
     LabelCounts,
@@ -32,6 +32,7 @@ from reducer.curves import (
     pair_distances,
 )
 from reducer.errors import InputError
+from reducer.formatting import SHOWN_CHARACTERS, as_duration, as_size, clip, labels_text
 from reducer.galleries import (
     LABEL_COLUMNS,
     MOST_CROSS_LABEL,
@@ -44,16 +45,7 @@ from reducer.galleries import (
 )
 from reducer.places import PhotoRef, Place, file_of
 from reducer.plots import LARGEST, as_svg, counts_plot, insertion_plot, pairs_plot
-from reducer.printing import (
-    SHOWN_CHARACTERS,
-    as_duration,
-    as_size,
-    certificate_line,
-    clip,
-    quality_rows,
-    quality_title,
-    remarks,
-)
+from reducer.printing import certificate_line, quality_rows, quality_title, remarks
 from reducer.rules import flag
 from reducer.schemas import FAILED
 from reducer.store import RunFolder

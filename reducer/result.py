@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from reducer.config import Job, nearest
-from reducer.errors import InputError
-from reducer.printing import apart, clip
+from reducer.config import Job
+from reducer.errors import InputError, nearest
+from reducer.formatting import apart, clip
 from reducer.store import REPORT, RunFolder
 
 if TYPE_CHECKING:

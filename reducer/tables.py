@@ -17,8 +17,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from reducer.config import nearest
-from reducer.errors import InputError
+from reducer.errors import InputError, nearest
 from reducer.groups import in_groups, is_new
 from reducer.places import Place, explained
 

@@ -28,8 +28,8 @@ from test_deaths import killer_env
 
 import reducer.exporting
 from reducer import ClusterSpec, ExportResult, InputError, Job, ReducerError, cut, export, reduce_images
+from reducer.formatting import as_size
 from reducer.layouts import IMAGE_FOLDER, into_shards, size_in_shard
-from reducer.printing import as_size
 
 
 def exported(run: Path, target: Path, **options: Any) -> ExportResult:

@@ -11,9 +11,10 @@ from reducer import InputError, Job
 from reducer.dispatch import as_bag
 from reducer.draw import CANDIDATES, draw_order
 from reducer.errand import Errand
+from reducer.formatting import parse_labels
 from reducer.manifest import path_rule, with_paths
 from reducer.pipeline import photo_paths
-from reducer.plan import as_unread, make_plan, parse_labels
+from reducer.plan import as_unread, make_plan
 from reducer.schemas import LEDGER_SCHEMA, TASK_SCHEMA, from_ipc
 from reducer.types import Terms, Work
 

@@ -27,7 +27,7 @@ from test_cli import invoke, reduce
 
 from reducer import ClusterSpec, InputError, Job, reduce_images, report, resume, write_report
 from reducer.errors import LostLockError
-from reducer.printing import as_size
+from reducer.formatting import as_size
 from reducer.report import as_html, command_of, draw_report
 from reducer.store import RunFolder
 from reducer.summary import job_figures
