@@ -390,7 +390,7 @@ def resume(
     options |= parsed_storage(options)
     # Dask and Arrow are imported from here on.
     from reducer.job import resume as go_on
-    from reducer.places import Place
+    from reducer.storage.location import Place
     from reducer.store import RunFolder
 
     place = Place(run, options["output_storage_options"])
@@ -554,7 +554,7 @@ def export(
     spec = spec_of(cluster, address, workers, threads)
     options |= parsed_storage(options)
     from reducer.exporting import export as export_run
-    from reducer.places import parse_options
+    from reducer.storage.remote import parse_options
 
     result = export_run(
         run,

@@ -25,8 +25,8 @@ from reducer.config import Job, PhotoSettings
 from reducer.embedding import PATHS
 from reducer.environment import Environment, differences, environment
 from reducer.errors import ClusterError, InputError, ReducerError, one_line
-from reducer.places import PhotoRef
 from reducer.shipping import same_code
+from reducer.storage.location import PhotoRef
 from reducer.worker import sees
 
 if TYPE_CHECKING:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import re
-import string
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Any
 
 from reducer.errors import InputError, nearest
-from reducer.places import Place, Source, absolute, check_obstore, is_url
 from reducer.rules import CutRules, check_count, flag
+from reducer.storage.location import Place, Source, absolute, is_url, template_fields
+from reducer.storage.remote import check_obstore
 
 STRATEGY_NAMES = ("farthest-first", "facility-location", "pairs", "random")
 HASH_NAMES = ("dhash", "dhash-vertical", "phash", "ahash", "whash")
@@ -594,42 +593,3 @@ def known_keys(where: str, content: object, known: tuple[str, ...]) -> dict[str,
         if key not in known:
             raise InputError(f"{where}: unknown key {key!r}{nearest(str(key), known)}; known are {', '.join(known)}")
     return content
-
-
-def template_fields(template: str) -> list[tuple[str, str | None, int | None]]:
-    """Take a path template apart.
-
-    Parameters
-    ----------
-    template : str
-        Such as ``{id[0]}/{id}.jpg``.
-
-    Returns
-    -------
-    list of (str, str or None, int or None)
-        Literal text, then the field behind it (``id`` or ``label``) if any, then which of its characters, None
-        for all.
-
-    Raises
-    ------
-    InputError
-        If it uses anything but ``{id}``, ``{label}`` and single characters of them.
-    """
-    fields: list[tuple[str, str | None, int | None]] = []
-    try:
-        for text, name, spec, conversion in string.Formatter().parse(template):
-            if name is None:
-                fields.append((text, None, None))
-                continue
-            found = re.fullmatch(r"(id|label)(?:\[(\d+)\])?", name)
-            if found is None or spec or conversion:
-                raise ValueError(f"{{{name}}} is not known")
-            fields.append((text, found[1], None if found[2] is None else int(found[2])))
-    except ValueError as error:
-        raise InputError(
-            f"--path-template {template!r}: {error}; it may use {{id}}, {{label}} and single characters such as "
-            "{id[0]}"
-        ) from None
-    if ("id", None) not in {field[1:] for field in fields}:
-        raise InputError(f"--path-template {template!r} does not tell photos apart: it must use {{id}}")
-    return fields

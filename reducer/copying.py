@@ -19,14 +19,14 @@ from typing import IO, TypeVar
 
 from reducer.config import PhotoSettings
 from reducer.errors import ReducerError
-from reducer.files import whole_file, whole_object, write_file
 from reducer.hashing import PhotoError, pillow_settings
 from reducer.isolation import refused_apart
 from reducer.layouts import Beside, in_shard
 from reducer.objects import FileState, PhotoFile, another_object, another_size
-from reducer.places import ByteRange, PhotoRef, Place, Source, file_of, is_url
 from reducer.resizing import resized
 from reducer.sources import copy_in_store, read_all, read_photo
+from reducer.storage.atomic import whole_file, whole_object, write_file
+from reducer.storage.location import ByteRange, PhotoRef, Place, Source, file_of, is_url
 
 T = TypeVar("T")
 

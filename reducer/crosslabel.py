@@ -15,11 +15,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from reducer.config import near_copy_bits
-from reducer.distance import Hashes, Positions
-from reducer.groups import is_new
-from reducer.hashing import all_from_hex
-from reducer.schemas import CROSS_LABEL_SCHEMA
-from reducer.tables import text_ranks
+from reducer.storage.codecs import Hashes, Positions, all_from_hex
+from reducer.storage.schemas import CROSS_LABEL_SCHEMA
+from reducer.storage.sorting import is_new, text_ranks
 
 Words = NDArray[np.uint64]
 
@@ -125,7 +123,7 @@ def cross_label_table(ledger: pa.Table, bits: int) -> pa.Table:
     Parameters
     ----------
     ledger : pyarrow.Table
-        With the text columns ``id``, ``label``, ``path`` and ``hash`` (as `reducer.hashing.to_hex` writes it, null if
+        With the text columns ``id``, ``label``, ``path`` and ``hash`` (by `reducer.storage.codecs.to_hex`, null if
         not hashed), in any order. A file that stands under two labels is like itself, and told of too.
     bits : int
         Bits of a hash.

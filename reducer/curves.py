@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 
 from reducer.distance import Cosine
 from reducer.draw import RANDOM_ORDER, REPORT_LABELS, draw_order
-from reducer.hashing import all_from_hex
 from reducer.quality import pair_histogram
-from reducer.tables import numbered
-from reducer.vectors import units_of
+from reducer.storage.codecs import all_from_hex, units_of
+from reducer.storage.sorting import numbered
 
 Counts = NDArray[np.int64]
 

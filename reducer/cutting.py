@@ -16,16 +16,15 @@ from numpy.typing import NDArray
 
 from reducer.config import unit_of
 from reducer.errors import InputError
-from reducer.files import write_file
-from reducer.places import Place, absolute, is_url
 from reducer.plan import Plan
 from reducer.quality import judge_again
 from reducer.rules import CutRules
-from reducer.schemas import REDUCED_COLUMNS, in_unit
 from reducer.selection import DECIDING, NeedsRanksError, select
+from reducer.storage.atomic import write_file
+from reducer.storage.location import Place, absolute, is_url
+from reducer.storage.schemas import REDUCED_COLUMNS, in_unit
+from reducer.storage.tables import counts, with_column
 from reducer.store import HASHES, IMAGES, OWN_FILES, SUMMARY, RunFolder, as_reduced, reduced_file
-from reducer.summary import counts
-from reducer.tables import with_column
 from reducer.types import Tally
 
 #: Endings of a reduced list, and what they mean.

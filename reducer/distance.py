@@ -14,9 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-Hashes = NDArray[np.uint8]
-Vectors = NDArray[np.float16]
-Positions = NDArray[np.int64]
+from reducer.storage.codecs import Hashes, Positions, Vectors
+
 #: Whole numbers of steps.
 Steps = NDArray[Any]
 
@@ -122,7 +121,7 @@ class Cosine:
     Parameters
     ----------
     units : ndarray of float16, shape (n, dimensions)
-        Unit vectors, as `reducer.vectors.as_units` makes them.
+        Unit vectors, as `reducer.storage.codecs.as_units` makes them.
 
     Notes
     -----

@@ -20,12 +20,13 @@ from reducer.embedding import embedded
 from reducer.errand import ShardErrand
 from reducer.job import check_vectors
 from reducer.lists import read_avoided
-from reducer.manifest import path_rule, with_paths
+from reducer.manifest import path_rule
 from reducer.pieces import PlainLooker, run_shards
 from reducer.pipeline import Look, look_at_all
-from reducer.places import ByteRange
 from reducer.plan import Plan, make_plan
 from reducer.reuse import Reuse, beside
+from reducer.storage.location import ByteRange
+from reducer.storage.paths import with_paths
 from reducer.store import RunFolder
 from reducer.todo import Todo
 

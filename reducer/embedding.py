@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from reducer.config import EmbedSettings, PhotoSettings
 from reducer.errors import InputError, one_line
 from reducer.hashing import JPEG_FORMATS, TURNS, PhotoError, opened_photo, orientation
-from reducer.vectors import NO_VECTOR, PROBLEMS, as_units
+from reducer.storage.codecs import NO_VECTOR, PROBLEMS, as_units
 
 if TYPE_CHECKING:
     from reducer.pipeline import Look

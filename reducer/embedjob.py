@@ -18,22 +18,23 @@ from reducer.cluster import refuse_import_of_main
 from reducer.clusterspec import ClusterSpec
 from reducer.config import Job
 from reducer.errors import InputError, TooManyFailuresError
-from reducer.files import whole_file, whole_object
 from reducer.fingerprint import Fingerprint
 from reducer.found import beside_plan
 from reducer.job import check_vectors, connected, terms_of, worker_threads_of
-from reducer.lock import locked
-from reducer.manifest import path_rule, with_paths
+from reducer.manifest import path_rule
 from reducer.partition import piece_size
-from reducer.places import Place
 from reducer.plan import Plan, make_plan
-from reducer.schemas import VECTORS_SCHEMA
 from reducer.session import Run, Session, Workers, noting_a_stop
+from reducer.storage.atomic import whole_file, whole_object
+from reducer.storage.codecs import as_lists, vector_field
+from reducer.storage.location import Place
+from reducer.storage.lock import locked
+from reducer.storage.paths import with_paths
+from reducer.storage.schemas import VECTORS_SCHEMA
+from reducer.storage.tables import with_column
 from reducer.store import RunFolder
 from reducer.summary import failure_kinds, opening
-from reducer.tables import with_column
 from reducer.todo import Todo
-from reducer.vectors import as_lists, vector_field
 
 #: What is embedded so far lies beside the file, in a run folder of this name.
 PARTS = ".parts"

@@ -35,7 +35,8 @@ from PIL import features
 from reducer._version import __version__
 from reducer.config import PhotoSettings
 from reducer.embedding import probe_digest
-from reducer.hashing import PhotoError, hash_photo, pillow_settings, to_hex
+from reducer.hashing import PhotoError, hash_photo, pillow_settings
+from reducer.storage.codecs import to_hex
 
 #: How packages are called in messages, where their key in `versions` is another.
 TITLES = {"pillow": "Pillow", "python": "Python", "pywavelets": "PyWavelets", "libjpeg_turbo": "libjpeg-turbo"}

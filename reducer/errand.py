@@ -11,16 +11,16 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from reducer.config import Job
-from reducer.distance import Hashes
-from reducer.manifest import path_rule, with_paths
+from reducer.manifest import path_rule
 from reducer.partition import Division
 from reducer.pieces import Wanted
-from reducer.places import ByteRange, PhotoRef
 from reducer.routing import Routing
-from reducer.schemas import KNOWN_SCHEMA, PLACE_SCHEMA, to_ipc
 from reducer.shards import member_keys
-from reducer.types import PartitionTask, Shard, ShardTask
-from reducer.vectors import Aside
+from reducer.storage.codecs import Aside, Hashes
+from reducer.storage.location import ByteRange, PhotoRef, Shard
+from reducer.storage.paths import with_paths
+from reducer.storage.schemas import KNOWN_SCHEMA, PLACE_SCHEMA, to_ipc
+from reducer.types import PartitionTask, ShardTask
 
 #: So many photos are tried to see whether workers can read them.
 FEW = 20

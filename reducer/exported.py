@@ -16,13 +16,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from reducer.errors import InputError
-from reducer.files import Files, temporary_name
 from reducer.hashing import PhotoError
 from reducer.layouts import OWN_FILES, PLAN, STATE, index_name
-from reducer.objects import FileState, nanoseconds
-from reducer.places import PhotoRef, Place, explained, file_of, is_url, persistently
-from reducer.schemas import EXPORT_SCHEMA
+from reducer.objects import FileState
 from reducer.sources import read_photo
+from reducer.storage.atomic import Files, temporary_name
+from reducer.storage.location import PhotoRef, Place, explained, file_of, is_url
+from reducer.storage.remote import nanoseconds, persistently
+from reducer.storage.schemas import EXPORT_SCHEMA
 from reducer.store import parquet_file
 
 FORMAT, FORMAT_VERSION = "reducer-export", 1

@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from reducer.config import STORAGE_OPTIONS, Job
-from reducer.distance import Hashes
 from reducer.environment import Environment, compare_with
 from reducer.errors import InputError
-from reducer.places import absolute, explained
 from reducer.routing import find_vectors
 from reducer.rules import flag
+from reducer.storage.codecs import Hashes
+from reducer.storage.location import absolute, explained
 
 log = logging.getLogger("reducer")
 

@@ -115,7 +115,8 @@ def _stopped(kwargs: dict[str, Any]) -> str:
     path = kwargs.get("output") if "images" in kwargs else kwargs.get("run")
     if path is None:
         return "Stopped."
-    from reducer.places import Place, parse_options
+    from reducer.storage.location import Place
+    from reducer.storage.remote import parse_options
     from reducer.store import REPORT, RunFolder
 
     folder = RunFolder(Place(path, parse_options("", kwargs.get("output_storage_options", ()))))
@@ -212,7 +213,7 @@ def what_opens_the_run(command: Command) -> Command:
 
 def parsed_storage(given: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The storage options among a command's."""
-    from reducer.places import parse_options
+    from reducer.storage.remote import parse_options
 
     return {
         name: parse_options("--" + name.removesuffix("s").replace("_", "-"), given[name])

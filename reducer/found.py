@@ -12,9 +12,10 @@ from reducer.hashing import PhotoError
 from reducer.pieces import WRONG_MD5
 from reducer.pipeline import as_ledger
 from reducer.plan import Plan, as_unread
-from reducer.schemas import FAILED, KNOWN_SCHEMA, PLACE_SCHEMA, TASK_SCHEMA
-from reducer.tables import with_column
-from reducer.types import MemberKeys, PieceReport
+from reducer.storage.location import MemberKeys
+from reducer.storage.schemas import FAILED, KNOWN_SCHEMA, PLACE_SCHEMA, TASK_SCHEMA
+from reducer.storage.tables import with_column
+from reducer.types import PieceReport
 
 #: Kind of the failure of a photo that is in no shard.
 MISSING = "missing"

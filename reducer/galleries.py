@@ -12,13 +12,11 @@ import pyarrow.compute as pc
 
 from reducer.distance import Cosine, Hamming, Points
 from reducer.errors import InputError, nearest
-from reducer.groups import place_in_group
-from reducer.hashing import all_from_hex
-from reducer.places import PhotoRef, ref_of
-from reducer.schemas import BEYOND_KEEP, BUDGET, FAILED, MIN_DISTANCE
-from reducer.summary import counts
-from reducer.tables import numbered
-from reducer.vectors import units_of
+from reducer.storage.codecs import all_from_hex, units_of
+from reducer.storage.location import PhotoRef, ref_of
+from reducer.storage.schemas import BEYOND_KEEP, BUDGET, FAILED, MIN_DISTANCE
+from reducer.storage.sorting import numbered, place_in_group
+from reducer.storage.tables import counts
 
 #: Columns of the ledger that decide which labels are shown.
 LABEL_COLUMNS = ("label", "rank", "reason", "nearest_kept_distance")
@@ -343,5 +341,5 @@ def cross_label_shown(pairs: pa.Table, rows: pa.Table) -> list[Pair]:
 
 
 def as_photo(row: dict[str, Any], side: int) -> Photo:
-    """A photo by its row of the ledger, as for `reducer.places.ref_of`."""
+    """A photo by its row of the ledger, as for `reducer.storage.location.ref_of`."""
     return Photo(row, ref_of(row), side)

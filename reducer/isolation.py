@@ -18,7 +18,7 @@ from typing import Any
 from reducer.config import PhotoSettings
 from reducer.hashing import OUT_OF_MEMORY, PhotoError
 from reducer.pipeline import Look, look_at_all
-from reducer.places import PhotoRef, Source
+from reducer.storage.location import PhotoRef, Source
 
 #: What the process says when it comes to its photos.
 READY = "ready"

@@ -21,19 +21,19 @@ from reducer.embedding import PATHS, loaded
 from reducer.errors import InputError, LostLockError, TooManyFailuresError
 from reducer.fingerprint import Fingerprint
 from reducer.lists import read_avoided
-from reducer.lock import locked
 from reducer.manifest import check_images
-from reducer.places import Place
 from reducer.plan import Plan, make_plan
 from reducer.result import Result
 from reducer.reuse import Reuse
 from reducer.routing import VectorFiles, find_vectors
-from reducer.schemas import FAILED, PLAN_SCHEMA
 from reducer.session import Run, Session, Workers, noting_a_stop
 from reducer.shards import find_shards
+from reducer.storage.location import Place
+from reducer.storage.lock import locked
+from reducer.storage.schemas import FAILED, PLAN_SCHEMA
+from reducer.storage.tables import EXAMPLES
 from reducer.store import REPORT, RunFolder
 from reducer.summary import check_storage_options, cluster_figures, job_figures, job_of, opening, plan_figures
-from reducer.tables import EXAMPLES
 from reducer.todo import Todo
 from reducer.types import PieceReport
 

@@ -18,8 +18,8 @@ from reducer.config import LAYOUT_NAMES, SHARD_BYTES
 from reducer.errors import InputError
 from reducer.manifest import is_photo
 from reducer.naming import distinct_names, safe_path, with_digest
-from reducer.places import is_url
 from reducer.rules import bytes_of, check_count
+from reducer.storage.location import is_url
 
 SAME, BY_LABEL, TAR = LAYOUT_NAMES
 #: Files of ours at the top of TARGET.

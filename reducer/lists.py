@@ -11,13 +11,12 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from reducer.config import Job
-from reducer.distance import Hashes
 from reducer.errors import InputError
-from reducer.hashing import from_hex
-from reducer.places import Place
 from reducer.rules import flag
+from reducer.storage.codecs import Hashes, from_hex
+from reducer.storage.location import Place
+from reducer.storage.tables import EXAMPLES, column_names, is_parquet, read_columns, read_lines
 from reducer.store import RunFolder
-from reducer.tables import EXAMPLES, column_names, is_parquet, read_columns, read_lines
 
 log = logging.getLogger("reducer")
 

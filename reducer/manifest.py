@@ -13,24 +13,13 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from PIL import Image
 
-from reducer.config import Job, template_fields
+from reducer.config import Job
 from reducer.errors import InputError
-from reducer.groups import in_groups, is_new
-from reducer.places import Place, absolute, explained, is_url
-from reducer.schemas import MANIFEST_SCHEMA
-from reducer.sources import paths_by_rule
-from reducer.tables import (
-    EXAMPLES,
-    column_names,
-    ranked,
-    read_columns,
-    refuse_empty,
-    release_unused,
-    text_order,
-    text_ranks,
-    with_column,
-)
-from reducer.types import MemberKeys, PathRule
+from reducer.storage.location import MemberKeys, PathRule, Place, absolute, explained, is_url, template_fields
+from reducer.storage.paths import paths_by_rule
+from reducer.storage.schemas import MANIFEST_SCHEMA
+from reducer.storage.sorting import in_groups, is_new, ranked, text_order, text_ranks
+from reducer.storage.tables import EXAMPLES, column_names, read_columns, refuse_empty, release_unused
 
 #: The column of GLDv2's train_clean.csv that lists the ids of a label.
 ID_LISTS = "images"
@@ -115,21 +104,6 @@ def path_rule(job: Job) -> PathRule | None:
         return None
     root = absolute(job.images)
     return PathRule(root, "{id}" if job.manifest is None else job.template)
-
-
-def with_paths(rule: PathRule | None, rows: pa.Table) -> pa.Table:
-    """Return rows of a manifest or plan with their paths, which they lack where a rule tells them.
-
-    Parameters
-    ----------
-    rule : PathRule or None
-        Where the photos lie; None where the rows have their paths.
-    rows : pyarrow.Table
-        With ``id``, ``label`` and ``path``. Better a few than all: a path takes as much memory as all else of a row.
-    """
-    if rule is None or not rows["path"].null_count:
-        return rows
-    return with_column(rows, "path", paths_by_rule(rule, rows["id"], rows["label"]))
 
 
 def check(table: pa.Table, skipped_files: dict[str, int]) -> Manifest:

@@ -7,12 +7,12 @@ import json
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from reducer.hashing import OUT_OF_MEMORY, PhotoError
-from reducer.places import ByteRange, PhotoRef, Place, Source, file_of, is_refused, obstore_at
+from reducer.storage.location import ByteRange, PhotoRef, Place, Source, file_of
+from reducer.storage.remote import is_refused, nanoseconds, obstore_at
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -298,11 +298,6 @@ async def _fetch_fsspec(place: Place, room: Room, part: ByteRange | None) -> Pho
         raise PhotoError("unreadable", "the server gives no parts of files")
     await room(len(content))
     return PhotoFile(content, None)
-
-
-def nanoseconds(moment: datetime) -> int:
-    """Since 1970 UTC; stores know whole seconds, or milliseconds."""
-    return 1_000_000 * round(1000 * moment.timestamp())
 
 
 async def state_of(path: str, source: Source) -> FileState | None:

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from reducer.groups import is_new
+from reducer.storage.sorting import is_new
 
 #: A partition holds about this many photos: enough to drown the cost of a task, few enough that the work
 #: spreads evenly and progress shows.

@@ -19,7 +19,7 @@ from PIL import Image
 
 from reducer.config import PhotoSettings
 from reducer.embedding import embedded, with_vectors
-from reducer.hashing import OUT_OF_MEMORY, PhotoError, pillow_settings, to_hex
+from reducer.hashing import OUT_OF_MEMORY, PhotoError, pillow_settings
 from reducer.objects import PhotoFile
 from reducer.pipeline import (
     Look,
@@ -33,11 +33,12 @@ from reducer.pipeline import (
     seen_columns,
     tally_of,
 )
-from reducer.places import ByteRange, PhotoRef, Source, is_url
-from reducer.schemas import HASHES_SCHEMA, from_ipc, to_ipc
 from reducer.sources import DISK_BLOCK, Shards, too_large
+from reducer.storage.codecs import digest_of, to_hex
+from reducer.storage.location import ByteRange, MemberKeys, PhotoRef, Shard, Source, is_url, stem_of
+from reducer.storage.schemas import HASHES_SCHEMA, from_ipc, to_ipc
 from reducer.tar import Member, ShardFile, TarScan
-from reducer.types import MemberKeys, PartitionTask, Piece, PieceReport, PiecesResult, Shard, ShardTask
+from reducer.types import PartitionTask, Piece, PieceReport, PiecesResult, ShardTask
 
 #: Digests of the keys that are wanted, in rising order; the lowest bit tells whether the photo is to be hashed, too.
 Wanted = NDArray[np.uint64]
@@ -106,16 +107,6 @@ def is_wanted(wanted: Wanted, key: str) -> bool | None:
     place = int(np.searchsorted(wanted, np.uint64(digest), side="right")) - 1
     found = int(wanted[place]) if place >= 0 else -1
     return bool(found & 1) if found | 1 == digest else None
-
-
-def digest_of(key: str) -> int:
-    """64 bits that stand for a text."""
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest())
-
-
-def stem_of(path: str) -> str:
-    """A file's name without the folders and the extension."""
-    return posixpath.splitext(posixpath.basename(path))[0]
 
 
 def run_piece(task: PartitionTask, looker: Looker | None = None) -> PiecesResult:

@@ -17,15 +17,18 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from reducer.config import PhotoSettings
-from reducer.distance import Hashes, near_any
+from reducer.distance import near_any
 from reducer.embedding import Picture, embedded, picture_of
 from reducer.facility import Copies
-from reducer.hashing import PhotoError, PhotoHash, enough_of, from_hex, hash_photo, pillow_settings, to_hex
+from reducer.hashing import PhotoError, PhotoHash, enough_of, hash_photo, pillow_settings
 from reducer.objects import FileState, PhotoFile
-from reducer.places import ByteRange, PhotoRef, Source, file_of
 from reducer.quality import judge, points_of
 from reducer.ranking import rank
-from reducer.schemas import (
+from reducer.sources import are_unchanged, read_all
+from reducer.storage.codecs import Hashes, from_hex, to_hex
+from reducer.storage.location import ByteRange, PhotoRef, Source, file_of
+from reducer.storage.paths import paths_by_rule
+from reducer.storage.schemas import (
     AVOIDED,
     BEYOND_KEEP,
     FAILED,
@@ -37,7 +40,6 @@ from reducer.schemas import (
     from_ipc,
     to_ipc,
 )
-from reducer.sources import are_unchanged, paths_by_rule, read_all
 from reducer.types import PartitionResult, PartitionTask, Quality, Tally
 
 #: The ledger's columns that ranking fills.

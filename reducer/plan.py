@@ -18,7 +18,9 @@ from reducer.errors import BudgetError, InputError, nearest
 from reducer.lists import find_always_keep
 from reducer.manifest import Manifest, read_manifest
 from reducer.partition import Division, assign, largest_whole, partition_count, piece_size, pieces
-from reducer.schemas import (
+from reducer.shards import find_shards, member_keys
+from reducer.storage.location import MemberKeys, Shard
+from reducer.storage.schemas import (
     KEPT_SMALL_LABEL,
     LEDGER_SCHEMA,
     MANIFEST_SCHEMA,
@@ -26,9 +28,7 @@ from reducer.schemas import (
     PLAN_SCHEMA,
     TASK_SCHEMA,
 )
-from reducer.shards import find_shards, member_keys
-from reducer.tables import release_unused, with_column
-from reducer.types import MemberKeys, Shard
+from reducer.storage.tables import release_unused, with_column
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Plan:
         Whose plan it is.
     rows : pyarrow.Table
         `PLAN_SCHEMA` rows of all photos, of the chosen labels only, sorted by (label, id). The partitions are null
-        before `numbered`, and the paths where `reducer.manifest.with_paths` tells them.
+        before `numbered`, and the paths where `reducer.storage.paths.with_paths` tells them.
     manifest : mapping
         What ``summary.json`` tells of the manifest.
     shards : tuple of Shard, optional

@@ -10,8 +10,8 @@ import click
 from reducer.config import Job
 from reducer.errors import TooManyFailuresError
 from reducer.formatting import apart, as_duration, as_size, clip
-from reducer.places import Place
 from reducer.rules import CutRules
+from reducer.storage.location import Place
 
 if TYPE_CHECKING:
     from reducer.cutting import CutResult

@@ -11,13 +11,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from reducer.errors import InputError
-from reducer.lock import holder
-from reducer.places import Place
 from reducer.plan import pieced_partitions
 from reducer.session import so_far
+from reducer.storage.codecs import Aside
+from reducer.storage.location import Place
+from reducer.storage.lock import holder
 from reducer.store import RunFolder
 from reducer.summary import failure_kinds
-from reducer.vectors import Aside
 
 
 @dataclass(frozen=True)

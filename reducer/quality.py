@@ -15,14 +15,13 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from reducer.config import PhotoSettings, near_copy_bits
-from reducer.distance import COSINE_STEPS, Cosine, Hamming, Hashes, Points, Positions, Steps, Vectors, as_words
+from reducer.distance import COSINE_STEPS, Cosine, Hamming, Points, Steps, as_words
 from reducer.draw import RANDOM_ORDER, draw_order
-from reducer.hashing import from_hex
 from reducer.ranking import nearest_kept
-from reducer.schemas import LEDGER_SCHEMA
-from reducer.tables import with_column
+from reducer.storage.codecs import Hashes, Positions, Vectors, from_hex, units_of
+from reducer.storage.schemas import LEDGER_SCHEMA
+from reducer.storage.tables import with_column
 from reducer.types import Certificate, Quality, Spread
-from reducer.vectors import units_of
 
 #: Pairs of photos that are compared at a time.
 COMPARED_PAIRS = 2**18

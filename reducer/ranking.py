@@ -13,9 +13,10 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from reducer.distance import Points, Positions, Steps
+from reducer.distance import Points, Steps
 from reducer.draw import RANDOM_ORDER, draw_order
 from reducer.facility import Copies, Distinct, cover
+from reducer.storage.codecs import Positions
 
 #: Facility location chooses so many photos of a label at least (or as many as are kept); the others follow by
 #: farthest-first, since what it gains by one more photo comes to nothing by then.

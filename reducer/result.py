@@ -149,7 +149,7 @@ class Result:
         )
 
     def _rows(self, label: object) -> pa.Table:
-        from reducer.tables import in_nanoseconds
+        from reducer.storage.tables import in_nanoseconds
 
         rows = in_nanoseconds(self._folder.ledger(where=pc.field("label") == str(label)))
         if not rows.num_rows:

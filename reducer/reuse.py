@@ -14,15 +14,16 @@ from reducer.config import Job
 from reducer.environment import Environment, compare_with, without_model
 from reducer.errors import InputError
 from reducer.fingerprint import EMBED_SETTINGS, Fingerprint, settings_of
-from reducer.manifest import path_rule, with_paths
-from reducer.pieces import stem_of
+from reducer.manifest import path_rule
 from reducer.rules import flag
-from reducer.schemas import FLAT, KNOWN_SCHEMA, PLACE_SCHEMA
 from reducer.shards import member_keys
+from reducer.storage.codecs import Aside
+from reducer.storage.location import MemberKeys, Shard, stem_of
+from reducer.storage.paths import with_paths
+from reducer.storage.schemas import FLAT, KNOWN_SCHEMA, PLACE_SCHEMA
+from reducer.storage.tables import with_column
 from reducer.store import RunFolder
-from reducer.tables import with_column
-from reducer.types import MemberKeys, PieceReport, Shard, Tally
-from reducer.vectors import Aside
+from reducer.types import PieceReport, Tally
 
 log = logging.getLogger("reducer")
 

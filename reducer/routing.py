@@ -22,11 +22,10 @@ from numpy.typing import NDArray
 
 from reducer.config import Job
 from reducer.errors import InputError
-from reducer.groups import is_new
 from reducer.hashing import PhotoError
-from reducer.pieces import digest_of
-from reducer.places import Place, Source, absolute, explained
-from reducer.vectors import NO_VECTOR, PROBLEMS, as_units, packed
+from reducer.storage.codecs import NO_VECTOR, PROBLEMS, as_units, digest_of, packed
+from reducer.storage.location import Place, Source, absolute, explained
+from reducer.storage.sorting import is_new
 
 log = logging.getLogger("reducer")
 

@@ -10,10 +10,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from reducer.errors import BudgetError, InputError
-from reducer.groups import place_in_group
 from reducer.rules import CutRules
-from reducer.schemas import BEYOND_KEEP, BUDGET, KEPT, KEPT_SMALL_LABEL, MIN_DISTANCE
-from reducer.tables import text_ranks
+from reducer.storage.schemas import BEYOND_KEEP, BUDGET, KEPT, KEPT_SMALL_LABEL, MIN_DISTANCE
+from reducer.storage.sorting import place_in_group, text_ranks
 
 #: Columns of the ledger that decide.
 DECIDING = ("label", "rank", "insertion_distance", "bytes", "reason")

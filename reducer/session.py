@@ -23,16 +23,17 @@ from reducer.dispatch import Dispatch, InProcess
 from reducer.errand import Errand, ShardErrand
 from reducer.errors import BudgetError, ListingError, LostLockError, ReducerError, TooManyFailuresError
 from reducer.found import merged
-from reducer.manifest import path_rule, with_paths
+from reducer.manifest import path_rule
 from reducer.pipeline import as_ledger
 from reducer.plan import Plan
 from reducer.quality import figures, judge_again
-from reducer.schemas import FAILED, from_ipc
+from reducer.storage.codecs import NO_VECTOR
+from reducer.storage.paths import with_paths
+from reducer.storage.schemas import FAILED, from_ipc
 from reducer.store import RunFolder
 from reducer.summary import outcome, plan_figures, shard_figures
 from reducer.todo import Todo
 from reducer.types import PartitionResult, Piece, PiecesResult, Tally
-from reducer.vectors import NO_VECTOR
 
 if TYPE_CHECKING:
     from distributed import Client

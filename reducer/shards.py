@@ -16,10 +16,9 @@ from typing import Any
 from reducer.config import Job
 from reducer.errors import InputError
 from reducer.manifest import is_photo
-from reducer.objects import nanoseconds
-from reducer.places import Place, absolute, explained, is_url
-from reducer.tables import EXAMPLES, read_lines
-from reducer.types import MemberKeys, Shard
+from reducer.storage.location import MemberKeys, Place, Shard, absolute, explained, is_url
+from reducer.storage.remote import nanoseconds
+from reducer.storage.tables import EXAMPLES, read_lines
 
 log = logging.getLogger("reducer")
 

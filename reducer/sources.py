@@ -13,10 +13,6 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import TypeVar
 
-import pyarrow as pa
-import pyarrow.compute as pc
-
-from reducer.config import template_fields
 from reducer.hashing import OUT_OF_MEMORY, PhotoError
 from reducer.objects import (
     CannotCopy,
@@ -29,8 +25,16 @@ from reducer.objects import (
     fetch_start,
     state_of,
 )
-from reducer.places import RETRY_SECONDS, ByteRange, PhotoRef, Place, Source, file_of, is_url, pauses
-from reducer.types import PathRule, Shard
+from reducer.storage.location import (
+    ByteRange,
+    PhotoRef,
+    Place,
+    Shard,
+    Source,
+    file_of,
+    is_url,
+)
+from reducer.storage.remote import RETRY_SECONDS, pauses
 
 T = TypeVar("T")
 
@@ -50,30 +54,6 @@ PHOTOS_A_BLOCK = 4
 #: Of every so many objects one is read by its beginning first even where that has not been worth it, which it is where
 #: of at least one in so many not all is read.
 STARTS_TO_TRY, WORTH_A_START = 16, 4
-
-
-def paths_by_rule(rule: PathRule, ids: pa.ChunkedArray, labels: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Where photos lie.
-
-    Parameters
-    ----------
-    rule : PathRule
-        The rule.
-    ids, labels : pyarrow.ChunkedArray of string, shape (photos,)
-        Of each photo; long enough for the single characters that the template uses.
-
-    Returns
-    -------
-    pyarrow.ChunkedArray of string, shape (photos,)
-        Absolute paths or URLs; relative ones where the rule has no root.
-    """
-    parts: list[pa.ChunkedArray | str] = [rule.root and f"{rule.root}/"]
-    for text, name, character in template_fields(rule.template):
-        parts.append(text)
-        if name is not None:
-            column = ids if name == "id" else labels
-            parts.append(column if character is None else pc.utf8_slice_codeunits(column, character, character + 1))
-    return pc.binary_join_element_wise(*parts, "")
 
 
 def read_all(

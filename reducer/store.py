@@ -16,12 +16,12 @@ import pyarrow.compute as pc
 import pyarrow.dataset
 import pyarrow.parquet as pq
 
-from reducer.distance import Hashes
 from reducer.errors import InputError, ReducerError
-from reducer.files import Files, temporary_name
-from reducer.lock import check_unlocked, is_of_lock
-from reducer.places import Place, explained
-from reducer.schemas import (
+from reducer.storage.atomic import Files, temporary_name
+from reducer.storage.codecs import Aside, Hashes, from_lists, placed, vectors_table
+from reducer.storage.location import Place, Shard, explained
+from reducer.storage.lock import check_unlocked, is_of_lock
+from reducer.storage.schemas import (
     HASHES_SCHEMA,
     LEDGER_SCHEMA,
     PLACED_SCHEMA,
@@ -32,8 +32,7 @@ from reducer.schemas import (
     in_unit,
     reduced_schema,
 )
-from reducer.types import PieceReport, Shard, Tally
-from reducer.vectors import Aside, from_lists, placed, vectors_table
+from reducer.types import PieceReport, Tally
 
 FORMAT = "reducer-run"
 #: 2 keeps a plan, and tallies in its parts; 3 hashes of shards and of pieces; 4 vectors.
@@ -454,7 +453,7 @@ class RunFolder(Files):
             raise InputError(f"the run in {self.path} has changed meanwhile: try again")
 
     def reduced(self, id_column: str, label_column: str) -> pa.Table:
-        """The kept rows of the ledger, in manifest order, in the columns of `reducer.schemas.reduced_schema`."""
+        """Return the kept rows of the ledger, in manifest order, in the columns of `reduced_schema`."""
         ledger = self.ledger(["id", "label", *REDUCED_COLUMNS, "kept"])
         return as_reduced(ledger.filter(ledger["kept"]), id_column, label_column)
 
@@ -562,7 +561,7 @@ class RunFolder(Files):
 
 
 def as_reduced(rows: pa.Table, id_column: str, label_column: str) -> pa.Table:
-    """Ledger rows in the columns of `reducer.schemas.reduced_schema`."""
+    """Ledger rows in the columns of `reducer.storage.schemas.reduced_schema`."""
     schema = reduced_schema(id_column, label_column)
     return rows.select(["id", "label", *REDUCED_COLUMNS]).rename_columns(schema.names).cast(schema)
 

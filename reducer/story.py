@@ -11,9 +11,9 @@ import pyarrow.compute as pc
 
 from reducer.config import near_copy_bits, unit_of
 from reducer.errors import InputError
-from reducer.places import Place
 from reducer.rules import CutRules
-from reducer.schemas import (
+from reducer.storage.location import Place
+from reducer.storage.schemas import (
     AVOIDED,
     BEYOND_KEEP,
     BUDGET,

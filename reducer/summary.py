@@ -18,9 +18,10 @@ from reducer.config import STORAGE_OPTIONS, Job
 from reducer.errors import InputError
 from reducer.facility import FACILITY_LOCATION_CANDIDATES
 from reducer.fingerprint import Fingerprint
-from reducer.places import absolute
 from reducer.plan import Plan
-from reducer.schemas import FAILED, KEPT, KEPT_SMALL_LABEL, NOT_SAMPLED
+from reducer.storage.location import absolute
+from reducer.storage.schemas import FAILED, KEPT, KEPT_SMALL_LABEL, NOT_SAMPLED
+from reducer.storage.tables import counts
 from reducer.store import RunFolder
 
 
@@ -198,8 +199,3 @@ def _always_keep_failed(plan: Plan, ledger: pa.Table) -> list[str]:
 def failure_kinds(error: pa.ChunkedArray) -> dict[str, int]:
     """How many photos failed, by kind; from the ledger's column."""
     return counts(pc.list_element(pc.split_pattern(error.drop_null(), ":", max_splits=1), 0))
-
-
-def counts(column: pa.ChunkedArray | pa.Array) -> dict[str, int]:
-    """How often each text stands in a column, sorted by text."""
-    return dict(sorted((pair["values"], pair["counts"]) for pair in pc.value_counts(column).to_pylist()))

@@ -18,8 +18,8 @@ from reducer.config import PhotoSettings
 from reducer.errors import one_line
 from reducer.hashing import DEEP_MODES, TURNS, PhotoError, opened_photo, orientation, pillow_settings
 from reducer.isolation import memory_bound, refused_apart
-from reducer.places import PhotoRef, Source
 from reducer.sources import read_all
+from reducer.storage.location import PhotoRef, Source
 
 if TYPE_CHECKING:
     from distributed import Client, Future

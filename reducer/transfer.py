@@ -32,9 +32,9 @@ from reducer.layouts import (
     size_in_shard,
 )
 from reducer.objects import FileState
-from reducer.places import ByteRange, PhotoRef, Place, absolute, ref_of
-from reducer.schemas import EXPORT_SCHEMA
 from reducer.sources import states_of
+from reducer.storage.location import ByteRange, PhotoRef, Place, absolute, ref_of
+from reducer.storage.schemas import EXPORT_SCHEMA
 
 #: Columns of the ledger that an export goes by.
 COLUMNS = [

@@ -1,31 +1,14 @@
-"""What crosses a border between stages: frozen dataclasses. Tables: `reducer.schemas`."""
+"""What crosses a border between stages: frozen dataclasses. Tables: `reducer.storage.schemas`."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
-from enum import StrEnum
 from fractions import Fraction
 from typing import Any
 
 from reducer.config import PhotoSettings
 from reducer.environment import Environment
-from reducer.places import PhotoRef, Source
-
-
-@dataclass(frozen=True)
-class PathRule:
-    """Where the photos of a collection lie, by id and label.
-
-    Attributes
-    ----------
-    root : str
-        Absolute path or URL of the folder that holds them; empty for paths in a shard.
-    template : str
-        Path below it, with ``{id}``, ``{label}`` and single characters of them.
-    """
-
-    root: str
-    template: str
+from reducer.storage.location import MemberKeys, PathRule, PhotoRef, Shard, Source
 
 
 @dataclass(frozen=True)
@@ -66,45 +49,6 @@ class PartitionTask:
     def __repr__(self) -> str:
         # Dask prints tasks in its logs and on its dashboard: no path list there.
         return f"PartitionTask(index={self.index}, photos={self.photos})"
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A tar shard, as it was when the run began, or when it was to be read again.
-
-    Attributes
-    ----------
-    number : int
-        Its place in the order of the shards' paths; names its file of hashes.
-    path : str
-        Its path or URL.
-    bytes : int
-        Its size.
-    mtime_ns : int or None
-        Time of its last change, nanoseconds since 1970 UTC.
-    etag : str or None
-        Entity tag of an object in a store.
-    md5 : str or None
-        The MD5 sum that was published, in hex, where it is to be checked.
-    """
-
-    number: int
-    path: str
-    bytes: int
-    mtime_ns: int | None = None
-    etag: str | None = None
-    md5: str | None = None
-
-
-class MemberKeys(StrEnum):
-    """By what a photo in a shard is told from others."""
-
-    STEM = "stem"
-    """Its file name without the folders and the extension."""
-    PATH = "path"
-    """Its path in the shard."""
-    SAMPLE = "sample"
-    """WebDataset's key: its path up to the first dot of the file name; other files of the key tell its label."""
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,9 @@ from reducer.isolation import (
 )
 from reducer.pieces import PlainLooker, run_piece, run_shards
 from reducer.pipeline import Look, LookAtAll, VectorsOf, look_at_all, run_partition
-from reducer.places import ByteRange, PhotoRef, Source
 from reducer.routing import Given, RouteTask, Slice, VectorFiles, route
 from reducer.shipping import code_digest
+from reducer.storage.location import ByteRange, PhotoRef, Source
 from reducer.types import PartitionResult, PiecesResult, ShardTask, Terms, Unfit, Work
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 import reducer.sources
-from reducer.types import Shard
+from reducer.storage.location import Shard
 
 BLOCK = tarfile.BLOCKSIZE
 #: What a member is: its content, or an entry of its own (a link, say).

@@ -27,9 +27,10 @@ from s3server import S3Server
 
 from reducer import ClusterError, ClusterSpec, InputError, Job, reduce_images
 from reducer.cli import main
-from reducer.manifest import path_rule, with_paths
+from reducer.manifest import path_rule
 from reducer.plan import make_plan
 from reducer.shipping import PLUGIN
+from reducer.storage.paths import with_paths
 
 SCRIPT = ROOT / "scripts" / "run_cluster.py"
 #: How often the run on hosts is repeated; each prints its seconds: ``REDUCER_HOST_RUNS=20 pytest -s -k hosts``.

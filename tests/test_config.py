@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from reducer import InputError, Job
-from reducer.config import template_fields
+from reducer.storage.location import template_fields
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reducer import crosslabel, hashing
+from reducer import crosslabel
 from reducer.config import LARGEST_HASH, SMALLEST_HASH, near_copy_bits
 from reducer.crosslabel import CROSS_LABEL_SCHEMA, MOST_PAIRS, cross_label_pairs, cross_label_table
-from reducer.hashing import from_hex, to_hex
+from reducer.storage.codecs import all_from_hex, from_hex, to_hex
 
 BITS = [9, 16, 64, 100, 256]
 #: How near, by bits, as it is promised: 2 of 64, in proportion below, not more above.
@@ -239,7 +239,7 @@ def test_the_table_does_not_depend_on_the_order_of_the_ledger(bits: int, data: s
     cut = data.draw(st.integers(0, len(rows)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(crosslabel, "GATHERED_ROWS", 7)
-        patch.setattr(hashing, "PARSED_ROWS", 7)
+        patch.setattr("reducer.storage.codecs.PARSED_ROWS", 7)
         table = cross_label_table(pa.concat_tables([ledger(shuffled[:cut]), ledger(shuffled[cut:])]), bits)
     assert table.schema.equals(CROSS_LABEL_SCHEMA, check_metadata=True)
     assert [tuple(row.values()) for row in table.to_pylist()] == expected
@@ -270,7 +270,7 @@ def test_hashes_are_parsed_as_one_by_one(size: int) -> None:
     values = [*around(bits, 20), 0, (1 << bits) - 1]
     texts = [to_hex(row.tobytes(), bits) for row in packed(values, bits)]
     texts += [text.upper() for text in texts]
-    parsed = hashing.all_from_hex(pa.chunked_array([texts[:5], texts[5:]]), bits)
+    parsed = all_from_hex(pa.chunked_array([texts[:5], texts[5:]]), bits)
     assert [row.tobytes() for row in parsed] == [from_hex(text, bits) for text in texts]
 
 

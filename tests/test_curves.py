@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from reducer import curves
 from reducer.curves import SHARES, insertion_curve, label_counts, pair_distances
-from reducer.hashing import to_hex
 from reducer.quality import pair_histogram
-from reducer.schemas import LEDGER_SCHEMA
+from reducer.storage.codecs import to_hex
+from reducer.storage.schemas import LEDGER_SCHEMA
 from reducer.store import RunFolder
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from reducer import distance
 from reducer.distance import COSINE_STEPS, Cosine, Hamming, Points
-from reducer.vectors import as_units
+from reducer.storage.codecs import as_units
 
 #: Few directions make many ties and exact copies.
 VECTORS = st.lists(st.lists(st.integers(-2, 2), min_size=3, max_size=3).filter(any), min_size=1, max_size=16)

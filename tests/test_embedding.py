@@ -23,7 +23,7 @@ from reducer import ClusterSpec, InputError, Job, TooManyFailuresError, embed, r
 from reducer.config import EMBED_MEAN, EMBED_STD, PhotoSettings
 from reducer.embedding import PATHS, Model, loaded, picture_of, vectors_of
 from reducer.errand import Errand
-from reducer.vectors import from_lists
+from reducer.storage.codecs import from_lists
 
 OWN = {"embed_size": 32, "embed_batch": 8}
 

@@ -248,7 +248,7 @@ def test_from_tars_on_s3_to_tars_on_s3(server: S3Server, photos: dict[str, bytes
 
 
 def test_a_large_shard_goes_to_s3_in_parts(server: S3Server, local: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("reducer.files.PART", 5 * 2**20)
+    monkeypatch.setattr("reducer.storage.atomic.PART", 5 * 2**20)
     big = (("big", b"\1" * (11 * 2**20)),)
     monkeypatch.setattr("reducer.transfer.Transfer._beside", lambda *_: tuple((f".{name}", part) for name, part in big))
     few = local.parent / "few.csv"

@@ -15,7 +15,7 @@ from reducer.distance import COSINE_STEPS, Cosine, Hamming
 from reducer.draw import RANDOM_ORDER, draw_order
 from reducer.facility import Copies
 from reducer.ranking import STRATEGIES, facility_location, farthest_first, nearest_kept, random, rank
-from reducer.vectors import as_units
+from reducer.storage.codecs import as_units
 
 BY_VECTORS = ("facility-location", "farthest-first", "random")
 

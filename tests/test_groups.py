@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from reducer.groups import in_groups, is_new, place_in_group
+from reducer.storage.sorting import in_groups, is_new, place_in_group
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 50])

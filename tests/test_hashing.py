@@ -14,18 +14,10 @@ from PIL import ExifTags, Image, ImageOps
 
 from reducer import InputError, Job
 from reducer.config import DECODE_NAMES, HASH_NAMES, near_copy_bits
-from reducer.hashing import (
-    FLAT_DEVIATION,
-    HASHES,
-    PhotoError,
-    from_hex,
-    grey_deviation,
-    hash_photo,
-    pillow_settings,
-    to_hex,
-)
+from reducer.hashing import FLAT_DEVIATION, HASHES, PhotoError, grey_deviation, hash_photo, pillow_settings
 from reducer.pipeline import look_at_all
 from reducer.sample import draw_view
+from reducer.storage.codecs import from_hex, to_hex
 
 PHOTO = draw_view(np.random.default_rng(7)).resize((400, 300))
 

@@ -14,14 +14,14 @@ from conftest import ROOT, wait_for
 from reducer import Job
 from reducer.isolation import CannotStart, look_alone, look_apart, may_be_innocent
 from reducer.pipeline import Look, look_at_all
-from reducer.places import Source
+from reducer.storage.location import Source
 
 SETTINGS = Job("-", "-").photo_settings
 WATCH = """
 import sys
 from reducer import Job
 from reducer.isolation import look_alone
-from reducer.places import Source
+from reducer.storage.location import Source
 
 look_alone(sys.argv[1], Job("-", "-").photo_settings, Source(), memory=None, patience=60, beat=lambda: None)
 """

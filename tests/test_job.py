@@ -21,7 +21,7 @@ import reducer.dispatch
 from reducer import ClusterError, ClusterSpec, InputError, Job, TooManyFailuresError, WorkerRules, reduce_images
 from reducer.config import STRATEGY_NAMES
 from reducer.dispatch import WINDOW
-from reducer.schemas import LEDGER_SCHEMA
+from reducer.storage.schemas import LEDGER_SCHEMA
 from reducer.store import RunFolder
 from reducer.types import Work
 

@@ -26,17 +26,17 @@ from conftest import wait_for
 from faultproxy import FaultProxy, one_in
 from s3server import S3Server
 
-import reducer.lock
+import reducer.storage.lock
 from reducer import InputError
-from reducer.lock import LOCK, Holder, check_unlocked, holder, is_of_lock, locked
-from reducer.places import Place
+from reducer.storage.location import Place
+from reducer.storage.lock import LOCK, Holder, check_unlocked, holder, is_of_lock, locked
 
 #: A process that takes locks and gives them back, as it is told on its standard input.
 RUNNER = """
 import json, logging, os, sys, time
-import reducer.lock
+import reducer.storage.lock
 from reducer import InputError
-from reducer.places import Place
+from reducer.storage.location import Place
 
 def missing(*_, **__):
     raise OSError(1, "not here")
@@ -57,7 +57,7 @@ for line in sys.stdin:
     said.clear()
     time.sleep(max(0, order["at"] - time.time()))
     try:
-        with reducer.lock.locked(place, break_lock=order["break_lock"]):
+        with reducer.storage.lock.locked(place, break_lock=order["break_lock"]):
             print(json.dumps({"won": True, "said": said}), flush=True)
             sys.stdin.readline()
     except InputError as error:
@@ -322,7 +322,7 @@ def test_of_many_that_find_a_stale_lock_one_gets_it(tmp_path: Path, runner: Call
 
 
 def test_a_folder_that_something_else_has_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reducer.lock, "GUARD_SECONDS", 0.3)
+    monkeypatch.setattr(reducer.storage.lock, "GUARD_SECONDS", 0.3)
     folder = os.open(tmp_path, os.O_RDONLY)  # flock RUN reducer run ... --output RUN
     fcntl.flock(folder, fcntl.LOCK_EX)
     write(tmp_path, stale_lock())
@@ -374,8 +374,8 @@ def test_ctrl_c_while_the_lock_is_taken_leaves_none(tmp_path: Path, monkeypatch:
 def test_a_forked_process_does_not_give_the_lock_back(tmp_path: Path) -> None:
     script = (
         "import os, sys\n"
-        "from reducer.lock import locked\n"
-        "from reducer.places import Place\n"
+        "from reducer.storage.lock import locked\n"
+        "from reducer.storage.location import Place\n"
         "with locked(Place(sys.argv[1])):\n"
         "    if os.fork() == 0:\n"
         "        sys.exit()\n"
@@ -485,7 +485,7 @@ BROKEN: dict[str, bytes] = {
 def test_a_lock_that_cannot_be_read_is_refused_until_it_is_broken(
     tmp_path: Path, messages: Callable[[], list[str]], content: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reducer.lock, "HALF_WRITTEN_SECONDS", 0.02)
+    monkeypatch.setattr(reducer.storage.lock, "HALF_WRITTEN_SECONDS", 0.02)
     place = Place(str(tmp_path))
     (tmp_path / LOCK).write_bytes(content)
     for refuse in (lambda: holder(place), lambda: check_unlocked(place), lambda: locked(place).__enter__()):
@@ -680,7 +680,7 @@ def test_a_conflict_on_s3_is_asked_again(bucket: Place, monkeypatch: pytest.Monk
     monkeypatch.setattr(s3fs.S3FileSystem, "call_s3", call_s3)
     assert try_lock(bucket)
     left.extend([1] * 99)
-    monkeypatch.setattr(reducer.lock, "PAUSE", 0.0)
+    monkeypatch.setattr(reducer.storage.lock, "PAUSE", 0.0)
     with pytest.raises(InputError, match=r"cannot be locked: others take its lock and give it back all the time$"):
         locked(bucket).__enter__()
     assert holder(bucket) is None
@@ -688,7 +688,7 @@ def test_a_conflict_on_s3_is_asked_again(bucket: Place, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("scheme", ["memory", "file"])
 def test_other_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
-    monkeypatch.setattr(reducer.lock, "SETTLE_SECONDS", 0.5)
+    monkeypatch.setattr(reducer.storage.lock, "SETTLE_SECONDS", 0.5)
     place = Place(f"memory://{uuid.uuid4().hex}" if scheme == "memory" else f"file://{tmp_path}")
     assert holder(place) is None
     assert winners(place) == [1]

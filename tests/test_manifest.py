@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reducer import InputError, Job
-from reducer.manifest import Manifest, path_rule, read_manifest, with_paths
-from reducer.schemas import MANIFEST_SCHEMA
-from reducer.tables import text_order
+from reducer.manifest import Manifest, path_rule, read_manifest
+from reducer.storage.paths import with_paths
+from reducer.storage.schemas import MANIFEST_SCHEMA
+from reducer.storage.sorting import text_order
 
 
 def manifest_of(folder: Path, content: str | bytes, name: str = "train.csv", **options: object) -> Manifest:

@@ -15,9 +15,9 @@ from reducer.config import STRATEGY_NAMES
 from reducer.distance import Hamming
 from reducer.draw import RANDOM_ORDER, draw_order
 from reducer.pipeline import as_ledger, run_partition
-from reducer.places import Source
 from reducer.quality import spread
-from reducer.schemas import LEDGER_SCHEMA, TASK_SCHEMA, from_ipc, to_ipc
+from reducer.storage.location import Source
+from reducer.storage.schemas import LEDGER_SCHEMA, TASK_SCHEMA, from_ipc, to_ipc
 from reducer.types import PartitionTask
 
 

@@ -12,10 +12,11 @@ from reducer.dispatch import as_bag
 from reducer.draw import CANDIDATES, draw_order
 from reducer.errand import Errand
 from reducer.formatting import parse_labels
-from reducer.manifest import path_rule, with_paths
+from reducer.manifest import path_rule
 from reducer.pipeline import photo_paths
 from reducer.plan import as_unread, make_plan
-from reducer.schemas import LEDGER_SCHEMA, TASK_SCHEMA, from_ipc
+from reducer.storage.paths import with_paths
+from reducer.storage.schemas import LEDGER_SCHEMA, TASK_SCHEMA, from_ipc
 from reducer.types import Terms, Work
 
 

@@ -24,9 +24,9 @@ from reducer import Job, reduce_images
 from reducer.config import HASH_NAMES
 from reducer.hashing import PhotoError, enough_of
 from reducer.objects import FIRST_BYTES, PhotoFile
-from reducer.places import ByteRange, PhotoRef
 from reducer.progressive import bytes_needed, first_scan_only
 from reducer.sample import draw_view
+from reducer.storage.location import ByteRange, PhotoRef
 
 GRID, PIXELS = (9, 8), 10**8
 VIEW = draw_view(np.random.default_rng(3))

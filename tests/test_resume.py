@@ -28,8 +28,9 @@ import reducer.session
 from reducer import ClusterSpec, InputError, TooManyFailuresError, reduce_images, resume
 from reducer.environment import Environment
 from reducer.errors import LostLockError
-from reducer.manifest import path_rule, with_paths
-from reducer.places import Place
+from reducer.manifest import path_rule
+from reducer.storage.location import Place
+from reducer.storage.paths import with_paths
 from reducer.store import RunFolder
 
 SERIAL = ClusterSpec(workers=0)

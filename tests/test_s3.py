@@ -31,10 +31,11 @@ import reducer.worker
 from reducer import ClusterError, ClusterSpec, InputError, Job, reduce_images
 from reducer.errand import Errand
 from reducer.objects import PhotoFile
-from reducer.places import Place, Source, parse_options
 from reducer.plan import make_plan
 from reducer.result import Result
 from reducer.sources import read_all
+from reducer.storage.location import Place, Source
+from reducer.storage.remote import parse_options
 from reducer.store import RunFolder
 
 READERS = ("s3fs", "obstore")
@@ -242,7 +243,7 @@ def test_a_request_that_fails_is_made_again(
 def test_a_request_that_fails_for_ever_is_a_failed_photo(
     s3: S3Server, proxy: FaultProxy, tmp_path: Path, reader: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("reducer.places.RETRY_SECONDS", 0.5)
+    monkeypatch.setattr("reducer.storage.remote.RETRY_SECONDS", 0.5)
     proxy.plan = on_photos(one_in(8, "status-503", attempts=1000))
     result = s3_run(s3, tmp_path / "run", proxy.endpoint, reader=reader, limit_labels=2, max_failures=1.0)
     failed = result.images[result.images.reason == "failed"]

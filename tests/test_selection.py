@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from reducer import InputError
 from reducer.rules import CutRules
-from reducer.schemas import LEDGER_SCHEMA
 from reducer.selection import NeedsRanksError, select
+from reducer.storage.schemas import LEDGER_SCHEMA
 
 Row = dict[str, Any]
 

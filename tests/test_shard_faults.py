@@ -22,8 +22,8 @@ import reducer.sources
 from reducer import ClusterSpec, resume
 from reducer.errors import TooManyFailuresError
 from reducer.hashing import PhotoError
+from reducer.storage.location import Shard
 from reducer.store import RunFolder
-from reducer.types import Shard
 
 # Damaged shards
 

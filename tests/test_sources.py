@@ -12,7 +12,7 @@ from botocore.exceptions import ClientError, EndpointConnectionError
 import reducer.objects
 from reducer.hashing import PhotoError
 from reducer.objects import Transient, fetch
-from reducer.places import Source
+from reducer.storage.location import Source
 
 
 def answering(error: Exception) -> Any:

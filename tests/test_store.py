@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from reducer import InputError, ReducerError
-from reducer.schemas import LEDGER_SCHEMA, REDUCED_COLUMNS, from_ipc, reduced_schema, to_ipc
+from reducer.storage.schemas import LEDGER_SCHEMA, REDUCED_COLUMNS, from_ipc, reduced_schema, to_ipc
 from reducer.store import RunFolder
 
 

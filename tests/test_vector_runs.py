@@ -18,7 +18,7 @@ from test_distance import apart
 
 from reducer import ClusterSpec, InputError, Job, TooManyFailuresError, cut, explain, reduce_images, resume, status
 from reducer.distance import COSINE_STEPS
-from reducer.vectors import as_units, from_lists
+from reducer.storage.codecs import as_units, from_lists
 
 DIMENSIONS = 24
 

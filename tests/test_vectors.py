@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from reducer.vectors import PROBLEMS, Aside, as_lists, as_units, from_lists, packed, units_of, vectors_table
+from reducer.storage.codecs import PROBLEMS, Aside, as_lists, as_units, from_lists, packed, units_of, vectors_table
 
 
 @pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])

@@ -29,11 +29,11 @@ from reducer.partition import assign, partition_count
 from reducer.pipeline import peak_memory
 from reducer.quality import figures, judge_again
 from reducer.sample import write_sample
-from reducer.schemas import BEYOND_KEEP, FAILED, KEPT, LEDGER_SCHEMA, NOT_SAMPLED
-from reducer.sources import paths_by_rule
+from reducer.storage.paths import paths_by_rule
+from reducer.storage.schemas import BEYOND_KEEP, FAILED, KEPT, LEDGER_SCHEMA, NOT_SAMPLED
+from reducer.storage.tables import counts, with_column
 from reducer.store import RunFolder
-from reducer.summary import counts, failure_kinds
-from reducer.tables import with_column
+from reducer.summary import failure_kinds
 from reducer.types import Quality
 
 PROGRAM = [sys.executable, "-m", "reducer"]

@@ -28,7 +28,7 @@ from reducer.dispatch import Dispatch
 from reducer.errand import Errand
 from reducer.manifest import Manifest
 from reducer.plan import Plan, plan_of
-from reducer.schemas import MANIFEST_SCHEMA
+from reducer.storage.schemas import MANIFEST_SCHEMA
 from reducer.types import PartitionResult, PartitionTask, Piece, PieceReport, PiecesResult, Tally
 
 #: A header and its rows, or a line of text.

@@ -21,7 +21,7 @@ def dask_setup(worker: object) -> None:
     from reducer.config import PhotoSettings
     from reducer.hashing import PhotoHash
     from reducer.pipeline import Look
-    from reducer.places import Source
+    from reducer.storage.location import Source
 
     stored = np.load(os.environ[VARIABLE], mmap_mode="r")
 

@@ -24,7 +24,7 @@ from reducer.hashing import hash_photo
 from reducer.pipeline import peak_memory
 from reducer.ranking import STRATEGIES
 from reducer.sample import label_sizes
-from reducer.vectors import as_units
+from reducer.storage.codecs import as_units
 
 STRATEGIES_BY_VECTORS = ("facility-location", "farthest-first", "random")
 #: Of a mixture: photos that are no copies, copies, and of all of them the share that is under a wrong label.

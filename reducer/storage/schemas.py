@@ -92,7 +92,7 @@ SHARDS_SCHEMA = pa.schema(
 )
 
 #: The plan `RUN/plan.parquet`: one row per manifest row (after duplicates), sorted by (label, id). The path is null
-#: where a rule tells it from id and label (`reducer.manifest.with_paths`).
+#: where a rule tells it from id and label (`reducer.storage.paths.with_paths`).
 PLAN_SCHEMA = pa.schema(
     [
         *TASK_SCHEMA,
@@ -148,7 +148,7 @@ CROSS_LABEL_SCHEMA = pa.schema(
 )
 
 #: `RUN/vectors/part-*.parquet`, before its last column, ``vector``: a list of as many float16 numbers as there are
-#: dimensions (`reducer.vectors.vector_field`).
+#: dimensions (`reducer.storage.codecs.vector_field`).
 VECTORS_SCHEMA = pa.schema(
     [
         _field("id", pa.string(), "photo id, as written in the manifest"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 import tempfile
 
 import numpy as np
@@ -9,8 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from reducer.distance import Positions, Vectors
-from reducer.schemas import PLACED_SCHEMA, VECTORS_SCHEMA
+from reducer.storage.schemas import PLACED_SCHEMA, VECTORS_SCHEMA
 
 #: Kind of the failure of photos without a vector that can be ranked.
 NO_VECTOR = "no vector"
@@ -22,6 +23,15 @@ ROUNDING = 2**-10
 LARGEST = np.finfo(np.float64).max
 #: Vectors that are made alike at a time.
 BLOCK = 4096
+
+
+Hashes = NDArray[np.uint8]
+Vectors = NDArray[np.float16]
+Positions = NDArray[np.int64]
+#: Hashes that are parsed at a time.
+PARSED_ROWS = 2**16
+#: What stands for a character that is no hexadecimal digit.
+NO_DIGIT = 255
 
 
 def as_units(vectors: NDArray[np.floating]) -> tuple[Vectors, NDArray[np.uint8]]:
@@ -170,3 +180,79 @@ class Aside:
         there = pc.is_valid(places)
         there = there.combine_chunks() if isinstance(there, pa.ChunkedArray) else there
         return pc.replace_with_mask(found, there, packed(kept[own]))
+
+
+def digest_of(key: str) -> int:
+    """64 bits that stand for a text."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest())
+
+
+def to_hex(packed: bytes, bits: int) -> str:
+    """Write a packed hash as imagehash's ``str()`` does.
+
+    Parameters
+    ----------
+    packed : bytes
+        The hash, padded with zero bits at its end (`numpy.packbits`).
+    bits : int
+        How many bits it has.
+    """
+    return f"{int.from_bytes(packed) >> -bits % 8:0{-(-bits // 4)}x}"
+
+
+def from_hex(text: str, bits: int) -> bytes:
+    """Pack a hash that `to_hex` or imagehash wrote.
+
+    Raises
+    ------
+    ValueError
+        If it is no hash of so many bits.
+    """
+    value = int(text, 16) if re.fullmatch(r"[0-9a-fA-F]+", text) else -1
+    if len(text) != -(-bits // 4) or not 0 <= value < 1 << bits:
+        raise ValueError(f"{text!r} is no hash of {bits} bits: expected {-(-bits // 4)} hexadecimal digits")
+    return (value << -bits % 8).to_bytes(-(-bits // 8))
+
+
+def all_from_hex(texts: pa.ChunkedArray, bits: int) -> NDArray[np.uint8]:
+    """`from_hex` of many at a time.
+
+    Parameters
+    ----------
+    texts : pyarrow.ChunkedArray of string, shape (n,)
+        Hashes in hex, none of them null.
+    bits : int
+        Bits of a hash.
+
+    Returns
+    -------
+    ndarray of uint8, shape (n, hash bytes)
+
+    Raises
+    ------
+    ValueError
+        If one is no hash of so many bits.
+    """
+    digits = -(-bits // 4)
+    if pc.any(pc.not_equal(pc.binary_length(texts), digits)).as_py():
+        raise ValueError(f"not all hashes have {digits} hexadecimal digits, as those of {bits} bits have")
+    value = np.full(256, NO_DIGIT, dtype=np.uint8)
+    for digit, characters in enumerate(zip("0123456789abcdef", "0123456789ABCDEF", strict=True)):
+        value[[ord(character) for character in characters]] = digit
+    packed = np.empty((len(texts), -(-bits // 8)), dtype=np.uint8)
+    padding = -bits % 8
+    for start in range(0, len(texts), PARSED_ROWS):
+        share = texts.slice(start, PARSED_ROWS)
+        text = np.frombuffer("".join(share.to_pylist()).encode(), dtype=np.uint8).reshape(len(share), digits)
+        half_bytes = value[text]
+        if (half_bytes == NO_DIGIT).any():
+            raise ValueError("not all hashes are hexadecimal digits")
+        number = np.pad(half_bytes, ((0, 0), (digits % 2, 0)))
+        number = np.bitwise_or(number[:, 0::2] << 4, number[:, 1::2])
+        if padding:
+            # The text is a number, aligned right; packed bits are aligned left.
+            if (number[:, 0] >> (8 - padding)).any():
+                raise ValueError(f"not all hashes have {bits} bits")
+            number = np.bitwise_or(number << padding, np.pad(number[:, 1:], ((0, 0), (0, 1))) >> (8 - padding))
+        packed[start : start + PARSED_ROWS] = number
+    return packed

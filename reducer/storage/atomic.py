@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from reducer.errors import InputError, ReducerError
-from reducer.places import Place, persistently
+from reducer.storage.location import Place
+from reducer.storage.remote import persistently
 
 #: Bytes of a part of an object that is sent in parts; S3 takes 10,000 parts of 5 MiB or more.
 PART = 32 * 2**20

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from reducer.errors import InputError, LostLockError
-from reducer.places import Place, explained
+from reducer.storage.location import Place, explained
 
 log = logging.getLogger("reducer")
 

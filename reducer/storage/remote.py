@@ -1,27 +1,21 @@
-"""Where things lie: a local path, or a URL with the options that open it.
-
-Options may hold secrets: they are never shown and never stored.
-"""
+"""How stores are reached: the options of fsspec and of obstore, and when a request is made again."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
-from typing import IO, TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from reducer.errors import InputError
 
 if TYPE_CHECKING:
-    from fsspec import AbstractFileSystem
     from obstore.store import ClientConfig
+
 
 #: Options whose values are no secrets and may be shown.
 SHOWN_OPTIONS = ("anon", "endpoint_url", "region")
@@ -42,158 +36,7 @@ CONNECTIONS = 10_000
 RETRY_SECONDS = 60.0
 #: The pause before the second attempt at most, in seconds; it doubles each time, up to the longest.
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 5.0
-
 T = TypeVar("T")
-
-
-def is_url(path: str) -> bool:
-    """Whether a path is a URL, for fsspec to open, and not a local path."""
-    return "://" in path
-
-
-def absolute(path: str) -> str:
-    """A path that means the same from every working directory; a URL does so already."""
-    return path.rstrip("/") if is_url(path) else os.path.abspath(path)
-
-
-@dataclass(frozen=True)
-class Place:
-    """A folder or file.
-
-    Attributes
-    ----------
-    path : str
-        A local path, or a URL such as ``s3://bucket/prefix``.
-    options : mapping
-        What fsspec is to open the URL with.
-    """
-
-    path: str
-    options: Mapping[str, Any] = field(default_factory=dict, repr=False)
-
-    @property
-    def remote(self) -> bool:
-        """Whether it is a URL."""
-        return is_url(self.path)
-
-    @property
-    def on_s3(self) -> bool:
-        """Whether it is an object store that speaks S3."""
-        return self.path.startswith(("s3://", "s3a://"))
-
-    def below(self, name: str) -> Place:
-        """A place in this folder."""
-        return Place(f"{self.path.rstrip('/')}/{name}" if self.remote else os.path.join(self.path, name), self.options)
-
-    def open(self, attempts: int = 5) -> tuple[AbstractFileSystem, str]:
-        """The fsspec file system, one a process, and the path in it.
-
-        Parameters
-        ----------
-        attempts : int
-            How often a request to S3 is made at most, where its client makes it again by itself.
-
-        Raises
-        ------
-        InputError
-            If nothing that is installed opens such a URL, or the options are not its own.
-        """
-        import fsspec
-
-        try:
-            system, path = fsspec.core.url_to_fs(self.path, **fsspec_options(self.options, self.on_s3, attempts))
-        except (ImportError, ValueError, TypeError) as error:
-            raise InputError(f"{self.path} cannot be opened: {self.safe(error)}") from None
-        return system, path
-
-    def holds_something(self) -> bool:
-        """Whether there is anything at or below it; asks for no more than one name, and fails where it may not ask."""
-        system, path = self.open()
-        if not self.on_s3:
-            return bool(system.exists(path))
-        bucket, prefix, _ = system.split_path(path)
-        found = system.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix and f"{prefix}/", MaxKeys=1)
-        return bool(found.get("Contents"))
-
-    def open_file(self) -> IO[bytes]:
-        """The file, to be read."""
-        if not self.remote:
-            return open(self.path, "rb")
-        system, path = self.open()
-        file: IO[bytes] = system.open(path, "rb")
-        return file
-
-    def safe(self, error: BaseException) -> str:
-        """An error in one line, without the values of options that may be secrets."""
-        # Behind the message obstore shows its innards.
-        line = " ".join(f"{type(error).__name__}: {str(error).partition('Debug source')[0]}".split())
-        for secret in _secrets(self.options):
-            line = line.replace(secret, "***")
-        return line[:300]
-
-
-@dataclass(frozen=True, slots=True)
-class ByteRange:
-    """A photo that lies within another file: in a tar shard.
-
-    Attributes
-    ----------
-    path : str
-        The file's path or URL.
-    offset : int
-        Where the photo starts in it, in bytes.
-    bytes : int
-        Its size.
-    mtime_ns : int, optional
-        Time of the file's last change, nanoseconds since 1970 UTC, when the photo was found in it.
-    etag : str, optional
-        Entity tag of an object in a store, likewise.
-    """
-
-    path: str
-    offset: int
-    bytes: int
-    mtime_ns: int | None = None
-    etag: str | None = None
-
-    def __str__(self) -> str:
-        return f"{self.path} (bytes {self.offset} to {self.offset + self.bytes})"
-
-
-#: Where a photo lies: the path or URL of a file of its own, or a part of another file.
-PhotoRef = str | ByteRange
-
-
-def file_of(ref: PhotoRef) -> str:
-    """The file in which a photo lies."""
-    return ref if isinstance(ref, str) else ref.path
-
-
-def ref_of(row: Mapping[str, Any]) -> PhotoRef:
-    """Where a photo lies, by its row of the ledger, whose times are from `reducer.tables.in_nanoseconds`."""
-    if row["shard"] is not None and row["offset"] is not None:
-        return ByteRange(row["shard"], row["offset"], row["bytes"], row["mtime"], row["etag"])
-    path: str = row["path"]
-    return path
-
-
-@dataclass(frozen=True)
-class Source:
-    """How photos are read; travels to the workers.
-
-    Attributes
-    ----------
-    options : mapping
-        For URLs: what opens them; may hold secrets.
-    reader : str
-        One of `reducer.config.READER_NAMES`, for ``s3://``.
-    read_ahead : int
-        Photos of a URL that are under way at a time, for each worker thread; of shards a quarter as many blocks.
-    """
-
-    options: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    reader: str = "s3fs"
-    read_ahead: int = 32
 
 
 def parse_options(flag: str, pairs: Iterable[str]) -> dict[str, Any]:
@@ -356,40 +199,6 @@ def persistently(request: Callable[[], T]) -> T:
     return request()
 
 
-@contextmanager
-def explained(place: Place, what: str) -> Iterator[None]:
-    """Turn whatever goes wrong at a place into an InputError that says what to look at.
-
-    Parameters
-    ----------
-    place : Place
-        Where.
-    what : str
-        The beginning of the message, such as ``IMAGES s3://bucket/photos cannot be listed``.
-    """
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        if not place.remote:
-            if not isinstance(error, OSError):
-                raise
-            raise InputError(f"{what}: {error.strerror or error}") from None
-        raise InputError(f"{what}: {place.safe(error).rstrip('.')}{_advice(error, place)}") from None
-
-
-def _advice(error: Exception, place: Place) -> str:
-    """What to look at when a remote place cannot be used."""
-    if isinstance(error, TypeError):
-        return ". Check the names of the storage options"
-    if is_refused(error):
-        return (
-            ". Access is refused: check the credentials (key and secret, profile, or the usual AWS chain; anon=true "
-            "for a public bucket), and that they may use this bucket"
-        )
-    if isinstance(error, FileNotFoundError):
-        return ". Check the bucket's name, the region and the endpoint_url"
-    if place.on_s3:
-        return ". Check the endpoint_url and the region, and that the server is up"
-    return ""
+def nanoseconds(moment: datetime) -> int:
+    """Since 1970 UTC; stores know whole seconds, or milliseconds."""
+    return 1_000_000 * round(1000 * moment.timestamp())

@@ -1,0 +1,310 @@
+"""Where things lie: a local path, or a URL with the options that open it.
+
+Options may hold secrets: they are never shown and never stored.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import re
+import string
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import IO, TYPE_CHECKING, Any
+
+from reducer.errors import InputError
+from reducer.storage.remote import _secrets, fsspec_options, is_refused
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+
+def is_url(path: str) -> bool:
+    """Whether a path is a URL, for fsspec to open, and not a local path."""
+    return "://" in path
+
+
+def absolute(path: str) -> str:
+    """A path that means the same from every working directory; a URL does so already."""
+    return path.rstrip("/") if is_url(path) else os.path.abspath(path)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder or file.
+
+    Attributes
+    ----------
+    path : str
+        A local path, or a URL such as ``s3://bucket/prefix``.
+    options : mapping
+        What fsspec is to open the URL with.
+    """
+
+    path: str
+    options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def remote(self) -> bool:
+        """Whether it is a URL."""
+        return is_url(self.path)
+
+    @property
+    def on_s3(self) -> bool:
+        """Whether it is an object store that speaks S3."""
+        return self.path.startswith(("s3://", "s3a://"))
+
+    def below(self, name: str) -> Place:
+        """A place in this folder."""
+        return Place(f"{self.path.rstrip('/')}/{name}" if self.remote else os.path.join(self.path, name), self.options)
+
+    def open(self, attempts: int = 5) -> tuple[AbstractFileSystem, str]:
+        """The fsspec file system, one a process, and the path in it.
+
+        Parameters
+        ----------
+        attempts : int
+            How often a request to S3 is made at most, where its client makes it again by itself.
+
+        Raises
+        ------
+        InputError
+            If nothing that is installed opens such a URL, or the options are not its own.
+        """
+        import fsspec
+
+        try:
+            system, path = fsspec.core.url_to_fs(self.path, **fsspec_options(self.options, self.on_s3, attempts))
+        except (ImportError, ValueError, TypeError) as error:
+            raise InputError(f"{self.path} cannot be opened: {self.safe(error)}") from None
+        return system, path
+
+    def holds_something(self) -> bool:
+        """Whether there is anything at or below it; asks for no more than one name, and fails where it may not ask."""
+        system, path = self.open()
+        if not self.on_s3:
+            return bool(system.exists(path))
+        bucket, prefix, _ = system.split_path(path)
+        found = system.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix and f"{prefix}/", MaxKeys=1)
+        return bool(found.get("Contents"))
+
+    def open_file(self) -> IO[bytes]:
+        """The file, to be read."""
+        if not self.remote:
+            return open(self.path, "rb")
+        system, path = self.open()
+        file: IO[bytes] = system.open(path, "rb")
+        return file
+
+    def safe(self, error: BaseException) -> str:
+        """An error in one line, without the values of options that may be secrets."""
+        # Behind the message obstore shows its innards.
+        line = " ".join(f"{type(error).__name__}: {str(error).partition('Debug source')[0]}".split())
+        for secret in _secrets(self.options):
+            line = line.replace(secret, "***")
+        return line[:300]
+
+
+@dataclass(frozen=True, slots=True)
+class ByteRange:
+    """A photo that lies within another file: in a tar shard.
+
+    Attributes
+    ----------
+    path : str
+        The file's path or URL.
+    offset : int
+        Where the photo starts in it, in bytes.
+    bytes : int
+        Its size.
+    mtime_ns : int, optional
+        Time of the file's last change, nanoseconds since 1970 UTC, when the photo was found in it.
+    etag : str, optional
+        Entity tag of an object in a store, likewise.
+    """
+
+    path: str
+    offset: int
+    bytes: int
+    mtime_ns: int | None = None
+    etag: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.path} (bytes {self.offset} to {self.offset + self.bytes})"
+
+
+#: Where a photo lies: the path or URL of a file of its own, or a part of another file.
+PhotoRef = str | ByteRange
+
+
+def file_of(ref: PhotoRef) -> str:
+    """The file in which a photo lies."""
+    return ref if isinstance(ref, str) else ref.path
+
+
+def ref_of(row: Mapping[str, Any]) -> PhotoRef:
+    """Where a photo lies, by its row of the ledger, whose times are from `reducer.storage.tables.in_nanoseconds`."""
+    if row["shard"] is not None and row["offset"] is not None:
+        return ByteRange(row["shard"], row["offset"], row["bytes"], row["mtime"], row["etag"])
+    path: str = row["path"]
+    return path
+
+
+@dataclass(frozen=True)
+class Source:
+    """How photos are read; travels to the workers.
+
+    Attributes
+    ----------
+    options : mapping
+        For URLs: what opens them; may hold secrets.
+    reader : str
+        One of `reducer.config.READER_NAMES`, for ``s3://``.
+    read_ahead : int
+        Photos of a URL that are under way at a time, for each worker thread; of shards a quarter as many blocks.
+    """
+
+    options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    reader: str = "s3fs"
+    read_ahead: int = 32
+
+
+@contextmanager
+def explained(place: Place, what: str) -> Iterator[None]:
+    """Turn whatever goes wrong at a place into an InputError that says what to look at.
+
+    Parameters
+    ----------
+    place : Place
+        Where.
+    what : str
+        The beginning of the message, such as ``IMAGES s3://bucket/photos cannot be listed``.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        if not place.remote:
+            if not isinstance(error, OSError):
+                raise
+            raise InputError(f"{what}: {error.strerror or error}") from None
+        raise InputError(f"{what}: {place.safe(error).rstrip('.')}{_advice(error, place)}") from None
+
+
+def _advice(error: Exception, place: Place) -> str:
+    """What to look at when a remote place cannot be used."""
+    if isinstance(error, TypeError):
+        return ". Check the names of the storage options"
+    if is_refused(error):
+        return (
+            ". Access is refused: check the credentials (key and secret, profile, or the usual AWS chain; anon=true "
+            "for a public bucket), and that they may use this bucket"
+        )
+    if isinstance(error, FileNotFoundError):
+        return ". Check the bucket's name, the region and the endpoint_url"
+    if place.on_s3:
+        return ". Check the endpoint_url and the region, and that the server is up"
+    return ""
+
+
+@dataclass(frozen=True)
+class PathRule:
+    """Where the photos of a collection lie, by id and label.
+
+    Attributes
+    ----------
+    root : str
+        Absolute path or URL of the folder that holds them; empty for paths in a shard.
+    template : str
+        Path below it, with ``{id}``, ``{label}`` and single characters of them.
+    """
+
+    root: str
+    template: str
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A tar shard, as it was when the run began, or when it was to be read again.
+
+    Attributes
+    ----------
+    number : int
+        Its place in the order of the shards' paths; names its file of hashes.
+    path : str
+        Its path or URL.
+    bytes : int
+        Its size.
+    mtime_ns : int or None
+        Time of its last change, nanoseconds since 1970 UTC.
+    etag : str or None
+        Entity tag of an object in a store.
+    md5 : str or None
+        The MD5 sum that was published, in hex, where it is to be checked.
+    """
+
+    number: int
+    path: str
+    bytes: int
+    mtime_ns: int | None = None
+    etag: str | None = None
+    md5: str | None = None
+
+
+class MemberKeys(StrEnum):
+    """By what a photo in a shard is told from others."""
+
+    STEM = "stem"
+    """Its file name without the folders and the extension."""
+    PATH = "path"
+    """Its path in the shard."""
+    SAMPLE = "sample"
+    """WebDataset's key: its path up to the first dot of the file name; other files of the key tell its label."""
+
+
+def stem_of(path: str) -> str:
+    """A file's name without the folders and the extension."""
+    return posixpath.splitext(posixpath.basename(path))[0]
+
+
+def template_fields(template: str) -> list[tuple[str, str | None, int | None]]:
+    """Take a path template apart.
+
+    Parameters
+    ----------
+    template : str
+        Such as ``{id[0]}/{id}.jpg``.
+
+    Returns
+    -------
+    list of (str, str or None, int or None)
+        Literal text, then the field behind it (``id`` or ``label``) if any, then which of its characters, None
+        for all.
+
+    Raises
+    ------
+    InputError
+        If it uses anything but ``{id}``, ``{label}`` and single characters of them.
+    """
+    fields: list[tuple[str, str | None, int | None]] = []
+    try:
+        for text, name, spec, conversion in string.Formatter().parse(template):
+            if name is None:
+                fields.append((text, None, None))
+                continue
+            found = re.fullmatch(r"(id|label)(?:\[(\d+)\])?", name)
+            if found is None or spec or conversion:
+                raise ValueError(f"{{{name}}} is not known")
+            fields.append((text, found[1], None if found[2] is None else int(found[2])))
+    except ValueError as error:
+        raise InputError(
+            f"--path-template {template!r}: {error}; it may use {{id}}, {{label}} and single characters such as "
+            "{id[0]}"
+        ) from None
+    if ("id", None) not in {field[1:] for field in fields}:
+        raise InputError(f"--path-template {template!r} does not tell photos apart: it must use {{id}}")
+    return fields
