@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from reducer._version import __version__
-from reducer.clusterspec import TLS, ClusterSpec, WorkerRules
-from reducer.config import Job
+from reducer.config.cluster import TLS, ClusterSpec, WorkerRules
+from reducer.config.job import Job
 from reducer.errors import ClusterError, InputError, ReducerError, TooManyFailuresError
 
 if TYPE_CHECKING:

@@ -9,20 +9,18 @@ import click
 from click.core import ParameterSource
 
 from reducer._version import __version__
-from reducer.clusterspec import ClusterSpec
-from reducer.config import (
+from reducer.config.cluster import ClusterSpec
+from reducer.config.job import DEFAULT_KEEP, GLDV2_TEMPLATE, Job
+from reducer.config.settings import (
     DECODE_NAMES,
-    DEFAULT_KEEP,
     FORMATS,
     GALLERY_PHOTOS,
-    GLDV2_TEMPLATE,
     HASH_NAMES,
     LAYOUT_NAMES,
     READER_NAMES,
     SAMPLE_PHOTOS,
     SHARD_BYTES,
     STRATEGY_NAMES,
-    Job,
 )
 from reducer.errors import TooManyFailuresError
 from reducer.flags import (

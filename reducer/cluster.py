@@ -20,8 +20,9 @@ import dask
 from dask.system import CPU_COUNT as CPU_COUNT
 from distributed.diagnostics.plugin import UploadFile
 
-from reducer.clusterspec import TLS, ClusterSpec
-from reducer.config import Job, PhotoSettings
+from reducer.config.cluster import TLS, ClusterSpec
+from reducer.config.job import Job
+from reducer.config.settings import PhotoSettings
 from reducer.embedding import PATHS
 from reducer.environment import Environment, differences, environment
 from reducer.errors import ClusterError, InputError, ReducerError, one_line

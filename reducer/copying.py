@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, TypeVar
 
-from reducer.config import PhotoSettings
+from reducer.config.settings import PhotoSettings, Source
 from reducer.errors import ReducerError
 from reducer.hashing import PhotoError, pillow_settings
 from reducer.isolation import refused_apart
@@ -26,7 +26,7 @@ from reducer.objects import FileState, PhotoFile, another_object, another_size
 from reducer.resizing import resized
 from reducer.sources import copy_in_store, read_all, read_photo
 from reducer.storage.atomic import whole_file, whole_object, write_file
-from reducer.storage.location import ByteRange, PhotoRef, Place, Source, file_of, is_url
+from reducer.storage.location import ByteRange, PhotoRef, Place, file_of, is_url
 
 T = TypeVar("T")
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from reducer.config import near_copy_bits
+from reducer.config.settings import near_copy_bits
 from reducer.storage.codecs import Hashes, Positions, all_from_hex
 from reducer.storage.schemas import CROSS_LABEL_SCHEMA
 from reducer.storage.sorting import is_new, text_ranks
@@ -54,7 +54,7 @@ def cross_label_pairs(
     ----------
     hashes : ndarray of uint8, shape (n, hash bytes)
         Packed hashes, the photos in the order of their labels and, within a label, of their ids. Those with at most
-        `reducer.config.near_copy_bits` ones, or so many zeros, are left out: a plain wall and a smooth gradient have
+        `near_copy_bits` ones, or so many zeros, are left out: a plain wall and a smooth gradient have
         them, whatever is to be seen.
     labels : ndarray of int64, shape (n,)
         Numbers of their labels, 0 or more, none less than the one before it.

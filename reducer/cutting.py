@@ -14,11 +14,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from reducer.config import unit_of
+from reducer.config.cut_rules import CutRules
+from reducer.config.settings import unit_of
 from reducer.errors import InputError
 from reducer.plan import Plan
 from reducer.quality import judge_again
-from reducer.rules import CutRules
 from reducer.selection import DECIDING, NeedsRanksError, select
 from reducer.storage.atomic import write_file
 from reducer.storage.location import Place, absolute, is_url

@@ -19,7 +19,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from reducer.cluster import check_alike, check_sight
-from reducer.clusterspec import ClusterSpec
+from reducer.config.cluster import ClusterSpec
 from reducer.environment import compare_with, environment
 from reducer.errand import Errand, ShardErrand
 from reducer.errors import ClusterError, InputError, ReducerError

@@ -13,14 +13,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from reducer.cluster import planned_threads
-from reducer.clusterspec import ClusterSpec
-from reducer.config import SAMPLE_PHOTOS, Job, PhotoSettings
+from reducer.config.cluster import ClusterSpec
+from reducer.config.job import Job, path_rule
+from reducer.config.settings import SAMPLE_PHOTOS, PhotoSettings
 from reducer.draw import TIME_SAMPLE, draw_order
 from reducer.embedding import embedded
 from reducer.errand import ShardErrand
 from reducer.job import check_vectors
 from reducer.lists import read_avoided
-from reducer.manifest import path_rule
 from reducer.pieces import PlainLooker, run_shards
 from reducer.pipeline import Look, look_at_all
 from reducer.plan import Plan, make_plan

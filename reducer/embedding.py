@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from reducer.config import EmbedSettings, PhotoSettings
+from reducer.config.settings import EmbedSettings, PhotoSettings
 from reducer.errors import InputError, one_line
 from reducer.hashing import JPEG_FORMATS, TURNS, PhotoError, opened_photo, orientation
 from reducer.storage.codecs import NO_VECTOR, PROBLEMS, as_units

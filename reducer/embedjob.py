@@ -15,13 +15,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from reducer.cluster import refuse_import_of_main
-from reducer.clusterspec import ClusterSpec
-from reducer.config import Job
+from reducer.config.cluster import ClusterSpec
+from reducer.config.job import Job, path_rule
 from reducer.errors import InputError, TooManyFailuresError
 from reducer.fingerprint import Fingerprint
 from reducer.found import beside_plan
 from reducer.job import check_vectors, connected, terms_of, worker_threads_of
-from reducer.manifest import path_rule
 from reducer.partition import piece_size
 from reducer.plan import Plan, make_plan
 from reducer.session import Run, Session, Workers, noting_a_stop

@@ -33,7 +33,7 @@ import PIL
 from PIL import features
 
 from reducer._version import __version__
-from reducer.config import PhotoSettings
+from reducer.config.settings import PhotoSettings
 from reducer.embedding import probe_digest
 from reducer.hashing import PhotoError, hash_photo, pillow_settings
 from reducer.storage.codecs import to_hex

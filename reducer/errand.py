@@ -10,12 +10,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from reducer.config import Job
-from reducer.manifest import path_rule
+from reducer.config.job import Job, member_keys, path_rule
 from reducer.partition import Division
 from reducer.pieces import Wanted
 from reducer.routing import Routing
-from reducer.shards import member_keys
 from reducer.storage.codecs import Aside, Hashes
 from reducer.storage.location import ByteRange, PhotoRef, Shard
 from reducer.storage.paths import with_paths

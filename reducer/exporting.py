@@ -16,8 +16,9 @@ import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
 from reducer.cluster import CPU_COUNT
-from reducer.clusterspec import ClusterSpec
-from reducer.config import SHARD_BYTES, Job
+from reducer.config.cluster import ClusterSpec
+from reducer.config.job import Job
+from reducer.config.settings import SHARD_BYTES
 from reducer.copying import PUTS, Way
 from reducer.errors import InputError, ReducerError
 from reducer.exported import Exported, same_photos

@@ -8,11 +8,12 @@ import logging
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from reducer.config import STORAGE_OPTIONS, Job
+from reducer.config.checks import flag
+from reducer.config.job import Job
+from reducer.config.settings import STORAGE_OPTIONS
 from reducer.environment import Environment, compare_with
 from reducer.errors import InputError
 from reducer.routing import find_vectors
-from reducer.rules import flag
 from reducer.storage.codecs import Hashes
 from reducer.storage.location import absolute, explained
 

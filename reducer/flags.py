@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 import click
 from click.core import ParameterSource
 
-from reducer.clusterspec import ClusterFile, ClusterSpec
-from reducer.config import EMBED_BATCH, EMBED_MEAN, EMBED_SIZE, EMBED_STD, STORAGE_OPTIONS
+from reducer.config.cluster import ClusterFile, ClusterSpec
+from reducer.config.settings import EMBED_BATCH, EMBED_MEAN, EMBED_SIZE, EMBED_STD, STORAGE_OPTIONS
 from reducer.errors import InputError, ReducerError
 from reducer.formatting import labels_text
 

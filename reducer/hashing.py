@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 
-from reducer.config import PhotoSettings
+from reducer.config.settings import PhotoSettings
 from reducer.progressive import bytes_needed, first_scan_only
 
 

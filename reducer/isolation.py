@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from reducer.config import PhotoSettings
+from reducer.config.settings import PhotoSettings, Source
 from reducer.hashing import OUT_OF_MEMORY, PhotoError
 from reducer.pipeline import Look, look_at_all
-from reducer.storage.location import PhotoRef, Source
+from reducer.storage.location import PhotoRef
 
 #: What the process says when it comes to its photos.
 READY = "ready"

@@ -15,8 +15,8 @@ import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
 from reducer.cluster import connect, dashboard, expected_threads, model_everywhere, refuse_import_of_main
-from reducer.clusterspec import ClusterSpec
-from reducer.config import Job
+from reducer.config.cluster import ClusterSpec
+from reducer.config.job import Job
 from reducer.embedding import PATHS, loaded
 from reducer.errors import InputError, LostLockError, TooManyFailuresError
 from reducer.fingerprint import Fingerprint

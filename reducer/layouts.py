@@ -14,11 +14,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from reducer.config import LAYOUT_NAMES, SHARD_BYTES
+from reducer.config.checks import bytes_of, check_count
+from reducer.config.settings import LAYOUT_NAMES, SHARD_BYTES
 from reducer.errors import InputError
 from reducer.manifest import is_photo
 from reducer.naming import distinct_names, safe_path, with_digest
-from reducer.rules import bytes_of, check_count
 from reducer.storage.location import is_url
 
 SAME, BY_LABEL, TAR = LAYOUT_NAMES

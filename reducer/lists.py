@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from reducer.config import Job
+from reducer.config.checks import flag
+from reducer.config.job import Job
 from reducer.errors import InputError
-from reducer.rules import flag
 from reducer.storage.codecs import Hashes, from_hex
 from reducer.storage.location import Place
 from reducer.storage.tables import EXAMPLES, column_names, is_parquet, read_columns, read_lines

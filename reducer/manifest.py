@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from PIL import Image
 
-from reducer.config import Job
+from reducer.config.job import Job, path_rule
 from reducer.errors import InputError
 from reducer.storage.location import MemberKeys, PathRule, Place, absolute, explained, is_url, template_fields
 from reducer.storage.paths import paths_by_rule
@@ -96,14 +96,6 @@ def check_images(job: Job) -> None:
         raise InputError(f"IMAGES {job.images} is no folder: give the folder that holds the photos")
     if not _is_text(os.path.abspath(job.images)):
         raise InputError(f"IMAGES {os.fsencode(job.images)!r} is not UTF-8 text: rename the folder")
-
-
-def path_rule(job: Job) -> PathRule | None:
-    """Where the photos of a job lie; None where the manifest names each path."""
-    if job.path_column is not None:
-        return None
-    root = absolute(job.images)
-    return PathRule(root, "{id}" if job.manifest is None else job.template)
 
 
 def check(table: pa.Table, skipped_files: dict[str, int]) -> Manifest:

@@ -17,7 +17,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from PIL import Image
 
-from reducer.config import PhotoSettings
+from reducer.config.settings import PhotoSettings, Source
 from reducer.embedding import embedded, with_vectors
 from reducer.hashing import OUT_OF_MEMORY, PhotoError, pillow_settings
 from reducer.objects import PhotoFile
@@ -35,7 +35,7 @@ from reducer.pipeline import (
 )
 from reducer.sources import DISK_BLOCK, Shards, too_large
 from reducer.storage.codecs import digest_of, to_hex
-from reducer.storage.location import ByteRange, MemberKeys, PhotoRef, Shard, Source, is_url, stem_of
+from reducer.storage.location import ByteRange, MemberKeys, PhotoRef, Shard, is_url, stem_of
 from reducer.storage.schemas import HASHES_SCHEMA, from_ipc, to_ipc
 from reducer.tar import Member, ShardFile, TarScan
 from reducer.types import PartitionTask, Piece, PieceReport, PiecesResult, ShardTask

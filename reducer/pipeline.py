@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from reducer.config import PhotoSettings
+from reducer.config.settings import PhotoSettings, Source
 from reducer.distance import near_any
 from reducer.embedding import Picture, embedded, picture_of
 from reducer.facility import Copies
@@ -26,7 +26,7 @@ from reducer.quality import judge, points_of
 from reducer.ranking import rank
 from reducer.sources import are_unchanged, read_all
 from reducer.storage.codecs import Hashes, from_hex, to_hex
-from reducer.storage.location import ByteRange, PhotoRef, Source, file_of
+from reducer.storage.location import ByteRange, PhotoRef, file_of
 from reducer.storage.paths import paths_by_rule
 from reducer.storage.schemas import (
     AVOIDED,

@@ -12,13 +12,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from reducer.config import Job
+from reducer.config.job import Job, member_keys
 from reducer.draw import CANDIDATES, TRIAL_LABELS, draw_order
 from reducer.errors import BudgetError, InputError, nearest
 from reducer.lists import find_always_keep
 from reducer.manifest import Manifest, read_manifest
 from reducer.partition import Division, assign, largest_whole, partition_count, piece_size, pieces
-from reducer.shards import find_shards, member_keys
+from reducer.shards import find_shards
 from reducer.storage.location import MemberKeys, Shard
 from reducer.storage.schemas import (
     KEPT_SMALL_LABEL,

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from reducer.config import Job
+from reducer.config.cut_rules import CutRules
+from reducer.config.job import Job
 from reducer.errors import TooManyFailuresError
 from reducer.formatting import apart, as_duration, as_size, clip
-from reducer.rules import CutRules
 from reducer.storage.location import Place
 
 if TYPE_CHECKING:

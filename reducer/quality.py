@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from reducer.config import PhotoSettings, near_copy_bits
+from reducer.config.settings import PhotoSettings, near_copy_bits
 from reducer.distance import COSINE_STEPS, Cosine, Hamming, Points, Steps, as_words
 from reducer.draw import RANDOM_ORDER, draw_order
 from reducer.ranking import nearest_kept

@@ -20,8 +20,10 @@ import pyarrow.compute as pc
 from markupsafe import Markup
 from tqdm.auto import tqdm
 
-from reducer.clusterspec import ClusterSpec
-from reducer.config import GALLERY_PHOTOS, STORAGE_OPTIONS, Job, default_strategy, unit_of
+from reducer.config.checks import flag
+from reducer.config.cluster import ClusterSpec
+from reducer.config.job import Job
+from reducer.config.settings import GALLERY_PHOTOS, STORAGE_OPTIONS, default_strategy, unit_of
 from reducer.curves import (
     InsertionCurve,
     LabelCounts,
@@ -45,7 +47,6 @@ from reducer.galleries import (
 )
 from reducer.plots import LARGEST, as_svg, counts_plot, insertion_plot, pairs_plot
 from reducer.printing import certificate_line, quality_rows, quality_title, remarks
-from reducer.rules import flag
 from reducer.storage.location import PhotoRef, Place, file_of
 from reducer.storage.schemas import FAILED
 from reducer.storage.tables import in_nanoseconds

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from reducer.config import Job
+from reducer.config.job import Job
 from reducer.errors import InputError, nearest
 from reducer.formatting import apart, clip
 from reducer.store import REPORT, RunFolder

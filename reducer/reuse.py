@@ -10,13 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from reducer.config import Job
+from reducer.config.checks import flag
+from reducer.config.job import Job, member_keys, path_rule
 from reducer.environment import Environment, compare_with, without_model
 from reducer.errors import InputError
 from reducer.fingerprint import EMBED_SETTINGS, Fingerprint, settings_of
-from reducer.manifest import path_rule
-from reducer.rules import flag
-from reducer.shards import member_keys
 from reducer.storage.codecs import Aside
 from reducer.storage.location import MemberKeys, Shard, stem_of
 from reducer.storage.paths import with_paths

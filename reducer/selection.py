@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from reducer.config.cut_rules import CutRules
 from reducer.errors import BudgetError, InputError
-from reducer.rules import CutRules
 from reducer.storage.schemas import BEYOND_KEEP, BUDGET, KEPT, KEPT_SMALL_LABEL, MIN_DISTANCE
 from reducer.storage.sorting import place_in_group, text_ranks
 

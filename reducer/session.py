@@ -16,14 +16,14 @@ import pyarrow.compute as pc
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from reducer.clusterspec import ClusterSpec
+from reducer.config.cluster import ClusterSpec
+from reducer.config.job import path_rule
 from reducer.crosslabel import cross_label_table
 from reducer.cutting import apply_filters
 from reducer.dispatch import Dispatch, InProcess
 from reducer.errand import Errand, ShardErrand
 from reducer.errors import BudgetError, ListingError, LostLockError, ReducerError, TooManyFailuresError
 from reducer.found import merged
-from reducer.manifest import path_rule
 from reducer.pipeline import as_ledger
 from reducer.plan import Plan
 from reducer.quality import figures, judge_again

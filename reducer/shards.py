@@ -13,10 +13,10 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
-from reducer.config import Job
+from reducer.config.job import Job
 from reducer.errors import InputError
 from reducer.manifest import is_photo
-from reducer.storage.location import MemberKeys, Place, Shard, absolute, explained, is_url
+from reducer.storage.location import Place, Shard, absolute, explained, is_url
 from reducer.storage.remote import nanoseconds
 from reducer.storage.tables import EXAMPLES, read_lines
 
@@ -65,13 +65,6 @@ def find_shards(job: Job) -> list[Shard] | None:
         return None
     shards = [replace(shard, number=number) for number, shard in enumerate(sorted(files, key=lambda file: file.path))]
     return shards if job.md5 is None else _with_sums(job, shards)
-
-
-def member_keys(job: Job) -> MemberKeys:
-    """By what photos in shards are told from others."""
-    if job.manifest is None:
-        return MemberKeys.SAMPLE
-    return MemberKeys.STEM if job.path_column is None and job.path_template is None else MemberKeys.PATH
 
 
 def _local_files(images: str) -> list[Shard] | None:

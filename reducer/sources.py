@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import TypeVar
 
+from reducer.config.settings import Source
 from reducer.hashing import OUT_OF_MEMORY, PhotoError
 from reducer.objects import (
     CannotCopy,
@@ -25,15 +26,7 @@ from reducer.objects import (
     fetch_start,
     state_of,
 )
-from reducer.storage.location import (
-    ByteRange,
-    PhotoRef,
-    Place,
-    Shard,
-    Source,
-    file_of,
-    is_url,
-)
+from reducer.storage.location import ByteRange, PhotoRef, Place, Shard, file_of, is_url
 from reducer.storage.remote import RETRY_SECONDS, pauses
 
 T = TypeVar("T")

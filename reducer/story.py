@@ -9,9 +9,9 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from reducer.config import near_copy_bits, unit_of
+from reducer.config.cut_rules import CutRules
+from reducer.config.settings import near_copy_bits, unit_of
 from reducer.errors import InputError
-from reducer.rules import CutRules
 from reducer.storage.location import Place
 from reducer.storage.schemas import (
     AVOIDED,

@@ -13,8 +13,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from reducer.clusterspec import ClusterSpec
-from reducer.config import STORAGE_OPTIONS, Job
+from reducer.config.cluster import ClusterSpec
+from reducer.config.job import Job
+from reducer.config.settings import STORAGE_OPTIONS
 from reducer.errors import InputError
 from reducer.facility import FACILITY_LOCATION_CANDIDATES
 from reducer.fingerprint import Fingerprint

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from reducer.config import PhotoSettings
+from reducer.config.settings import PhotoSettings, Source
 from reducer.errors import one_line
 from reducer.hashing import DEEP_MODES, TURNS, PhotoError, opened_photo, orientation, pillow_settings
 from reducer.isolation import memory_bound, refused_apart
 from reducer.sources import read_all
-from reducer.storage.location import PhotoRef, Source
+from reducer.storage.location import PhotoRef
 
 if TYPE_CHECKING:
     from distributed import Client, Future

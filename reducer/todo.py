@@ -10,16 +10,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from reducer.config.job import member_keys, path_rule
 from reducer.errand import Errand, ShardErrand
 from reducer.errors import InputError, ListingError
 from reducer.found import beside_plan, missing_error, rows_with, unread_ledger, without_errors
-from reducer.manifest import path_rule, samples
+from reducer.manifest import samples
 from reducer.partition import Division
 from reducer.pieces import wanted_keys
 from reducer.plan import Plan, as_unread, plan_of
 from reducer.reuse import Reuse, as_known, beside
 from reducer.routing import Routing, VectorFiles
-from reducer.shards import member_keys
 from reducer.storage.codecs import Aside, Hashes, placed
 from reducer.storage.location import MemberKeys
 from reducer.storage.paths import with_paths

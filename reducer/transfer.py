@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from reducer.config import Job
+from reducer.config.job import Job
 from reducer.copying import Copied, Copy, Group
 from reducer.exported import IDENTITY, Exported, Listing, is_equal
 from reducer.layouts import (

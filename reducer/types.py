@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
 from typing import Any
 
-from reducer.config import PhotoSettings
+from reducer.config.settings import PhotoSettings, Source
 from reducer.environment import Environment
-from reducer.storage.location import MemberKeys, PathRule, PhotoRef, Shard, Source
+from reducer.storage.location import MemberKeys, PathRule, PhotoRef, Shard
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ class Spread:
     pairs : int
         Pairs of chosen photos within a label.
     near_copies : int
-        Those of the pairs that are at most `reducer.config.near_copy_bits` apart; 0 for vectors.
+        Those of the pairs that are at most `reducer.config.settings.near_copy_bits` apart; 0 for vectors.
     distance_sum : int
         Sum of all pair distances.
     smallest_sum : int

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from reducer.config import PhotoSettings
+from reducer.config.settings import PhotoSettings, Source
 from reducer.environment import environment
 from reducer.errors import InputError
 from reducer.isolation import (
@@ -27,7 +27,7 @@ from reducer.pieces import PlainLooker, run_piece, run_shards
 from reducer.pipeline import Look, LookAtAll, VectorsOf, look_at_all, run_partition
 from reducer.routing import Given, RouteTask, Slice, VectorFiles, route
 from reducer.shipping import code_digest
-from reducer.storage.location import ByteRange, PhotoRef, Source
+from reducer.storage.location import ByteRange, PhotoRef
 from reducer.types import PartitionResult, PiecesResult, ShardTask, Terms, Unfit, Work
 
 if TYPE_CHECKING:

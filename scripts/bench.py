@@ -46,7 +46,7 @@ from benchmarks.speed import floor, memory, speed, startup
 from benchmarks.storage import export, s3, shards, tar
 from benchmarks.vectors import STRATEGIES_BY_VECTORS, embed, mixture, vectors
 
-from reducer.config import DECODE_NAMES
+from reducer.config.settings import DECODE_NAMES
 
 COMMANDS: dict[str, Callable[..., None]] = {
     f.__name__: f

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from reducer.config import HASH_NAMES, STRATEGY_NAMES
+from reducer.config.settings import HASH_NAMES, STRATEGY_NAMES
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from reducer import TLS, ClusterSpec, InputError, WorkerRules
-from reducer.clusterspec import ClusterFile
+from reducer.config.cluster import ClusterFile
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCAL = "distributed.LocalCluster"

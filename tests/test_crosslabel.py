@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reducer import crosslabel
-from reducer.config import LARGEST_HASH, SMALLEST_HASH, near_copy_bits
+from reducer.config.settings import LARGEST_HASH, SMALLEST_HASH, near_copy_bits
 from reducer.crosslabel import CROSS_LABEL_SCHEMA, MOST_PAIRS, cross_label_pairs, cross_label_table
 from reducer.storage.codecs import all_from_hex, from_hex, to_hex
 

@@ -13,7 +13,7 @@ from conftest import reduced_files, run_on
 from test_cli import invoke
 
 from reducer import ClusterSpec, InputError, cut, resume
-from reducer.config import STRATEGY_NAMES
+from reducer.config.settings import STRATEGY_NAMES
 from reducer.store import RunFolder
 
 KEEP = 8

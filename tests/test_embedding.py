@@ -20,7 +20,7 @@ from test_cli import invoke
 from test_vector_runs import kept_vectors
 
 from reducer import ClusterSpec, InputError, Job, TooManyFailuresError, embed, reduce_images, resume
-from reducer.config import EMBED_MEAN, EMBED_STD, PhotoSettings
+from reducer.config.settings import EMBED_MEAN, EMBED_STD, PhotoSettings
 from reducer.embedding import PATHS, Model, loaded, picture_of, vectors_of
 from reducer.errand import Errand
 from reducer.storage.codecs import from_lists

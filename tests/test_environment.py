@@ -18,7 +18,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 import reducer.environment
 from reducer import Job
-from reducer.config import DECODE_NAMES, HASH_NAMES, PhotoSettings
+from reducer.config.settings import DECODE_NAMES, HASH_NAMES, PhotoSettings
 from reducer.environment import (
     FIRST_SCAN_PROBE,
     Environment,

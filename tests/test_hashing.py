@@ -13,7 +13,7 @@ import pytest
 from PIL import ExifTags, Image, ImageOps
 
 from reducer import InputError, Job
-from reducer.config import DECODE_NAMES, HASH_NAMES, near_copy_bits
+from reducer.config.settings import DECODE_NAMES, HASH_NAMES, near_copy_bits
 from reducer.hashing import FLAT_DEVIATION, HASHES, PhotoError, grey_deviation, hash_photo, pillow_settings
 from reducer.pipeline import look_at_all
 from reducer.sample import draw_view

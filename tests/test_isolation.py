@@ -12,9 +12,9 @@ import pytest
 from conftest import ROOT, wait_for
 
 from reducer import Job
+from reducer.config.settings import Source
 from reducer.isolation import CannotStart, look_alone, look_apart, may_be_innocent
 from reducer.pipeline import Look, look_at_all
-from reducer.storage.location import Source
 
 SETTINGS = Job("-", "-").photo_settings
 WATCH = """

@@ -19,7 +19,7 @@ from PIL import Image
 
 import reducer.dispatch
 from reducer import ClusterError, ClusterSpec, InputError, Job, TooManyFailuresError, WorkerRules, reduce_images
-from reducer.config import STRATEGY_NAMES
+from reducer.config.settings import STRATEGY_NAMES
 from reducer.dispatch import WINDOW
 from reducer.storage.schemas import LEDGER_SCHEMA
 from reducer.store import RunFolder

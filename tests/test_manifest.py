@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reducer import InputError, Job
-from reducer.manifest import Manifest, path_rule, read_manifest
+from reducer.config.job import path_rule
+from reducer.manifest import Manifest, read_manifest
 from reducer.storage.paths import with_paths
 from reducer.storage.schemas import MANIFEST_SCHEMA
 from reducer.storage.sorting import text_order

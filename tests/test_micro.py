@@ -21,7 +21,7 @@ from PIL import Image
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from reducer import Job, cut
-from reducer.config import DECODE_NAMES, STRATEGY_NAMES
+from reducer.config.settings import DECODE_NAMES, STRATEGY_NAMES
 from reducer.distance import Hamming
 from reducer.hashing import hash_photo
 from reducer.plan import Plan, make_plan

@@ -8,11 +8,11 @@ import pytest
 from distributed.protocol.pickle import dumps
 
 from reducer import InputError, Job
+from reducer.config.job import path_rule
 from reducer.dispatch import as_bag
 from reducer.draw import CANDIDATES, draw_order
 from reducer.errand import Errand
 from reducer.formatting import parse_labels
-from reducer.manifest import path_rule
 from reducer.pipeline import photo_paths
 from reducer.plan import as_unread, make_plan
 from reducer.storage.paths import with_paths

@@ -21,7 +21,7 @@ from test_s3 import READERS, SERIAL, ledger
 import reducer.objects
 import reducer.sources
 from reducer import Job, reduce_images
-from reducer.config import HASH_NAMES
+from reducer.config.settings import HASH_NAMES
 from reducer.hashing import PhotoError, enough_of
 from reducer.objects import FIRST_BYTES, PhotoFile
 from reducer.progressive import bytes_needed, first_scan_only

@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reducer.config import near_copy_bits
+from reducer.config.settings import near_copy_bits
 from reducer.distance import Hamming
 from reducer.quality import certificate, counting_bound, figures, spread
 from reducer.ranking import farthest_first, nearest_kept

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reducer.config import STRATEGY_NAMES
+from reducer.config.settings import STRATEGY_NAMES
 from reducer.distance import Hamming, near_any
 from reducer.draw import CANDIDATES, RANDOM_ORDER, draw_keys, draw_order
 from reducer.facility import FACILITY_LOCATION_CANDIDATES, MATRIX_BYTES

@@ -17,7 +17,7 @@ from conftest import ROOT
 from PIL import Image
 
 from reducer.cli import main
-from reducer.clusterspec import ClusterFile
+from reducer.config.cluster import ClusterFile
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)

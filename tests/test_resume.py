@@ -26,9 +26,9 @@ from test_job import ledger_of
 import reducer.environment
 import reducer.session
 from reducer import ClusterSpec, InputError, TooManyFailuresError, reduce_images, resume
+from reducer.config.job import path_rule
 from reducer.environment import Environment
 from reducer.errors import LostLockError
-from reducer.manifest import path_rule
 from reducer.storage.location import Place
 from reducer.storage.paths import with_paths
 from reducer.store import RunFolder

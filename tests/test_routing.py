@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from reducer import InputError, Job, routing
+from reducer.config.settings import Source
 from reducer.routing import Given, Routing, find_vectors, route
 from reducer.storage.codecs import as_units
-from reducer.storage.location import Source
 
 IDS = [f"{i:04}" for i in range(200)]
 VECTORS = np.random.default_rng(0).normal(size=(200, 6)).astype(np.float32)

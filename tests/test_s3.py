@@ -29,12 +29,13 @@ from test_faults import IN_PROCESS
 import reducer.sources
 import reducer.worker
 from reducer import ClusterError, ClusterSpec, InputError, Job, reduce_images
+from reducer.config.settings import Source
 from reducer.errand import Errand
 from reducer.objects import PhotoFile
 from reducer.plan import make_plan
 from reducer.result import Result
 from reducer.sources import read_all
-from reducer.storage.location import Place, Source
+from reducer.storage.location import Place
 from reducer.storage.remote import parse_options
 from reducer.store import RunFolder
 

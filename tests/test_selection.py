@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reducer import InputError
-from reducer.rules import CutRules
+from reducer.config.cut_rules import CutRules
 from reducer.selection import NeedsRanksError, select
 from reducer.storage.schemas import LEDGER_SCHEMA
 

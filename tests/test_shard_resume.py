@@ -16,8 +16,9 @@ from tarfiles import md5, packed, shards_read, spoil, tar_of, write_tars
 from test_cli import invoke
 
 from reducer import ClusterSpec, resume
+from reducer.config.settings import Source
 from reducer.sources import read_all
-from reducer.storage.location import ByteRange, Source
+from reducer.storage.location import ByteRange
 from reducer.store import RunFolder
 
 

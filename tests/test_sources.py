@@ -10,9 +10,9 @@ import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError
 
 import reducer.objects
+from reducer.config.settings import Source
 from reducer.hashing import PhotoError
 from reducer.objects import Transient, fetch
-from reducer.storage.location import Source
 
 
 def answering(error: Exception) -> Any:

@@ -17,8 +17,9 @@ from tarfiles import packed, photos_below, write_tars
 from test_deaths import KILLER, killer_env
 
 from reducer import Job, thumbnails
+from reducer.config.settings import Source
 from reducer.hashing import PhotoError, pillow_settings
-from reducer.storage.location import ByteRange, Source
+from reducer.storage.location import ByteRange
 from reducer.thumbnails import SMALLEST_SIDE, Thumbnail, Wanted, _Group, draw, draw_on, thumbnail
 
 LIMITS = {"max_pixels": 10**8, "most_bytes": 40_000}

@@ -153,25 +153,6 @@ def ref_of(row: Mapping[str, Any]) -> PhotoRef:
     return path
 
 
-@dataclass(frozen=True)
-class Source:
-    """How photos are read; travels to the workers.
-
-    Attributes
-    ----------
-    options : mapping
-        For URLs: what opens them; may hold secrets.
-    reader : str
-        One of `reducer.config.READER_NAMES`, for ``s3://``.
-    read_ahead : int
-        Photos of a URL that are under way at a time, for each worker thread; of shards a quarter as many blocks.
-    """
-
-    options: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    reader: str = "s3fs"
-    read_ahead: int = 32
-
-
 @contextmanager
 def explained(place: Place, what: str) -> Iterator[None]:
     """Turn whatever goes wrong at a place into an InputError that says what to look at.

@@ -16,7 +16,7 @@ from benchmarks.common import looks_at, machine, measured, photos_by_label, say,
 from PIL import Image
 
 from reducer import Job
-from reducer.config import DECODE_NAMES, HASH_NAMES, PhotoSettings, near_copy_bits
+from reducer.config.settings import DECODE_NAMES, HASH_NAMES, PhotoSettings, near_copy_bits
 from reducer.hashing import DRAFT_FLOOR, FLAT_DEVIATION, JPEG_FORMATS, enough_of, grey_deviation, hash_photo
 from reducer.pipeline import Look
 from reducer.progressive import first_scan_only

@@ -21,10 +21,10 @@ import pyarrow.parquet
 from benchmarks.common import LAUNCHER, PROCESSES, kibibytes, machine, measured, say, sizes_of, table, timed
 
 from reducer import Job
-from reducer.config import STORAGE_OPTIONS
+from reducer.config.job import path_rule
+from reducer.config.settings import STORAGE_OPTIONS
 from reducer.crosslabel import cross_label_table
 from reducer.environment import versions
-from reducer.manifest import path_rule
 from reducer.partition import assign, partition_count
 from reducer.pipeline import peak_memory
 from reducer.quality import figures, judge_again

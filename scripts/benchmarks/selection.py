@@ -12,7 +12,7 @@ import numpy as np
 from benchmarks.common import KEEP, looks_at, machine, measured, photos_by_label, say, table, timed
 from benchmarks.notebook import notebook_choice
 
-from reducer.config import near_copy_bits
+from reducer.config.settings import near_copy_bits
 from reducer.distance import Hamming
 from reducer.quality import certificate, figures, spread
 from reducer.ranking import STRATEGIES, nearest_kept

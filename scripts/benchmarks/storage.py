@@ -19,7 +19,7 @@ from benchmarks.codec import as_progressive
 from benchmarks.common import PROCESSES, machine, measured, pack, reduced, say, small_photos, table, timed
 
 from reducer import ClusterSpec, Job, reduce_images
-from reducer.config import READER_NAMES
+from reducer.config.settings import READER_NAMES
 from reducer.sample import write_sample
 
 if TYPE_CHECKING:

@@ -18,10 +18,9 @@ DIGITS = 8
 def dask_setup(worker: object) -> None:
     """Dask's hook in each worker process."""
     import reducer.worker
-    from reducer.config import PhotoSettings
+    from reducer.config.settings import PhotoSettings, Source
     from reducer.hashing import PhotoHash
     from reducer.pipeline import Look
-    from reducer.storage.location import Source
 
     stored = np.load(os.environ[VARIABLE], mmap_mode="r")
 

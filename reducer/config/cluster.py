@@ -10,10 +10,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reducer.config import Job, known_keys
+from reducer.config.checks import flag, known_keys
+from reducer.config.job import Job
 from reducer.errors import InputError
 from reducer.formatting import parse_seconds
-from reducer.rules import flag
 
 if TYPE_CHECKING:
     import yaml

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from reducer.config.checks import bytes_of, check_count
 from reducer.errors import InputError
-from reducer.formatting import parse_bytes
 
 #: Photos of each label that a budget must leave room for.
 DEFAULT_MIN_PER_LABEL = 1
@@ -65,30 +65,3 @@ class CutRules:
     def guaranteed(self) -> int:
         """Photos of each label that a budget must leave room for."""
         return DEFAULT_MIN_PER_LABEL if self.min_per_label is None else self.min_per_label
-
-
-def bytes_of(name: str, text: str) -> int:
-    """Bytes, from what people write.
-
-    Raises
-    ------
-    InputError
-        If it is none; names the flag.
-    """
-    try:
-        return parse_bytes(text)
-    except (ValueError, OverflowError):
-        raise InputError(
-            f"{flag(name)} is {text!r}: expected a number of bytes such as 20GB (20 x 10^9), 500MB or 20GiB"
-        ) from None
-
-
-def check_count(name: str, value: object) -> None:
-    """Refuse what is no whole number of 1 or more; None will do."""
-    if value is not None and (not isinstance(value, int) or value < 1):
-        raise InputError(f"{flag(name)} is {value!r}: expected a whole number of 1 or more")
-
-
-def flag(name: str) -> str:
-    """A field's name as the command line writes it."""
-    return "--" + name.replace("_", "-")

@@ -1,129 +1,38 @@
-"""What a job does (`Job`): validated on construction, before anything starts. Where it runs: `reducer.clusterspec`."""
+"""What a job does (`Job`): validated on construction, before anything starts. Where it runs: `config.cluster`."""
 
 from __future__ import annotations
 
-import hashlib
-import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache
 from typing import Any
 
-from reducer.errors import InputError, nearest
-from reducer.rules import CutRules, check_count, flag
-from reducer.storage.location import Place, Source, absolute, is_url, template_fields
+from reducer.config.checks import channels, check_count, choose, file_digest, flag
+from reducer.config.cut_rules import CutRules
+from reducer.config.settings import (
+    DECODE_NAMES,
+    EMBED_BATCH,
+    EMBED_MEAN,
+    EMBED_SIZE,
+    EMBED_STD,
+    FORMATS,
+    HASH_NAMES,
+    LARGEST_HASH,
+    READER_NAMES,
+    SMALLEST_HASH,
+    STRATEGY_NAMES,
+    EmbedSettings,
+    PhotoSettings,
+    Source,
+    default_strategy,
+    near_copy_bits,
+)
+from reducer.errors import InputError
+from reducer.storage.location import MemberKeys, PathRule, Place, absolute, is_url, template_fields
 from reducer.storage.remote import check_obstore
 
-STRATEGY_NAMES = ("farthest-first", "facility-location", "pairs", "random")
-HASH_NAMES = ("dhash", "dhash-vertical", "phash", "ahash", "whash")
-#: Bits of a hash are the square of its size.
-SMALLEST_HASH, LARGEST_HASH = 2, 32
-DECODE_NAMES = ("fast", "fastest", "exact")
-FORMATS = ("csv", "parquet", "both")
-STORAGE_OPTIONS = ("storage_options", "manifest_storage_options", "output_storage_options")
-READER_NAMES = ("s3fs", "obstore")
-#: How exported photos lie, and bytes of a shard of them.
-LAYOUT_NAMES = ("same", "by-label", "tar")
-SHARD_BYTES = "1GB"
 #: Photos kept a label, where nothing else bounds the reduced list.
 DEFAULT_KEEP = 25
-#: Pictures of photos in a report.
-GALLERY_PHOTOS = 400
-#: Photos that a dry run reads to estimate the time.
-SAMPLE_PHOTOS = 64
-#: What an embedding model is given, unless it is said otherwise: the means and deviations of ImageNet's channels.
-EMBED_SIZE, EMBED_BATCH = 224, 32
-EMBED_MEAN, EMBED_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 GLDV2_TEMPLATE = "{id[0]}/{id[1]}/{id[2]}/{id}.jpg"
-
-
-@dataclass(frozen=True)
-class EmbedSettings:
-    """All that decides the vector that a model makes of a photo.
-
-    Attributes
-    ----------
-    model : str
-        SHA-256 of the model file, in hex.
-    size : int
-        Side of the square that the model is given, in pixels.
-    mean, std : tuple of float
-        Of the red, green and blue channel, 0 to 1: the first is subtracted, then the second divided by.
-    batch : int
-        Photos that the model is given at a time.
-    output : str or None
-        Which of its outputs holds the vectors; None for the only one.
-    """
-
-    model: str
-    size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    batch: int
-    output: str | None
-
-
-@dataclass(frozen=True)
-class PhotoSettings:
-    """All that decides the hash and the rank of a photo, as a worker needs it.
-
-    Attributes
-    ----------
-    keep : int or None
-        Photos kept a label; None for all.
-    strategy : str
-        One of `STRATEGY_NAMES`.
-    hash : str
-        One of `HASH_NAMES`.
-    hash_size : int
-        Rows of the hash, of so many bits each.
-    decode : str
-        One of `DECODE_NAMES`.
-    exif_orientation : bool
-        Whether photos are turned upright before they are hashed.
-    drop_flat : bool
-        Whether photos without detail are left out.
-    avoid_distance : int
-        A photo at most so many bits from one to avoid is left out.
-    seed : int
-        Seed of every keyed draw.
-    max_pixels : int
-        A photo that declares more pixels is not decoded.
-    by_vectors : bool
-        Whether photos are compared by vectors; else by their hashes.
-    hashed : bool
-        Whether photos are read and hashed.
-    near_copy : int or None
-        At most so many bits apart photos are near copies, which come last; None where none does.
-    embed : EmbedSettings or None
-        How their vectors are made; None where they are given, or not asked for.
-    """
-
-    keep: int | None
-    strategy: str
-    hash: str
-    hash_size: int
-    decode: str
-    exif_orientation: bool
-    drop_flat: bool
-    avoid_distance: int
-    seed: int
-    max_pixels: int
-    by_vectors: bool = False
-    hashed: bool = True
-    near_copy: int | None = None
-    embed: EmbedSettings | None = None
-
-    @property
-    def bits(self) -> int:
-        """Bits of a hash."""
-        return self.hash_size**2
-
-    @property
-    def unit(self) -> str:
-        """What distances are told in."""
-        return "cosine" if self.by_vectors else "bits"
 
 
 @dataclass(frozen=True)
@@ -520,76 +429,16 @@ class Job:
         return self.rank_all or self.drop_flat or self.avoid is not None
 
 
-def unit_of(job: Mapping[str, Any]) -> str:
-    """What distances of a run are told in, by the job in its summary."""
-    return "cosine" if job.get("vectors") or job.get("embed") else "bits"
+def path_rule(job: Job) -> PathRule | None:
+    """Where the photos of a job lie; None where the manifest names each path."""
+    if job.path_column is not None:
+        return None
+    root = absolute(job.images)
+    return PathRule(root, "{id}" if job.manifest is None else job.template)
 
 
-def default_strategy(by_vectors: bool) -> str:
-    """How photos are ranked where nothing else is asked for."""
-    return "facility-location" if by_vectors else "farthest-first"
-
-
-def near_copy_bits(bits: int) -> int:
-    """At how many bits apart, of so many, two photos of a label still count as near copies.
-
-    It is 6 of dHash's 64: resizing, recompression and brightness stay within it, crops and flips do not.
-    """
-    return 6 * bits // 64
-
-
-def channels(name: str, value: object) -> tuple[float, ...]:
-    """Three numbers, of the red, green and blue channel, from a sequence or from text with commas.
-
-    Raises
-    ------
-    InputError
-        If it is something else; names the flag.
-    """
-    found = value.split(",") if isinstance(value, str) else value
-    try:
-        numbers = tuple(float(number) for number in found)  # type: ignore[attr-defined]
-    except (TypeError, ValueError):
-        numbers = ()
-    if len(numbers) != 3 or not all(map(math.isfinite, numbers)):
-        raise InputError(f"{flag(name)} is {value!r}: expected three numbers, such as 0.485,0.456,0.406")
-    return numbers
-
-
-def file_digest(where: str, path: str) -> str:
-    """SHA-256 of a local file, in hex; read once while it stays as it is.
-
-    Raises
-    ------
-    InputError
-        If it cannot be read.
-    """
-    try:
-        found = os.stat(path)
-        return _digest(path, found.st_size, found.st_mtime_ns)
-    except OSError as error:
-        raise InputError(f"{where} {path} cannot be read: {error.strerror or error}") from None
-
-
-@lru_cache(maxsize=8)
-def _digest(path: str, size: int, mtime_ns: int) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def choose(name: str, value: str, known: tuple[str, ...]) -> None:
-    """Refuse a value that is not one of the known ones."""
-    if value not in known:
-        raise InputError(f"{flag(name)} {value!r}{nearest(str(value), known)}: expected one of {', '.join(known)}")
-
-
-def known_keys(where: str, content: object, known: tuple[str, ...]) -> dict[str, Any]:
-    """Check that a YAML mapping has only known keys, and return it."""
-    if not isinstance(content, dict):
-        # Not the value itself: it may be a secret.
-        found = "nothing" if content is None else f"a {type(content).__name__}"
-        raise InputError(f"{where}: expected the keys {', '.join(known)}; found {found}")
-    for key in content:
-        if key not in known:
-            raise InputError(f"{where}: unknown key {key!r}{nearest(str(key), known)}; known are {', '.join(known)}")
-    return content
+def member_keys(job: Job) -> MemberKeys:
+    """By what photos in shards are told from others."""
+    if job.manifest is None:
+        return MemberKeys.SAMPLE
+    return MemberKeys.STEM if job.path_column is None and job.path_template is None else MemberKeys.PATH

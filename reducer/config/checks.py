@@ -1,0 +1,96 @@
+"""Checks of single values, with messages that name the flag."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from functools import lru_cache
+from typing import Any
+
+from reducer.errors import InputError, nearest
+from reducer.formatting import parse_bytes
+
+
+def channels(name: str, value: object) -> tuple[float, ...]:
+    """Three numbers, of the red, green and blue channel, from a sequence or from text with commas.
+
+    Raises
+    ------
+    InputError
+        If it is something else; names the flag.
+    """
+    found = value.split(",") if isinstance(value, str) else value
+    try:
+        numbers = tuple(float(number) for number in found)  # type: ignore[attr-defined]
+    except (TypeError, ValueError):
+        numbers = ()
+    if len(numbers) != 3 or not all(map(math.isfinite, numbers)):
+        raise InputError(f"{flag(name)} is {value!r}: expected three numbers, such as 0.485,0.456,0.406")
+    return numbers
+
+
+def file_digest(where: str, path: str) -> str:
+    """SHA-256 of a local file, in hex; read once while it stays as it is.
+
+    Raises
+    ------
+    InputError
+        If it cannot be read.
+    """
+    try:
+        found = os.stat(path)
+        return _digest(path, found.st_size, found.st_mtime_ns)
+    except OSError as error:
+        raise InputError(f"{where} {path} cannot be read: {error.strerror or error}") from None
+
+
+@lru_cache(maxsize=8)
+def _digest(path: str, size: int, mtime_ns: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def choose(name: str, value: str, known: tuple[str, ...]) -> None:
+    """Refuse a value that is not one of the known ones."""
+    if value not in known:
+        raise InputError(f"{flag(name)} {value!r}{nearest(str(value), known)}: expected one of {', '.join(known)}")
+
+
+def known_keys(where: str, content: object, known: tuple[str, ...]) -> dict[str, Any]:
+    """Check that a YAML mapping has only known keys, and return it."""
+    if not isinstance(content, dict):
+        # Not the value itself: it may be a secret.
+        found = "nothing" if content is None else f"a {type(content).__name__}"
+        raise InputError(f"{where}: expected the keys {', '.join(known)}; found {found}")
+    for key in content:
+        if key not in known:
+            raise InputError(f"{where}: unknown key {key!r}{nearest(str(key), known)}; known are {', '.join(known)}")
+    return content
+
+
+def bytes_of(name: str, text: str) -> int:
+    """Bytes, from what people write.
+
+    Raises
+    ------
+    InputError
+        If it is none; names the flag.
+    """
+    try:
+        return parse_bytes(text)
+    except (ValueError, OverflowError):
+        raise InputError(
+            f"{flag(name)} is {text!r}: expected a number of bytes such as 20GB (20 x 10^9), 500MB or 20GiB"
+        ) from None
+
+
+def check_count(name: str, value: object) -> None:
+    """Refuse what is no whole number of 1 or more; None will do."""
+    if value is not None and (not isinstance(value, int) or value < 1):
+        raise InputError(f"{flag(name)} is {value!r}: expected a whole number of 1 or more")
+
+
+def flag(name: str) -> str:
+    """A field's name as the command line writes it."""
+    return "--" + name.replace("_", "-")
