@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from reducer.distance import Cosine
 from reducer.draw import RANDOM_ORDER, REPORT_LABELS, draw_order
-from reducer.quality import pair_histogram
+from reducer.selection.distance import Cosine
+from reducer.selection.quality import pair_histogram
 from reducer.storage.codecs import all_from_hex, units_of
 from reducer.storage.sorting import numbered
 

@@ -18,8 +18,8 @@ from reducer.config.cut_rules import CutRules
 from reducer.config.settings import unit_of
 from reducer.errors import InputError
 from reducer.plan import Plan
-from reducer.quality import judge_again
-from reducer.selection import DECIDING, NeedsRanksError, select
+from reducer.selection.quality import judge_again
+from reducer.selection.rules import DECIDING, NeedsRanksError, select
 from reducer.storage.atomic import write_file
 from reducer.storage.location import Place, absolute, is_url
 from reducer.storage.schemas import REDUCED_COLUMNS, in_unit

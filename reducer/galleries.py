@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from reducer.distance import Cosine, Hamming, Points
 from reducer.errors import InputError, nearest
+from reducer.selection.distance import Cosine, Hamming, Points
 from reducer.storage.codecs import all_from_hex, units_of
 from reducer.storage.location import PhotoRef, ref_of
 from reducer.storage.schemas import BEYOND_KEEP, BUDGET, FAILED, MIN_DISTANCE

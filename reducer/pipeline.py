@@ -17,13 +17,14 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from reducer.config.settings import PhotoSettings, Source
-from reducer.distance import near_any
 from reducer.embedding import Picture, embedded, picture_of
-from reducer.facility import Copies
 from reducer.hashing import PhotoError, PhotoHash, enough_of, hash_photo, pillow_settings
 from reducer.objects import FileState, PhotoFile
-from reducer.quality import judge, points_of
-from reducer.ranking import rank
+from reducer.selection.distance import near_any
+from reducer.selection.facility_location import Copies
+from reducer.selection.quality import judge, points_of
+from reducer.selection.quality_sums import Quality
+from reducer.selection.strategies import rank
 from reducer.sources import are_unchanged, read_all
 from reducer.storage.codecs import Hashes, from_hex, to_hex
 from reducer.storage.location import ByteRange, PhotoRef, file_of
@@ -40,7 +41,7 @@ from reducer.storage.schemas import (
     from_ipc,
     to_ipc,
 )
-from reducer.types import PartitionResult, PartitionTask, Quality, Tally
+from reducer.types import PartitionResult, PartitionTask, Tally
 
 #: The ledger's columns that ranking fills.
 RANKED_SCHEMA = pa.schema(list(LEDGER_SCHEMA)[LEDGER_SCHEMA.get_field_index("hash") :])
@@ -129,7 +130,7 @@ def rank_label(
     Quality
         Of the kept photos, against a random choice of as many from the same candidates.
     Quality
-        The same by hashes, as for `reducer.quality.Judgement`.
+        The same by hashes, as for `reducer.selection.quality.Judgement`.
     """
     rows: list[dict[str, Any]] = [{"kept": False, "reason": FAILED, "error": look.error} for look in looks]
     row_of = [i for i, look in enumerate(looks) if look.error is None]

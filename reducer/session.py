@@ -18,7 +18,6 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from reducer.config.cluster import ClusterSpec
 from reducer.config.job import path_rule
-from reducer.crosslabel import cross_label_table
 from reducer.cutting import apply_filters
 from reducer.dispatch import Dispatch, InProcess
 from reducer.errand import Errand, ShardErrand
@@ -26,7 +25,8 @@ from reducer.errors import BudgetError, ListingError, LostLockError, ReducerErro
 from reducer.found import merged
 from reducer.pipeline import as_ledger
 from reducer.plan import Plan
-from reducer.quality import figures, judge_again
+from reducer.selection.cross_label import cross_label_table
+from reducer.selection.quality import figures, judge_again
 from reducer.storage.codecs import NO_VECTOR
 from reducer.storage.paths import with_paths
 from reducer.storage.schemas import FAILED, from_ipc

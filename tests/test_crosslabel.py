@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reducer import crosslabel
 from reducer.config.settings import LARGEST_HASH, SMALLEST_HASH, near_copy_bits
-from reducer.crosslabel import CROSS_LABEL_SCHEMA, MOST_PAIRS, cross_label_pairs, cross_label_table
+from reducer.selection import cross_label
+from reducer.selection.cross_label import CROSS_LABEL_SCHEMA, MOST_PAIRS, cross_label_pairs, cross_label_table
 from reducer.storage.codecs import all_from_hex, from_hex, to_hex
 
 BITS = [9, 16, 64, 100, 256]
@@ -126,23 +126,23 @@ def test_a_crowd_is_divided_again_and_again(bits: int, most: int, monkeypatch: p
     expected = greedy(near(values, labels, bits), most)
     assert pairs_of(values, labels, bits, most) == expected
     # Buckets in buckets; few pairs compared at a time; few tried at a time; bits dealt by a share of the hashes.
-    monkeypatch.setattr(crosslabel, "DIRECT_PAIRS", 20)
-    monkeypatch.setattr(crosslabel, "COMPARED_PAIRS", 50)
-    monkeypatch.setattr(crosslabel, "EDGES", 3)
-    monkeypatch.setattr(crosslabel, "SAMPLED_HASHES", 100)
+    monkeypatch.setattr(cross_label, "DIRECT_PAIRS", 20)
+    monkeypatch.setattr(cross_label, "COMPARED_PAIRS", 50)
+    monkeypatch.setattr(cross_label, "EDGES", 3)
+    monkeypatch.setattr(cross_label, "SAMPLED_HASHES", 100)
     assert pairs_of(values, labels, bits, most) == expected
 
 
 def test_keys_that_are_equal_by_chance_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     values, labels = crowd(256, 300, 20, 6)
-    monkeypatch.setattr(crosslabel, "_key", lambda words, mask: (words[0] & mask[0]) % np.uint64(3))
+    monkeypatch.setattr(cross_label, "_key", lambda words, mask: (words[0] & mask[0]) % np.uint64(3))
     assert pairs_of(values, labels, 256) == greedy(near(values, labels, 256), MOST_PAIRS)
 
 
 @pytest.mark.parametrize("held", [1, 100, 2**22])
 def test_none_is_in_too_many_pairs_and_none_can_be_added(held: int, monkeypatch: pytest.MonkeyPatch) -> None:
     values, labels = crowd(64, 1200, 40, 7)
-    monkeypatch.setattr(crosslabel, "HELD_PAIRS", held)
+    monkeypatch.setattr(cross_label, "HELD_PAIRS", held)
     taken = pairs_of(values, labels, 64, 5)
     assert len(set(taken)) == len(taken)
     possible = near(values, labels, 64)
@@ -238,7 +238,7 @@ def test_the_table_does_not_depend_on_the_order_of_the_ledger(bits: int, data: s
     shuffled = data.draw(st.permutations(rows))
     cut = data.draw(st.integers(0, len(rows)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(crosslabel, "GATHERED_ROWS", 7)
+        patch.setattr(cross_label, "GATHERED_ROWS", 7)
         patch.setattr("reducer.storage.codecs.PARSED_ROWS", 7)
         table = cross_label_table(pa.concat_tables([ledger(shuffled[:cut]), ledger(shuffled[cut:])]), bits)
     assert table.schema.equals(CROSS_LABEL_SCHEMA, check_metadata=True)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from reducer import curves
 from reducer.curves import SHARES, insertion_curve, label_counts, pair_distances
-from reducer.quality import pair_histogram
+from reducer.selection.quality import pair_histogram
 from reducer.storage.codecs import to_hex
 from reducer.storage.schemas import LEDGER_SCHEMA
 from reducer.store import RunFolder
@@ -82,7 +82,7 @@ def test_pairs_are_counted_by_distance(bits: int, count: int, at_a_time: int, ra
     hashes = np.frombuffer(packed, np.uint8).reshape(count, -(-bits // 8))
     expected = np.bincount([(a ^ b).bit_count() for a, b in combinations(values, 2)], minlength=bits + 1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("reducer.quality.COMPARED_PAIRS", at_a_time)
+        patch.setattr("reducer.selection.quality.COMPARED_PAIRS", at_a_time)
         assert pair_histogram(hashes, bits).tolist() == expected.tolist()
 
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reducer import distance
-from reducer.distance import COSINE_STEPS, Cosine, Hamming, Points
+from reducer.selection import distance
+from reducer.selection.distance import COSINE_STEPS, Cosine, Hamming, Points
 from reducer.storage.codecs import as_units
 
 #: Few directions make many ties and exact copies.

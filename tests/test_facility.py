@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_distance import VECTORS, apart, units_of
 
-from reducer import distance, facility
-from reducer.distance import COSINE_STEPS, Cosine, Hamming
 from reducer.draw import RANDOM_ORDER, draw_order
-from reducer.facility import Copies
-from reducer.ranking import STRATEGIES, facility_location, farthest_first, nearest_kept, random, rank
+from reducer.selection import distance
+from reducer.selection.distance import COSINE_STEPS, Cosine, Hamming
+from reducer.selection.facility_location import Copies
+from reducer.selection.strategies import STRATEGIES, facility_location, farthest_first, nearest_kept, random, rank
 from reducer.storage.codecs import as_units
 
 BY_VECTORS = ("facility-location", "farthest-first", "random")
@@ -112,8 +112,8 @@ def test_distances_need_not_be_held(monkeypatch: pytest.MonkeyPatch, kind: str) 
     points, ids = (Cosine(units) if kind == "vectors" else Hamming(hashes)), names(300)
     copies = Copies(hashes, 3) if kind == "vectors" else None
     expected = facility_location(points, ids, keep=150, copies=copies)
-    monkeypatch.setattr(facility, "MATRIX_BYTES", 0)
-    monkeypatch.setattr(facility, "ASKED_TOGETHER", 7)
+    monkeypatch.setattr("reducer.selection.facility_location.MATRIX_BYTES", 0)
+    monkeypatch.setattr("reducer.selection.facility_location.ASKED_TOGETHER", 7)
     monkeypatch.setattr(distance, "HELD_PHOTOS", 0)
     points = Cosine(units) if kind == "vectors" else Hamming(hashes)
     found = facility_location(points, ids, keep=150, copies=copies)
@@ -125,8 +125,8 @@ def test_of_more_photos_than_it_takes_parts_choose_first(monkeypatch: pytest.Mon
     """GreeDi, by hand: greedy in each drawn part, then greedy for all among those."""
     generator = np.random.default_rng(2)
     units, ids = as_units(generator.normal(size=(90, 6)))[0], names(90)
-    monkeypatch.setattr(facility, "FACILITY_LOCATION_CANDIDATES", 40)
-    monkeypatch.setattr("reducer.ranking.FACILITY_LOCATION_RANKS", 8)
+    monkeypatch.setattr("reducer.selection.facility_location.FACILITY_LOCATION_CANDIDATES", 40)
+    monkeypatch.setattr("reducer.selection.strategies.FACILITY_LOCATION_RANKS", 8)
     order = [ids[i] for i in facility_location(Cosine(units), ids, keep=8, label="x", seed=3).order]
     by_id = sorted(ids)
     own = {name: units[ids.index(name)] for name in ids}
@@ -158,7 +158,7 @@ def test_parts_lose_little() -> None:
 
     whole = worth(facility_location(points, ids, keep=25).order)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(facility, "FACILITY_LOCATION_CANDIDATES", 300)
+        patch.setattr("reducer.selection.facility_location.FACILITY_LOCATION_CANDIDATES", 300)
         parts = worth(facility_location(points, ids, keep=25).order)
     drawn = worth(random(points, ids).order)
     assert whole >= parts > whole - 0.1 * (whole - drawn)
@@ -172,8 +172,8 @@ def test_a_large_label_by_vectors_stays_small() -> None:
     ids = names(count)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distance, "HELD_PHOTOS", 0)  # as with 20,000
-        patch.setattr(facility, "MATRIX_BYTES", 0)
-        patch.setattr("reducer.ranking._farthest_behind", lambda points, picks, by_id, distinct: picks)
+        patch.setattr("reducer.selection.facility_location.MATRIX_BYTES", 0)
+        patch.setattr("reducer.selection.strategies._farthest_behind", lambda points, picks, by_id, distinct: picks)
         tracemalloc.start()
         picks = facility_location(Cosine(units), ids)
         peak = tracemalloc.get_traced_memory()[1]

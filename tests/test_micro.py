@@ -22,11 +22,11 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from reducer import Job, cut
 from reducer.config.settings import DECODE_NAMES, STRATEGY_NAMES
-from reducer.distance import Hamming
 from reducer.hashing import hash_photo
 from reducer.plan import Plan, make_plan
-from reducer.ranking import STRATEGIES
 from reducer.sample import label_sizes
+from reducer.selection.distance import Hamming
+from reducer.selection.strategies import STRATEGIES
 
 #: Photos of the manifest that is planned, and its labels: as many a label as in GLDv2.
 ROWS, LABELS = 100_000, 5_144

@@ -12,10 +12,10 @@ from PIL import Image
 
 from reducer import Job
 from reducer.config.settings import STRATEGY_NAMES, Source
-from reducer.distance import Hamming
 from reducer.draw import RANDOM_ORDER, draw_order
 from reducer.pipeline import as_ledger, run_partition
-from reducer.quality import spread
+from reducer.selection.distance import Hamming
+from reducer.selection.quality import spread
 from reducer.storage.schemas import LEDGER_SCHEMA, TASK_SCHEMA, from_ipc, to_ipc
 from reducer.types import PartitionTask
 

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reducer.config.settings import near_copy_bits
-from reducer.distance import Hamming
-from reducer.quality import certificate, counting_bound, figures, spread
-from reducer.ranking import farthest_first, nearest_kept
-from reducer.types import Certificate, Quality, Spread
+from reducer.selection.distance import Hamming
+from reducer.selection.quality import certificate, counting_bound, figures, spread
+from reducer.selection.quality_sums import Certificate, Quality, Spread
+from reducer.selection.strategies import farthest_first, nearest_kept
 
 BITS = st.sampled_from([4, 8, 9, 16, 25, 64])
 

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reducer.config.settings import STRATEGY_NAMES
-from reducer.distance import Hamming, near_any
 from reducer.draw import CANDIDATES, RANDOM_ORDER, draw_keys, draw_order
-from reducer.facility import FACILITY_LOCATION_CANDIDATES, MATRIX_BYTES
-from reducer.ranking import (
+from reducer.selection.distance import Hamming, near_any
+from reducer.selection.facility_location import FACILITY_LOCATION_CANDIDATES, MATRIX_BYTES
+from reducer.selection.strategies import (
     FACILITY_LOCATION_RANKS,
     STRATEGIES,
     facility_location,

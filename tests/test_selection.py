@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from reducer import InputError
 from reducer.config.cut_rules import CutRules
-from reducer.selection import NeedsRanksError, select
+from reducer.selection.rules import NeedsRanksError, select
 from reducer.storage.schemas import LEDGER_SCHEMA
 
 Row = dict[str, Any]

@@ -17,7 +17,7 @@ from test_cli import invoke
 from test_distance import apart
 
 from reducer import ClusterSpec, InputError, Job, TooManyFailuresError, cut, explain, reduce_images, resume, status
-from reducer.distance import COSINE_STEPS
+from reducer.selection.distance import COSINE_STEPS
 from reducer.storage.codecs import as_units, from_lists
 
 DIMENSIONS = 24
@@ -300,7 +300,7 @@ def test_vectors_of_photos_in_shards(tars: Path, collection: Path, tiny: Path, v
 def test_labels_too_large_for_one_step_are_named(
     collection: Path, vectors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("reducer.facility.FACILITY_LOCATION_CANDIDATES", 20)
+    monkeypatch.setattr("reducer.selection.facility_location.FACILITY_LOCATION_CANDIDATES", 20)
     monkeypatch.setattr("reducer.summary.FACILITY_LOCATION_CANDIDATES", 20)
     result = run_on(collection, tmp_path / "run", vectors=str(vectors), keep=3)
     counts = result.images["label"].value_counts()

@@ -1,4 +1,4 @@
-"""Which of the ranked photos are kept: the rules. `reducer.selection` goes by them."""
+"""Which of the ranked photos are kept: the rules. `reducer.selection.rules` goes by them."""
 
 from __future__ import annotations
 

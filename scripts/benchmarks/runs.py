@@ -23,18 +23,18 @@ from benchmarks.common import LAUNCHER, PROCESSES, kibibytes, machine, measured,
 from reducer import Job
 from reducer.config.job import path_rule
 from reducer.config.settings import STORAGE_OPTIONS
-from reducer.crosslabel import cross_label_table
 from reducer.environment import versions
 from reducer.partition import assign, partition_count
 from reducer.pipeline import peak_memory
-from reducer.quality import figures, judge_again
 from reducer.sample import write_sample
+from reducer.selection.cross_label import cross_label_table
+from reducer.selection.quality import figures, judge_again
+from reducer.selection.quality_sums import Quality
 from reducer.storage.paths import paths_by_rule
 from reducer.storage.schemas import BEYOND_KEEP, FAILED, KEPT, LEDGER_SCHEMA, NOT_SAMPLED
 from reducer.storage.tables import counts, with_column
 from reducer.store import RunFolder
 from reducer.summary import failure_kinds
-from reducer.types import Quality
 
 PROGRAM = [sys.executable, "-m", "reducer"]
 

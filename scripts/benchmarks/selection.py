@@ -13,10 +13,10 @@ from benchmarks.common import KEEP, looks_at, machine, measured, photos_by_label
 from benchmarks.notebook import notebook_choice
 
 from reducer.config.settings import near_copy_bits
-from reducer.distance import Hamming
-from reducer.quality import certificate, figures, spread
-from reducer.ranking import STRATEGIES, nearest_kept
-from reducer.types import Certificate, Quality, Spread
+from reducer.selection.distance import Hamming
+from reducer.selection.quality import certificate, figures, spread
+from reducer.selection.quality_sums import Certificate, Quality, Spread
+from reducer.selection.strategies import STRATEGIES, nearest_kept
 
 
 def quality(photos: str) -> None:

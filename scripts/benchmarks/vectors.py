@@ -18,12 +18,12 @@ from benchmarks.planning import alone
 from numpy.typing import NDArray
 
 from reducer import ClusterSpec, Job, reduce_images
-from reducer.distance import Cosine
 from reducer.embedding import PATHS, picture_of, vectors_of
 from reducer.hashing import hash_photo
 from reducer.pipeline import peak_memory
-from reducer.ranking import STRATEGIES
 from reducer.sample import label_sizes
+from reducer.selection.distance import Cosine
+from reducer.selection.strategies import STRATEGIES
 from reducer.storage.codecs import as_units
 
 STRATEGIES_BY_VECTORS = ("facility-location", "farthest-first", "random")

@@ -1,7 +1,7 @@
 """From distances to an order: the first K of a label are its K most different photos, for every K.
 
 One function a strategy, one signature, that of `Strategy`. All are pure and deterministic; ties are broken by id, so
-the order of the input does not matter. What photos are compared by is `reducer.distance`'s business.
+the order of the input does not matter. What photos are compared by is `reducer.selection.distance`'s business.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from reducer.distance import Points, Steps
 from reducer.draw import RANDOM_ORDER, draw_order
-from reducer.facility import Copies, Distinct, cover
+from reducer.selection.distance import Points, Steps
+from reducer.selection.facility_location import Copies, Distinct, cover
 from reducer.storage.codecs import Positions
 
 #: Facility location chooses so many photos of a label at least (or as many as are kept); the others follow by
@@ -214,9 +214,10 @@ def facility_location(
 ) -> Ranking:
     """Always take the photo that brings the label's photos nearest to those taken, all in all.
 
-    Greedy facility location (`reducer.facility`): it adds the photo with the largest gain in the sum, over all photos
-    of the label, of the similarity (the largest distance there can be, minus the distance) to the most similar photo
-    taken; so it starts at the medoid. The first ``max(keep, 100)`` are chosen so, the others follow by farthest-first.
+    Greedy facility location (`reducer.selection.facility_location`): it adds the photo with the largest gain in the
+    sum, over all photos of the label, of the similarity (the largest distance there can be, minus the distance) to the
+    most similar photo taken; so it starts at the medoid. The first ``max(keep, 100)`` are chosen so, the others follow
+    by farthest-first.
 
     Parameters
     ----------

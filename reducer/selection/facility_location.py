@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from reducer.distance import Points, Steps, as_words, distances_to
+from reducer.selection.distance import Points, Steps, as_words, distances_to
 from reducer.storage.codecs import Hashes, Positions
 
 #: Of labels with more candidates, so many at a time are chosen from first (`cover`).

@@ -15,13 +15,13 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from reducer.config.settings import PhotoSettings, near_copy_bits
-from reducer.distance import COSINE_STEPS, Cosine, Hamming, Points, Steps, as_words
 from reducer.draw import RANDOM_ORDER, draw_order
-from reducer.ranking import nearest_kept
+from reducer.selection.distance import COSINE_STEPS, Cosine, Hamming, Points, Steps, as_words
+from reducer.selection.quality_sums import Certificate, Quality, Spread
+from reducer.selection.strategies import nearest_kept
 from reducer.storage.codecs import Hashes, Positions, Vectors, from_hex, units_of
 from reducer.storage.schemas import LEDGER_SCHEMA
 from reducer.storage.tables import with_column
-from reducer.types import Certificate, Quality, Spread
 
 #: Pairs of photos that are compared at a time.
 COMPARED_PAIRS = 2**18
