@@ -19,12 +19,12 @@ from typing import IO, TypeVar
 
 from reducer.config.settings import PhotoSettings, Source
 from reducer.errors import ReducerError
-from reducer.hashing import PhotoError, pillow_settings
-from reducer.isolation import refused_apart
 from reducer.layouts import Beside, in_shard
-from reducer.objects import FileState, PhotoFile, another_object, another_size
-from reducer.resizing import resized
-from reducer.sources import copy_in_store, read_all, read_photo
+from reducer.photos.hashing import PhotoError, pillow_settings
+from reducer.photos.reader import copy_in_store, read_all, read_photo
+from reducer.photos.requests import FileState, PhotoFile, another_object, another_size
+from reducer.photos.resize import resized
+from reducer.photos.sandbox import refused_apart
 from reducer.storage.atomic import whole_file, whole_object, write_file
 from reducer.storage.location import ByteRange, PhotoRef, Place, file_of, is_url
 

@@ -34,8 +34,8 @@ from PIL import features
 
 from reducer._version import __version__
 from reducer.config.settings import PhotoSettings
-from reducer.embedding import probe_digest
-from reducer.hashing import PhotoError, hash_photo, pillow_settings
+from reducer.photos.hashing import PhotoError, hash_photo, pillow_settings
+from reducer.photos.model import probe_digest
 from reducer.storage.codecs import to_hex
 
 #: How packages are called in messages, where their key in `versions` is another.

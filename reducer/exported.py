@@ -16,10 +16,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from reducer.errors import InputError
-from reducer.hashing import PhotoError
 from reducer.layouts import OWN_FILES, PLAN, STATE, index_name
-from reducer.objects import FileState
-from reducer.sources import read_photo
+from reducer.photos.hashing import PhotoError
+from reducer.photos.reader import read_photo
+from reducer.photos.requests import FileState
 from reducer.storage.atomic import Files, temporary_name
 from reducer.storage.location import PhotoRef, Place, explained, file_of, is_url
 from reducer.storage.remote import nanoseconds, persistently

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from reducer.hashing import PhotoError
+from reducer.photos.hashing import PhotoError
 from reducer.pieces import WRONG_MD5
 from reducer.pipeline import as_ledger
 from reducer.plan import Plan, as_unread

@@ -17,11 +17,11 @@ from tqdm.auto import tqdm
 from reducer.cluster import connect, dashboard, expected_threads, model_everywhere, refuse_import_of_main
 from reducer.config.cluster import ClusterSpec
 from reducer.config.job import Job
-from reducer.embedding import PATHS, loaded
 from reducer.errors import InputError, LostLockError, TooManyFailuresError
 from reducer.fingerprint import Fingerprint
 from reducer.lists import read_avoided
 from reducer.manifest import check_images
+from reducer.photos.model import PATHS, loaded
 from reducer.plan import Plan, make_plan
 from reducer.result import Result
 from reducer.reuse import Reuse

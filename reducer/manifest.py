@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
-from PIL import Image
 
 from reducer.config.job import Job, path_rule
 from reducer.errors import InputError
+from reducer.photos.formats import is_photo
 from reducer.storage.location import MemberKeys, PathRule, Place, absolute, explained, is_url, template_fields
 from reducer.storage.paths import paths_by_rule
 from reducer.storage.schemas import MANIFEST_SCHEMA
@@ -285,11 +285,6 @@ def _list_folder(images: str) -> tuple[pa.Table, dict[str, int]]:
     top = os.stat(root)
     walk(root, "", frozenset([(top.st_dev, top.st_ino)]))
     return _photos_below(images, root, photos, skipped)
-
-
-def is_photo(name: str) -> bool:
-    """Whether a file is called as Pillow's formats are."""
-    return os.path.splitext(name)[1].lower() in Image.registered_extensions()
 
 
 def _photos_below(

@@ -18,26 +18,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from reducer.config.settings import PhotoSettings, Source
-from reducer.embedding import embedded, with_vectors
-from reducer.hashing import OUT_OF_MEMORY, PhotoError, pillow_settings
-from reducer.objects import PhotoFile
-from reducer.pipeline import (
-    Look,
-    first_failure,
-    look_at,
-    look_at_all,
-    looks_of,
-    peak_memory,
-    photo_paths,
-    photo_refs,
-    seen_columns,
-    tally_of,
-)
-from reducer.sources import DISK_BLOCK, Shards, too_large
+from reducer.photos.hashing import OUT_OF_MEMORY, PhotoError, pillow_settings
+from reducer.photos.process import Look, embedded, look_at, look_at_all, with_vectors
+from reducer.photos.reader import DISK_BLOCK, Shards, too_large
+from reducer.photos.requests import PhotoFile
+from reducer.photos.tar import Member, ShardFile, TarScan
+from reducer.pipeline import first_failure, looks_of, peak_memory, photo_paths, photo_refs, seen_columns, tally_of
 from reducer.storage.codecs import digest_of, to_hex
 from reducer.storage.location import ByteRange, MemberKeys, PhotoRef, Shard, is_url, stem_of
 from reducer.storage.schemas import HASHES_SCHEMA, from_ipc, to_ipc
-from reducer.tar import Member, ShardFile, TarScan
 from reducer.types import PartitionTask, Piece, PieceReport, PiecesResult, ShardTask
 
 #: Digests of the keys that are wanted, in rising order; the lowest bit tells whether the photo is to be hashed, too.

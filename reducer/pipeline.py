@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import builtins
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -17,15 +16,15 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from reducer.config.settings import PhotoSettings, Source
-from reducer.embedding import Picture, embedded, picture_of
-from reducer.hashing import PhotoError, PhotoHash, enough_of, hash_photo, pillow_settings
-from reducer.objects import FileState, PhotoFile
+from reducer.photos.hashing import PhotoHash
+from reducer.photos.process import Look, LookAtAll, VectorsOf, embedded, look_at_all
+from reducer.photos.reader import are_unchanged
+from reducer.photos.requests import FileState
 from reducer.selection.distance import near_any
 from reducer.selection.facility_location import Copies
 from reducer.selection.quality import judge, points_of
 from reducer.selection.quality_sums import Quality
 from reducer.selection.strategies import rank
-from reducer.sources import are_unchanged, read_all
 from reducer.storage.codecs import Hashes, from_hex, to_hex
 from reducer.storage.location import ByteRange, PhotoRef, file_of
 from reducer.storage.paths import paths_by_rule
@@ -45,57 +44,6 @@ from reducer.types import PartitionResult, PartitionTask, Tally
 
 #: The ledger's columns that ranking fills.
 RANKED_SCHEMA = pa.schema(list(LEDGER_SCHEMA)[LEDGER_SCHEMA.get_field_index("hash") :])
-
-
-@dataclass(frozen=True, slots=True)
-class Look:
-    """What one look at a photo gave: its hash, or why there is none."""
-
-    hash: PhotoHash | None = None
-    bytes: int | None = None
-    mtime_ns: int | None = None
-    etag: str | None = None
-    error: str | None = None
-    #: The photo as a model is to see it, until that has made a vector of it.
-    picture: Picture | None = None
-    #: Unit vector, as bytes of float16 numbers.
-    vector: builtins.bytes | None = None
-
-
-#: Gives the vectors of photos by their ids, or what is wrong with each.
-VectorsOf = Callable[[Sequence[str]], Sequence[bytes | str]]
-#: Looks at photos in turn: `look_at_all`, or something that does so with more care.
-LookAtAll = Callable[[Sequence[PhotoRef], PhotoSettings, Source], Iterator[Look]]
-
-
-def look_at_all(refs: Sequence[PhotoRef], settings: PhotoSettings, source: Source | None = None) -> Iterator[Look]:
-    """Read and hash photos in turn; whatever is wrong with one is in its result."""
-    with (
-        pillow_settings(settings.max_pixels),
-        closing(
-            read_all(
-                refs,
-                source or Source(),
-                max_pixels=settings.max_pixels,
-                enough=enough_of(settings),
-            )
-        ) as files,
-    ):
-        for file in files:
-            yield look_at(file, settings)
-
-
-def look_at(file: PhotoFile | PhotoError, settings: PhotoSettings) -> Look:
-    """Hash a photo that was read; whatever is wrong with it is in the result."""
-    if isinstance(file, PhotoError):
-        return Look(error=str(file))
-    seen = Look(bytes=file.bytes, mtime_ns=file.mtime_ns, etag=file.etag)
-    try:
-        found = hash_photo(file.content, settings)
-        picture = None if settings.embed is None else picture_of(file.content, settings)
-        return replace(seen, hash=found, picture=picture)
-    except PhotoError as error:
-        return replace(seen, error=str(error))
 
 
 def rank_label(

@@ -45,6 +45,7 @@ from reducer.galleries import (
     gallery,
     labels_to_show,
 )
+from reducer.photos.resize import Thumbnail
 from reducer.plots import LARGEST, as_svg, counts_plot, insertion_plot, pairs_plot
 from reducer.printing import certificate_line, quality_rows, quality_title, remarks
 from reducer.storage.location import PhotoRef, Place, file_of
@@ -52,7 +53,7 @@ from reducer.storage.schemas import FAILED
 from reducer.storage.tables import in_nanoseconds
 from reducer.store import RunFolder
 from reducer.summary import check_storage_options, job_of
-from reducer.thumbnails import NO_WORKER, Thumbnail, Wanted, draw, draw_on
+from reducer.thumbnails import NO_WORKER, Wanted, draw, draw_on
 
 if TYPE_CHECKING:
     from distributed import Client

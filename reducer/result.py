@@ -159,8 +159,9 @@ class Result:
 
     def _pictures(self, photos: Sequence[Photo], side: int) -> list[np.ndarray[Any, Any] | str]:
         """Pixels of photos, or why there are none; read in this process."""
+        from reducer.photos.resize import Thumbnail
         from reducer.summary import check_storage_options
-        from reducer.thumbnails import Thumbnail, Wanted, draw
+        from reducer.thumbnails import Wanted, draw
 
         check_storage_options(self.summary, self._job)
         wanted = [Wanted(photo.ref, side, is_known=photo.is_known) for photo in photos]

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from reducer.config.job import Job
 from reducer.config.settings import Source
 from reducer.errors import InputError
-from reducer.hashing import PhotoError
+from reducer.photos.hashing import PhotoError
 from reducer.storage.codecs import NO_VECTOR, PROBLEMS, as_units, digest_of, packed
 from reducer.storage.location import Place, absolute, explained
 from reducer.storage.sorting import is_new

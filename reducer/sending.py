@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from reducer.copying import Copied, Group, Way, write_group
 from reducer.errors import ClusterError, ReducerError, one_line
-from reducer.isolation import memory_bound
+from reducer.photos.sandbox import memory_bound
 
 if TYPE_CHECKING:
     from distributed import Client, Future

@@ -15,7 +15,7 @@ from typing import Any
 
 from reducer.config.job import Job
 from reducer.errors import InputError
-from reducer.manifest import is_photo
+from reducer.photos.formats import is_photo
 from reducer.storage.location import Place, Shard, absolute, explained, is_url
 from reducer.storage.remote import nanoseconds
 from reducer.storage.tables import EXAMPLES, read_lines

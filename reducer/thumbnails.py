@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import queue
 import uuid
@@ -11,14 +10,12 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from PIL import Image
-
 from reducer.config.settings import PhotoSettings, Source
 from reducer.errors import one_line
-from reducer.hashing import DEEP_MODES, TURNS, PhotoError, opened_photo, orientation, pillow_settings
-from reducer.isolation import memory_bound, refused_apart
-from reducer.sources import read_all
+from reducer.photos.hashing import PhotoError, pillow_settings
+from reducer.photos.reader import read_all
+from reducer.photos.resize import Thumbnail, thumbnail
+from reducer.photos.sandbox import memory_bound, refused_apart
 from reducer.storage.location import PhotoRef
 
 if TYPE_CHECKING:
@@ -26,13 +23,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("reducer")
 
-#: Qualities of JPEG that are tried in turn until a picture is small enough, and how much smaller it is made after that.
-QUALITIES = (75, 50, 30)
-SMALLER = 0.7
-#: Pixels; a picture is made no smaller than that.
-SMALLEST_SIDE = 32
-#: JPEGs are decoded at so many times the size at least, so that there is something to average.
-DECODED = 2
 #: Photos that a task draws, and of those that no one has decoded yet.
 GROUP, UNKNOWN_GROUP = 8, 4
 #: Why there is no picture where no worker is there to draw it.
@@ -60,90 +50,6 @@ class Wanted:
     ref: PhotoRef
     side: int
     is_known: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Thumbnail:
-    """A small picture.
-
-    Attributes
-    ----------
-    content : bytes
-        A JPEG file.
-    width, height : int
-        In pixels.
-    """
-
-    content: bytes = field(repr=False)
-    width: int
-    height: int
-
-
-def thumbnail(content: bytes, side: int, *, max_pixels: int, most_bytes: int) -> Thumbnail:
-    """Draw a photo small and upright, what is transparent on white, of an animation the first picture.
-
-    Parameters
-    ----------
-    content : bytes
-        The whole file.
-    side : int
-        Pixels of the longest side at most; a smaller photo is not enlarged.
-    max_pixels : int
-        A photo that declares more pixels is not decoded. Call inside ``with pillow_settings(max_pixels):``.
-    most_bytes : int
-        Of the JPEG file; its quality is lowered and then its size until it has no more, or the longest side has
-        `SMALLEST_SIDE`.
-
-    Raises
-    ------
-    PhotoError
-        As `reducer.hashing.hash_photo`.
-    """
-    with opened_photo(content, max_pixels) as opened:
-        opened.draft(opened.mode, (DECODED * side, DECODED * side))
-        opened.load()
-        turn = orientation(opened)  # some formats tell it behind the pixels only
-        image = _shrunk(opened, side)
-        if turn != 1:
-            image = image.transpose(TURNS[turn])
-        image.info.clear()  # a comment would be saved too
-        while True:
-            for quality in QUALITIES:
-                file = io.BytesIO()
-                image.save(file, "JPEG", quality=quality, optimize=True)
-                if file.tell() <= most_bytes:
-                    return Thumbnail(file.getvalue(), *image.size)
-            if max(image.size) <= SMALLEST_SIDE:
-                return Thumbnail(file.getvalue(), *image.size)
-            less = max(SMALLEST_SIDE, int(SMALLER * max(image.size)))
-            image.thumbnail((less, less), Image.Resampling.LANCZOS)
-
-
-def _shrunk(image: Image.Image, side: int) -> Image.Image:
-    """In colour or grey, as JPEG knows them."""
-    if image.mode in DEEP_MODES:
-        # Levels mean whatever they mean: the darkest that is there becomes black, the brightest white.
-        image = image.resize(_size_within(image.size, side), Image.Resampling.NEAREST)
-        levels = np.asarray(image, dtype=np.float64)
-        told = levels[np.isfinite(levels)]
-        low, high = (told.min(), told.max()) if len(told) else (0.0, 0.0)
-        levels = np.clip(np.nan_to_num(levels, nan=low, posinf=high, neginf=low), low, high)
-        return Image.fromarray(((levels - low) * (255 / ((high - low) or 1))).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=2.0)
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    if image.mode == "LAB":  # for which Pillow has no way to RGB without a profile
-        image = image.getchannel("L")
-    if image.mode not in ("RGB", "L"):
-        image = image.convert("L" if image.mode == "1" else "RGB")
-    image.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=2.0)
-    return image
-
-
-def _size_within(size: tuple[int, int], side: int) -> tuple[int, int]:
-    scale = min(1.0, side / max(size))
-    return max(1, round(scale * size[0])), max(1, round(scale * size[1]))
 
 
 def draw(

@@ -31,8 +31,8 @@ from reducer.layouts import (
     shard_name,
     size_in_shard,
 )
-from reducer.objects import FileState
-from reducer.sources import states_of
+from reducer.photos.reader import states_of
+from reducer.photos.requests import FileState
 from reducer.storage.location import ByteRange, PhotoRef, Place, absolute, ref_of
 from reducer.storage.schemas import EXPORT_SCHEMA
 

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from reducer.config.settings import PhotoSettings, Source
 from reducer.environment import environment
 from reducer.errors import InputError
-from reducer.isolation import (
+from reducer.photos.process import Look, LookAtAll, VectorsOf, look_at_all
+from reducer.photos.sandbox import (
     MEMORY_SHARE,
     CannotStart,
     look_alone,
@@ -24,7 +25,7 @@ from reducer.isolation import (
     memory_left,
 )
 from reducer.pieces import PlainLooker, run_piece, run_shards
-from reducer.pipeline import Look, LookAtAll, VectorsOf, look_at_all, run_partition
+from reducer.pipeline import run_partition
 from reducer.routing import Given, RouteTask, Slice, VectorFiles, route
 from reducer.shipping import code_digest
 from reducer.storage.location import ByteRange, PhotoRef
@@ -44,7 +45,7 @@ def work_off(
     """Run one partition, one piece or a few shards on the Dask worker that this is called on.
 
     Photos are looked at in the worker's own process, under its memory limit. Where a worker has died with this very
-    work before, a process of their own looks at them (`reducer.isolation`): it may die, the worker does not.
+    work before, a process of their own looks at them (`reducer.photos.sandbox`): it may die, the worker does not.
 
     Parameters
     ----------
@@ -222,8 +223,8 @@ def _look_into_fitness(worker: str, terms: Terms, settings: PhotoSettings, sourc
 
 def sees(ref: PhotoRef, settings: PhotoSettings, source: Source) -> str | None:
     """Why a photo cannot be read from this process, or None."""
-    from reducer.hashing import PhotoError
-    from reducer.sources import read_all
+    from reducer.photos.hashing import PhotoError
+    from reducer.photos.reader import read_all
 
     with closing(read_all([ref], source, max_pixels=settings.max_pixels)) as files:
         found = next(files)

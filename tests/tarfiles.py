@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-import reducer.sources
+import reducer.photos.reader
 from reducer.storage.location import Shard
 
 BLOCK = tarfile.BLOCKSIZE
@@ -98,14 +98,14 @@ def spoil(path: Path, keep: Iterable[tuple[int, int]] = ()) -> None:
 def shards_read() -> Iterator[list[str]]:
     """Names of the shards that are read from their beginning meanwhile, in this process."""
     read: list[str] = []
-    real = reducer.sources.Shards.blocks_from
+    real = reducer.photos.reader.Shards.blocks_from
 
-    def blocks_from(self: reducer.sources.Shards, number: int, offset: int) -> Iterator[bytes]:
+    def blocks_from(self: reducer.photos.reader.Shards, number: int, offset: int) -> Iterator[bytes]:
         shard: Shard = self.shards[number]
         if offset == 0:
             read.append(shard.path.rpartition("/")[2])
         yield from real(self, number, offset)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reducer.sources.Shards, "blocks_from", blocks_from)
+        patch.setattr(reducer.photos.reader.Shards, "blocks_from", blocks_from)
         yield read

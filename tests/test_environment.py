@@ -28,8 +28,8 @@ from reducer.environment import (
     probe_files,
     versions,
 )
-from reducer.hashing import HASHES
-from reducer.progressive import first_scan_only
+from reducer.photos.hashing import HASHES
+from reducer.photos.progressive import first_scan_only
 
 PROBES = ROOT / "reducer" / "probes"
 SETTINGS = Job("-", "-").photo_settings

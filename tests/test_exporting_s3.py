@@ -27,7 +27,7 @@ from test_s3 import flags
 
 from reducer import ClusterSpec, InputError, Job, ReducerError, WorkerRules, reduce_images
 from reducer.copying import PUTS
-from reducer.objects import CannotCopy
+from reducer.photos.requests import CannotCopy
 
 SERIAL = ClusterSpec(workers=0)
 
@@ -201,7 +201,7 @@ def test_a_store_copies_itself(
         asked.append(path)
         raise CannotCopy
 
-    monkeypatch.setattr("reducer.sources.copy_object", refuses)
+    monkeypatch.setattr("reducer.photos.reader.copy_object", refuses)
     exported(remote, "s3://exports/refuses", cluster=SERIAL, **both(server))
     assert of_photos(objects(server, "refuses")) == wanted
     assert 0 < len(asked) <= PUTS

@@ -14,8 +14,8 @@ from PIL import ExifTags, Image, ImageOps
 
 from reducer import InputError, Job
 from reducer.config.settings import DECODE_NAMES, HASH_NAMES, near_copy_bits
-from reducer.hashing import FLAT_DEVIATION, HASHES, PhotoError, grey_deviation, hash_photo, pillow_settings
-from reducer.pipeline import look_at_all
+from reducer.photos.hashing import FLAT_DEVIATION, HASHES, PhotoError, grey_deviation, hash_photo, pillow_settings
+from reducer.photos.process import look_at_all
 from reducer.sample import draw_view
 from reducer.storage.codecs import from_hex, to_hex
 

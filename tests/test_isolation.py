@@ -13,14 +13,14 @@ from conftest import ROOT, wait_for
 
 from reducer import Job
 from reducer.config.settings import Source
-from reducer.isolation import CannotStart, look_alone, look_apart, may_be_innocent
-from reducer.pipeline import Look, look_at_all
+from reducer.photos.process import Look, look_at_all
+from reducer.photos.sandbox import CannotStart, look_alone, look_apart, may_be_innocent
 
 SETTINGS = Job("-", "-").photo_settings
 WATCH = """
 import sys
 from reducer import Job
-from reducer.isolation import look_alone
+from reducer.photos.sandbox import look_alone
 from reducer.storage.location import Source
 
 look_alone(sys.argv[1], Job("-", "-").photo_settings, Source(), memory=None, patience=60, beat=lambda: None)

@@ -18,13 +18,13 @@ from s3server import S3Server
 from test_hashing import FORMATS, hashed, saved
 from test_s3 import READERS, SERIAL, ledger
 
-import reducer.objects
-import reducer.sources
+import reducer.photos.reader
+import reducer.photos.requests
 from reducer import Job, reduce_images
 from reducer.config.settings import HASH_NAMES
-from reducer.hashing import PhotoError, enough_of
-from reducer.objects import FIRST_BYTES, PhotoFile
-from reducer.progressive import bytes_needed, first_scan_only
+from reducer.photos.hashing import PhotoError, enough_of
+from reducer.photos.progressive import bytes_needed, first_scan_only
+from reducer.photos.requests import FIRST_BYTES, PhotoFile
 from reducer.sample import draw_view
 from reducer.storage.location import ByteRange, PhotoRef
 
@@ -162,15 +162,15 @@ def test_a_photo_that_takes_too_much_memory_fails_alone() -> None:
     assert bytes_needed(declared, GRID, 10**9) is None
     program = (
         "import resource, sys; from test_progressive import jpeg, VIEW, hashed\n"
-        "import reducer.hashing\n"
+        "import reducer.photos.hashing\n"
         "content = jpeg()\n"
         "end = content.rindex(b'\\xff\\xd9')\n"
-        "first = reducer.progressive.bytes_needed(content, (9, 8), 10**8)\n"
+        "first = reducer.photos.progressive.bytes_needed(content, (9, 8), 10**8)\n"
         "content = content[:first] + b'\\0' * 2**28 + content[first:]\n"
         "size = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (size + 2**27,) * 2)\n"
         "try: hashed(content, 'fastest')\n"
-        "except reducer.hashing.PhotoError as error: print(error)\n"
+        "except reducer.photos.hashing.PhotoError as error: print(error)\n"
     )
     if sys.platform == "linux":
         told = subprocess.check_output([sys.executable, "-c", program], text=True, cwd=Path(__file__).parent)
@@ -217,7 +217,7 @@ def some_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def starts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is known of beginnings yet."""
-    monkeypatch.setattr(reducer.sources._shared(), "starts", reducer.sources._Starts())
+    monkeypatch.setattr(reducer.photos.reader._shared(), "starts", reducer.photos.reader._Starts())
 
 
 @pytest.mark.usefixtures("starts")
@@ -227,7 +227,7 @@ def test_on_s3_only_the_beginning_is_read(
 ) -> None:
     s3.upload_folder(some_photos, "trial", "progressive/")
     read: dict[str, int] = {}
-    fetch = reducer.objects._fetch
+    fetch = reducer.photos.requests._fetch
 
     async def counted(ref: PhotoRef, *rest: Any) -> PhotoFile:
         file = await fetch(ref, *rest)
@@ -235,7 +235,7 @@ def test_on_s3_only_the_beginning_is_read(
         read[name] = read.get(name, 0) + len(file.content)
         return file
 
-    monkeypatch.setattr(reducer.objects, "_fetch", counted)
+    monkeypatch.setattr(reducer.photos.requests, "_fetch", counted)
     common: dict[str, Any] = {"keep": 3, "decode": "fastest", "report": False, "max_failures": 0.5}
     there = {"storage_options": s3.options(), "reader": reader}
     local = reduce_images(Job(str(some_photos), str(tmp_path / "local"), **common), SERIAL, progress=False)
@@ -265,13 +265,13 @@ def test_where_beginnings_are_not_enough_they_are_not_asked_for_any_more(
         )
     s3.upload_folder(folder.parent, "trial", "baseline/")
     requests: list[PhotoRef] = []
-    fetch = reducer.objects._fetch
+    fetch = reducer.photos.requests._fetch
 
     async def counted(ref: PhotoRef, *rest: Any) -> PhotoFile:
         requests.append(ref)
         return await fetch(ref, *rest)
 
-    monkeypatch.setattr(reducer.objects, "_fetch", counted)
+    monkeypatch.setattr(reducer.photos.requests, "_fetch", counted)
     job = Job(
         "s3://trial/baseline",
         str(tmp_path / "run"),

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageCms
 
-from reducer.hashing import PhotoError, pillow_settings
-from reducer.resizing import resized
+from reducer.photos.hashing import PhotoError, pillow_settings
+from reducer.photos.resize import resized
 
 PIXELS = 10**8
 

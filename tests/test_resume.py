@@ -409,7 +409,7 @@ def test_only_failed_photos_are_read_and_only_their_labels_ranked(
         return real_read(paths, *rest, **options)
 
     monkeypatch.setattr(reducer.pipeline, "rank_label", rank_label)
-    monkeypatch.setattr(reducer.pipeline, "read_all", read_all)
+    monkeypatch.setattr("reducer.photos.process.read_all", read_all)
     resume(tmp_path / "run", SERIAL, retry_failed=True, progress=False)
     assert sorted(read) == sorted(failed["path"])
     assert sorted(ranked) == sorted(set(failed["label"]))

@@ -41,7 +41,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         paths.extend(some)
         return real(some, *rest, **options)
 
-    monkeypatch.setattr(reducer.pipeline, "read_all", read_all)
+    monkeypatch.setattr("reducer.photos.process.read_all", read_all)
     return paths
 
 

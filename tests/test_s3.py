@@ -26,15 +26,15 @@ from s3server import S3Server
 from test_cli import invoke
 from test_faults import IN_PROCESS
 
-import reducer.sources
+import reducer.photos.reader
 import reducer.worker
 from reducer import ClusterError, ClusterSpec, InputError, Job, reduce_images
 from reducer.config.settings import Source
 from reducer.errand import Errand
-from reducer.objects import PhotoFile
+from reducer.photos.reader import read_all
+from reducer.photos.requests import PhotoFile
 from reducer.plan import make_plan
 from reducer.result import Result
-from reducer.sources import read_all
 from reducer.storage.location import Place
 from reducer.storage.remote import parse_options
 from reducer.store import RunFolder
@@ -313,7 +313,7 @@ def test_photos_stay_in_order_and_at_most_so_many_are_under_way(
 
 def test_the_budget_is_kept_but_for_the_photo_that_is_next_up() -> None:
     async def race() -> None:
-        budget = reducer.sources._Budget(100)
+        budget = reducer.photos.reader._Budget(100)
         draw = random.Random(0)
         sizes = [draw.choice((1, 30, 60, 100, 250)) for _ in range(200)]
         hashed = 0
@@ -345,19 +345,19 @@ def little_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], l
     """Set the budget; gives a list that grows by the bytes in use."""
     used: list[int] = []
 
-    class Watched(reducer.sources._Budget):
+    class Watched(reducer.photos.reader._Budget):
         async def take(self, size: int, next_up: Callable[[], bool]) -> None:
             await super().take(size, next_up)
             used.append(self.used)
 
     def limit(size: int) -> list[int]:
-        monkeypatch.setattr(reducer.sources, "READ_AHEAD_BYTES", size)
-        monkeypatch.setattr(reducer.sources, "_Budget", Watched)
-        reducer.sources._shared.cache_clear()
+        monkeypatch.setattr(reducer.photos.reader, "READ_AHEAD_BYTES", size)
+        monkeypatch.setattr(reducer.photos.reader, "_Budget", Watched)
+        reducer.photos.reader._shared.cache_clear()
         return used
 
     yield limit
-    reducer.sources._shared.cache_clear()
+    reducer.photos.reader._shared.cache_clear()
 
 
 @pytest.mark.parametrize("limit", [1, 200_000])
@@ -374,7 +374,7 @@ def test_photos_that_wait_to_be_hashed_take_little_memory(
     assert len(used) == result.summary["photos_read"]
     # The photo that is next up may be taken before the one just hashed is given back.
     assert max(used) <= limit + 2 * result.images.bytes.max()
-    assert reducer.sources._shared().budget.used == 0
+    assert reducer.photos.reader._shared().budget.used == 0
     assert reduced_files(tmp_path / "run") == reduced_files(remote)
 
 
@@ -708,4 +708,4 @@ def test_what_was_read_ahead_is_given_back_when_nobody_wants_it(
     photos = read_all(ledger(remote)["path"].to_pylist(), source, max_pixels=10**8)
     assert all(isinstance(next(photos), PhotoFile) for _ in range(20))
     photos.close()
-    wait_for(lambda: reducer.sources._shared().budget.used == 0, "the budget", 10)
+    wait_for(lambda: reducer.photos.reader._shared().budget.used == 0, "the budget", 10)

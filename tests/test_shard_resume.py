@@ -17,7 +17,7 @@ from test_cli import invoke
 
 from reducer import ClusterSpec, resume
 from reducer.config.settings import Source
-from reducer.sources import read_all
+from reducer.photos.reader import read_all
 from reducer.storage.location import ByteRange
 from reducer.store import RunFolder
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError
 
-import reducer.objects
+import reducer.photos.requests
 from reducer.config.settings import Source
-from reducer.hashing import PhotoError
-from reducer.objects import Transient, fetch
+from reducer.photos.hashing import PhotoError
+from reducer.photos.requests import Transient, fetch
 
 
 def answering(error: Exception) -> Any:
@@ -49,7 +49,7 @@ def test_what_may_pass_is_asked_again_and_nothing_else(
     status: int, code: str, outcome: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     response = {"Error": {"Code": code, "Message": "said"}, "ResponseMetadata": {"HTTPStatusCode": status}}
-    monkeypatch.setattr(reducer.objects, "_clients", lambda: shared)
+    monkeypatch.setattr(reducer.photos.requests, "_clients", lambda: shared)
     shared = answering(ClientError(response, "GetObject"))
 
     async def room(_: int) -> None:

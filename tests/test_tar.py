@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from reducer.hashing import PhotoError
-from reducer.tar import MOST_HEADER_BYTES, Member, ShardFile, TarScan
+from reducer.photos.hashing import PhotoError
+from reducer.photos.tar import MOST_HEADER_BYTES, Member, ShardFile, TarScan
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 BLOCK = tarfile.BLOCKSIZE

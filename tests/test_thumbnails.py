@@ -18,9 +18,10 @@ from test_deaths import KILLER, killer_env
 
 from reducer import Job, thumbnails
 from reducer.config.settings import Source
-from reducer.hashing import PhotoError, pillow_settings
+from reducer.photos.hashing import PhotoError, pillow_settings
+from reducer.photos.resize import SMALLEST_SIDE, Thumbnail, thumbnail
 from reducer.storage.location import ByteRange
-from reducer.thumbnails import SMALLEST_SIDE, Thumbnail, Wanted, _Group, draw, draw_on, thumbnail
+from reducer.thumbnails import Wanted, _Group, draw, draw_on
 
 LIMITS = {"max_pixels": 10**8, "most_bytes": 40_000}
 SETTINGS = Job("-", "-", max_pixels=10**8).photo_settings

@@ -28,7 +28,7 @@ from PIL import Image
 from reducer import ClusterSpec, Job, reduce_images
 from reducer.environment import versions
 from reducer.manifest import read_manifest
-from reducer.pipeline import Look, look_at_all
+from reducer.photos.process import Look, look_at_all
 from reducer.sample import label_sizes, write_sample
 
 PROCESSES = 2

@@ -19,8 +19,8 @@ def dask_setup(worker: object) -> None:
     """Dask's hook in each worker process."""
     import reducer.worker
     from reducer.config.settings import PhotoSettings, Source
-    from reducer.hashing import PhotoHash
-    from reducer.pipeline import Look
+    from reducer.photos.hashing import PhotoHash
+    from reducer.photos.process import Look
 
     stored = np.load(os.environ[VARIABLE], mmap_mode="r")
 

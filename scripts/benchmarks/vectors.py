@@ -18,8 +18,8 @@ from benchmarks.planning import alone
 from numpy.typing import NDArray
 
 from reducer import ClusterSpec, Job, reduce_images
-from reducer.embedding import PATHS, picture_of, vectors_of
-from reducer.hashing import hash_photo
+from reducer.photos.hashing import hash_photo
+from reducer.photos.model import PATHS, picture_of, vectors_of
 from reducer.pipeline import peak_memory
 from reducer.sample import label_sizes
 from reducer.selection.distance import Cosine

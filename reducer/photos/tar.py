@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from reducer.hashing import PhotoError
+from reducer.photos.hashing import PhotoError
 
 #: What is read of one member's header, extended headers and all, is never more, in bytes: it is held whole, and
 #: `tarfile` makes objects of it that take up to fifteen times as much.

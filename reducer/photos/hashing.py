@@ -18,7 +18,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 
 from reducer.config.settings import PhotoSettings
-from reducer.progressive import bytes_needed, first_scan_only
+from reducer.photos.progressive import bytes_needed, first_scan_only
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,8 +195,8 @@ def hash_photo(content: bytes, settings: PhotoSettings) -> PhotoHash:
         ``Image.open(path)``; ``"fast"`` lets libjpeg decode a JPEG to grey at 1/2, 1/4 or 1/8 of its size (Pillow's
         draft mode), never below `DRAFT_FLOOR` times the grid that the hash resizes to; other formats are decoded
         exactly. ``"fastest"`` is ``"fast"``, but that a large progressive JPEG is decoded by its first scan only
-        (`reducer.progressive`): what follows is not even looked at. With ``exif_orientation`` the photo is turned
-        upright first. A photo that declares more pixels than ``max_pixels`` is not decoded. Call inside ``with
+        (`reducer.photos.progressive`): what follows is not even looked at. With ``exif_orientation`` the photo is
+        turned upright first. A photo that declares more pixels than ``max_pixels`` is not decoded. Call inside ``with
         pillow_settings(max_pixels):``, or Pillow's own limit holds too.
 
     Returns
@@ -252,7 +252,7 @@ def enough_of(settings: PhotoSettings) -> Callable[[bytes], int | None] | None:
     Returns
     -------
     callable or None
-        As `reducer.progressive.bytes_needed` tells; None where all of them are needed, as for a model's vectors.
+        As `reducer.photos.progressive.bytes_needed` tells; None where all of them are needed, as for a model's vectors.
     """
     if settings.decode != "fastest" or settings.embed is not None:
         return None

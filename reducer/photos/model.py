@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +15,11 @@ from PIL import Image, ImageOps
 
 from reducer.config.settings import EmbedSettings, PhotoSettings
 from reducer.errors import InputError, one_line
-from reducer.hashing import JPEG_FORMATS, TURNS, PhotoError, opened_photo, orientation
-from reducer.storage.codecs import NO_VECTOR, PROBLEMS, as_units
+from reducer.photos.hashing import JPEG_FORMATS, TURNS, opened_photo, orientation
+from reducer.storage.codecs import PROBLEMS, as_units
 
 if TYPE_CHECKING:
-    from reducer.pipeline import Look
+    pass
 
 #: Red, green and blue of a photo as a model is to see it, shape (size, size, 3).
 Picture = NDArray[np.uint8]
@@ -46,7 +45,7 @@ def picture_of(content: bytes, settings: PhotoSettings) -> Picture:
     Raises
     ------
     PhotoError
-        As for `reducer.hashing.hash_photo`.
+        As for `reducer.photos.hashing.hash_photo`.
     """
     assert settings.embed is not None
     side = settings.embed.size
@@ -63,34 +62,6 @@ def picture_of(content: bytes, settings: PhotoSettings) -> Picture:
             image = image.transpose(TURNS[turn])
         fitted = ImageOps.fit(image.convert("RGB"), (side, side), method=Image.Resampling.BICUBIC)
         return np.asarray(fitted)
-
-
-def embedded(looks: Iterable[Look], settings: PhotoSettings) -> Iterator[Look]:
-    """Put vectors in the place of pictures, a batch at a time; in the order of the looks."""
-    if settings.embed is None:
-        yield from looks
-        return
-    waiting: list[Look] = []
-    pictures = 0
-    for look in looks:
-        waiting.append(look)
-        pictures += look.picture is not None
-        if pictures == settings.embed.batch:
-            yield from with_vectors(waiting, settings.embed)
-            waiting, pictures = [], 0
-    yield from with_vectors(waiting, settings.embed)
-
-
-def with_vectors(looks: Sequence[Look], settings: EmbedSettings) -> list[Look]:
-    """Looks with vectors in the place of their pictures; where a model gives none, that is the photo's failure."""
-    found = iter(vectors_of([look.picture for look in looks if look.picture is not None], settings))
-    return [look if look.picture is None else _with_vector(look, next(found)) for look in looks]
-
-
-def _with_vector(look: Look, found: bytes | str) -> Look:
-    if isinstance(found, str):
-        return replace(look, hash=None, picture=None, error=str(PhotoError(NO_VECTOR, found)))
-    return replace(look, picture=None, vector=found)
 
 
 def vectors_of(pictures: Sequence[Picture], settings: EmbedSettings) -> list[bytes | str]:

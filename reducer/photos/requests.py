@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from reducer.config.settings import Source
-from reducer.hashing import OUT_OF_MEMORY, PhotoError
+from reducer.photos.hashing import OUT_OF_MEMORY, PhotoError
 from reducer.storage.location import ByteRange, PhotoRef, Place, file_of
 from reducer.storage.remote import is_refused, nanoseconds, obstore_at
 

@@ -14,8 +14,8 @@ from functools import lru_cache
 from typing import TypeVar
 
 from reducer.config.settings import Source
-from reducer.hashing import OUT_OF_MEMORY, PhotoError
-from reducer.objects import (
+from reducer.photos.hashing import OUT_OF_MEMORY, PhotoError
+from reducer.photos.requests import (
     CannotCopy,
     Enough,
     FileState,

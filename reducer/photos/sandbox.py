@@ -16,8 +16,8 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from reducer.config.settings import PhotoSettings, Source
-from reducer.hashing import OUT_OF_MEMORY, PhotoError
-from reducer.pipeline import Look, look_at_all
+from reducer.photos.hashing import OUT_OF_MEMORY, PhotoError
+from reducer.photos.process import Look, look_at_all
 from reducer.storage.location import PhotoRef
 
 #: What the process says when it comes to its photos.
@@ -29,7 +29,9 @@ MEMORY_SHARE = 0.9
 #: A process that looks at photos apart gets at least so much, in bytes, however full its worker is.
 LEAST_MEMORY = 256 * 2**20
 #: What the process runs first. It finds our code where its worker does.
-START = "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); from reducer.isolation import serve; serve()"
+START = (
+    "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); from reducer.photos.sandbox import serve; serve()"
+)
 
 
 class Died(Exception):
@@ -140,7 +142,7 @@ def look_apart(
     patience: float,
     beat: Callable[[], None],
 ) -> Iterator[Look]:
-    """Read and hash photos as `reducer.pipeline.look_at_all` does, in a process that a photo may kill.
+    """Read and hash photos as `reducer.photos.process.look_at_all` does, in a process that a photo may kill.
 
     A photo at which the process dies, or which takes too long, is looked at once more, alone in a process of its own:
     only one at which that happens again is to blame.

@@ -1,0 +1,199 @@
+"""A photo made smaller: bytes to bytes. Pure."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image
+
+from reducer.photos.hashing import DEEP_MODES, JPEG_FORMATS, TURNS, opened_photo, orientation
+
+#: Of JPEG, WebP and AVIF.
+QUALITY = 90
+#: How each format is written; one that is not among them becomes a PNG.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "JPEG": {"quality": QUALITY, "optimize": True},
+    "PNG": {},
+    "WEBP": {"quality": QUALITY},
+    "TIFF": {"compression": "tiff_lzw"},
+    "AVIF": {"quality": QUALITY},
+    "GIF": {},
+    "BMP": {},
+    "PPM": {},
+    "JPEG2000": {},
+}
+#: A photo is decoded at so many times the size that it gets at least, where its format can do that.
+REDUCING_GAP = 3.0
+
+
+#: Qualities of JPEG that are tried in turn until a picture is small enough, and how much smaller it is made after that.
+QUALITIES = (75, 50, 30)
+SMALLER = 0.7
+#: Pixels; a picture is made no smaller than that.
+SMALLEST_SIDE = 32
+#: JPEGs are decoded at so many times the size at least, so that there is something to average.
+DECODED = 2
+
+
+def resized(content: bytes, side: int, *, max_pixels: int) -> bytes:
+    """Make a photo smaller, never larger; it lies as it lay.
+
+    Its pixels are not turned: its EXIF orientation is kept beside them, and its colour profile. All else that stands
+    beside the pixels is left out, and of an animation the first picture is kept.
+
+    Parameters
+    ----------
+    content : bytes
+        The whole file.
+    side : int
+        Pixels of the longest side at most.
+    max_pixels : int
+        A photo that declares more pixels is not decoded. Call inside ``with pillow_settings(max_pixels):``.
+
+    Returns
+    -------
+    bytes
+        A file of the same format where Pillow writes it, else a PNG. The content itself if the photo is small enough.
+
+    Raises
+    ------
+    PhotoError
+        As `reducer.photos.hashing.hash_photo`.
+    """
+    with opened_photo(content, max_pixels) as opened:
+        if max(opened.size) <= side:
+            opened.load()  # what is broken is not handed on
+            return content
+        kind = "JPEG" if opened.format in JPEG_FORMATS else str(opened.format)
+        if opened.format not in JPEG_FORMATS:
+            opened.load()  # some formats tell their orientation behind the pixels only
+        turn = orientation(opened)
+        extras: dict[str, Any] = {}
+        if profile := opened.info.get("icc_profile"):
+            extras["icc_profile"] = profile
+        if turn != 1:
+            exif = Image.Exif()
+            exif[ExifTags.Base.Orientation] = turn
+            extras["exif"] = exif
+        image = _smaller(opened, side).copy()  # of no format: a TIFF hands on all of its tags
+        image.info.clear()  # a comment would be saved too
+        for form, picture in _ways(kind, image):
+            file = io.BytesIO()
+            try:
+                picture.save(file, form, **OPTIONS[form], **extras)
+            except (OSError, ValueError, KeyError):  # how Pillow says that a format does not take such pixels
+                continue
+            return file.getvalue()
+        raise OSError(f"no format takes what mode {image.mode} becomes")
+
+
+def _smaller(image: Image.Image, side: int) -> Image.Image:
+    if image.mode in DEEP_MODES:
+        scale = side / max(image.size)
+        size = (max(1, round(scale * image.width)), max(1, round(scale * image.height)))
+        resample = Image.Resampling.NEAREST if image.mode.startswith("I;16") else Image.Resampling.BOX
+        return image.resize(size, resample)
+    if image.mode in ("P", "PA", "1") or image.info.get("transparency") is not None:
+        image = image.convert("RGBA" if image.has_transparency_data else "L" if image.mode == "1" else "RGB")
+    image.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=REDUCING_GAP)
+    return image
+
+
+def _ways(kind: str, image: Image.Image) -> Iterator[tuple[str, Image.Image]]:
+    """Formats and pictures to try, the best first."""
+    Image.init()
+    if kind in OPTIONS and kind in Image.SAVE:
+        yield kind, image
+    if image.mode in DEEP_MODES:
+        yield "TIFF", image
+        return
+    yield "PNG", image
+    yield "PNG", image.convert("RGBA" if image.has_transparency_data else "RGB")
+
+
+@dataclass(frozen=True, slots=True)
+class Thumbnail:
+    """A small picture.
+
+    Attributes
+    ----------
+    content : bytes
+        A JPEG file.
+    width, height : int
+        In pixels.
+    """
+
+    content: bytes = field(repr=False)
+    width: int
+    height: int
+
+
+def thumbnail(content: bytes, side: int, *, max_pixels: int, most_bytes: int) -> Thumbnail:
+    """Draw a photo small and upright, what is transparent on white, of an animation the first picture.
+
+    Parameters
+    ----------
+    content : bytes
+        The whole file.
+    side : int
+        Pixels of the longest side at most; a smaller photo is not enlarged.
+    max_pixels : int
+        A photo that declares more pixels is not decoded. Call inside ``with pillow_settings(max_pixels):``.
+    most_bytes : int
+        Of the JPEG file; its quality is lowered and then its size until it has no more, or the longest side has
+        `SMALLEST_SIDE`.
+
+    Raises
+    ------
+    PhotoError
+        As `reducer.photos.hashing.hash_photo`.
+    """
+    with opened_photo(content, max_pixels) as opened:
+        opened.draft(opened.mode, (DECODED * side, DECODED * side))
+        opened.load()
+        turn = orientation(opened)  # some formats tell it behind the pixels only
+        image = _shrunk(opened, side)
+        if turn != 1:
+            image = image.transpose(TURNS[turn])
+        image.info.clear()  # a comment would be saved too
+        while True:
+            for quality in QUALITIES:
+                file = io.BytesIO()
+                image.save(file, "JPEG", quality=quality, optimize=True)
+                if file.tell() <= most_bytes:
+                    return Thumbnail(file.getvalue(), *image.size)
+            if max(image.size) <= SMALLEST_SIDE:
+                return Thumbnail(file.getvalue(), *image.size)
+            less = max(SMALLEST_SIDE, int(SMALLER * max(image.size)))
+            image.thumbnail((less, less), Image.Resampling.LANCZOS)
+
+
+def _shrunk(image: Image.Image, side: int) -> Image.Image:
+    """In colour or grey, as JPEG knows them."""
+    if image.mode in DEEP_MODES:
+        # Levels mean whatever they mean: the darkest that is there becomes black, the brightest white.
+        image = image.resize(_size_within(image.size, side), Image.Resampling.NEAREST)
+        levels = np.asarray(image, dtype=np.float64)
+        told = levels[np.isfinite(levels)]
+        low, high = (told.min(), told.max()) if len(told) else (0.0, 0.0)
+        levels = np.clip(np.nan_to_num(levels, nan=low, posinf=high, neginf=low), low, high)
+        return Image.fromarray(((levels - low) * (255 / ((high - low) or 1))).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=2.0)
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    if image.mode == "LAB":  # for which Pillow has no way to RGB without a profile
+        image = image.getchannel("L")
+    if image.mode not in ("RGB", "L"):
+        image = image.convert("L" if image.mode == "1" else "RGB")
+    image.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=2.0)
+    return image
+
+
+def _size_within(size: tuple[int, int], side: int) -> tuple[int, int]:
+    scale = min(1.0, side / max(size))
+    return max(1, round(scale * size[0])), max(1, round(scale * size[1]))
