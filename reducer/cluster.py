@@ -23,9 +23,9 @@ from distributed.diagnostics.plugin import UploadFile
 from reducer.config.cluster import TLS, ClusterSpec
 from reducer.config.job import Job
 from reducer.config.settings import PhotoSettings
-from reducer.environment import Environment, differences, environment
 from reducer.errors import ClusterError, InputError, ReducerError, one_line
 from reducer.photos.model import PATHS
+from reducer.run.tasks.environment import Environment, differences, environment
 from reducer.shipping import same_code
 from reducer.storage.location import PhotoRef
 from reducer.worker import sees

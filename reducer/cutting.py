@@ -18,6 +18,7 @@ from reducer.config.cut_rules import CutRules
 from reducer.config.settings import unit_of
 from reducer.errors import InputError
 from reducer.plan import Plan
+from reducer.run.tasks.messages import Tally
 from reducer.selection.quality import judge_again
 from reducer.selection.rules import DECIDING, NeedsRanksError, select
 from reducer.storage.atomic import write_file
@@ -25,7 +26,6 @@ from reducer.storage.location import Place, absolute, is_url
 from reducer.storage.schemas import REDUCED_COLUMNS, in_unit
 from reducer.storage.tables import counts, with_column
 from reducer.store import HASHES, IMAGES, OWN_FILES, SUMMARY, RunFolder, as_reduced, reduced_file
-from reducer.types import Tally
 
 #: Endings of a reduced list, and what they mean.
 KINDS = {".csv": "csv", ".parquet": "parquet"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import queue
-import sys
 import time
 import uuid
 import warnings
@@ -16,18 +15,17 @@ from operator import getitem
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from reducer.cluster import check_alike, check_sight
 from reducer.config.cluster import ClusterSpec
-from reducer.environment import compare_with, environment
-from reducer.errand import Errand, ShardErrand
 from reducer.errors import ClusterError, InputError, ReducerError
-from reducer.pieces import run_piece, run_shards
-from reducer.pipeline import run_partition
-from reducer.routing import Given, Routing, VectorFiles, route
+from reducer.run.dask.messages import Terms, Unfit, Work
+from reducer.run.tasks.environment import compare_with
+from reducer.run.tasks.messages import PartitionResult, PiecesResult
+from reducer.run.tasks.serial import reading
+from reducer.run.tasks.tasks import Errand, ShardErrand
+from reducer.run.tasks.vector_files import VectorFiles
 from reducer.shipping import code_digest
-from reducer.types import PartitionResult, PiecesResult, Terms, Unfit, Work
 from reducer.worker import as_partition, routed, topic, unpacked
 
 if TYPE_CHECKING:
@@ -42,11 +40,11 @@ WINDOW = 16
 MOST_BEAT = 10.0
 #: A partition that was lost so often, each time with several workers, is given up.
 MOST_ATTEMPTS = 5
+#: Seconds between two looks at how far the reading of vectors is.
+ROUTING_TICK = 0.05
 #: Seconds between two looks at the cluster, how long the scheduler may take to answer then, and how long a worker to
 #: hand over a result.
 TICK, ANSWER, HAND_OVER = 1.0, 10.0, 30.0
-#: Seconds between two looks at how far the reading of vectors is.
-ROUTING_TICK = 0.05
 
 
 @dataclass
@@ -59,40 +57,6 @@ class _Sent:
     since: float
     #: The only workers that may do it; None for all.
     allowed: frozenset[str] | None
-
-
-class InProcess:
-    """Runs partitions in this process, one after the other, without Dask.
-
-    Attributes
-    ----------
-    environment : Environment
-        What decides hashes here.
-    """
-
-    def __init__(self, errand: Errand | ShardErrand, progress: bool = False) -> None:
-        self.errand, self.progress = errand, progress
-        self.environment = environment(errand.job.photo_settings)
-
-    def results(self) -> Generator[PartitionResult | PiecesResult]:
-        """Run all partitions, pieces or shards, in turn."""
-        routing = None if isinstance(self.errand, ShardErrand) else self.errand.routing
-        routed = []
-        if routing is not None:
-            with reading(routing, self.progress) as bar:
-                for task in routing.tasks:
-                    routed.append(route(task, routing.routes))
-                    bar.update()
-        for index in self.errand.numbers:
-            given = None
-            if routing is not None:
-                given = Given(routing.files, [slices[routing.bucket_of[index]] for slices in routed])
-            if isinstance(self.errand, ShardErrand):
-                yield run_shards(self.errand.task(index), self.errand.wanted)
-            elif self.errand.is_pieces:
-                yield run_piece(self.errand.task(index))
-            else:
-                yield run_partition(self.errand.task(index), self.errand.avoid, vectors_of=given)
 
 
 class Dispatch:
@@ -429,11 +393,6 @@ class Dispatch:
             return False
         log.warning("worker %s was restarted: it made no progress in %g s (workers: stall)", worker, self.rules.stall)
         return True
-
-
-def reading(routing: Routing, progress: bool) -> tqdm[Any]:
-    """A bar that shows how much of the files of vectors is read."""
-    return tqdm(total=len(routing.tasks), unit=" parts of vectors", disable=not progress, file=sys.stderr, leave=False)
 
 
 def _routing_failed(future: Future[Any]) -> ReducerError:

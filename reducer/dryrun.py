@@ -17,13 +17,13 @@ from reducer.config.cluster import ClusterSpec
 from reducer.config.job import Job, path_rule
 from reducer.config.settings import SAMPLE_PHOTOS, PhotoSettings
 from reducer.draw import TIME_SAMPLE, draw_order
-from reducer.errand import ShardErrand
 from reducer.job import check_vectors
 from reducer.lists import read_avoided
 from reducer.photos.process import Look, embedded, look_at_all
-from reducer.pieces import PlainLooker, run_shards
 from reducer.plan import Plan, make_plan
 from reducer.reuse import Reuse, beside
+from reducer.run.tasks.hash_stage import PlainLooker, run_shards
+from reducer.run.tasks.tasks import ShardErrand
 from reducer.storage.location import ByteRange
 from reducer.storage.paths import with_paths
 from reducer.store import RunFolder

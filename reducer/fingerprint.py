@@ -11,9 +11,9 @@ from typing import Any
 from reducer.config.checks import flag
 from reducer.config.job import Job
 from reducer.config.settings import STORAGE_OPTIONS
-from reducer.environment import Environment, compare_with
 from reducer.errors import InputError
-from reducer.routing import find_vectors
+from reducer.run.tasks.environment import Environment, compare_with
+from reducer.run.tasks.vector_files import find_vectors
 from reducer.storage.codecs import Hashes
 from reducer.storage.location import absolute, explained
 

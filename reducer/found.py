@@ -9,13 +9,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from reducer.photos.hashing import PhotoError
-from reducer.pieces import WRONG_MD5
-from reducer.pipeline import as_ledger
 from reducer.plan import Plan, as_unread
+from reducer.run.join import as_ledger
+from reducer.run.tasks.hash_stage import WRONG_MD5
+from reducer.run.tasks.messages import PieceReport
 from reducer.storage.location import MemberKeys
 from reducer.storage.schemas import FAILED, KNOWN_SCHEMA, PLACE_SCHEMA, TASK_SCHEMA
 from reducer.storage.tables import with_column
-from reducer.types import PieceReport
 
 #: Kind of the failure of a photo that is in no shard.
 MISSING = "missing"

@@ -25,7 +25,8 @@ from reducer.photos.model import PATHS, loaded
 from reducer.plan import Plan, make_plan
 from reducer.result import Result
 from reducer.reuse import Reuse
-from reducer.routing import VectorFiles, find_vectors
+from reducer.run.tasks.messages import PieceReport
+from reducer.run.tasks.vector_files import VectorFiles, find_vectors
 from reducer.session import Run, Session, Workers, noting_a_stop
 from reducer.shards import find_shards
 from reducer.storage.location import Place
@@ -35,7 +36,6 @@ from reducer.storage.tables import EXAMPLES
 from reducer.store import REPORT, RunFolder
 from reducer.summary import check_storage_options, cluster_figures, job_figures, job_of, opening, plan_figures
 from reducer.todo import Todo
-from reducer.types import PieceReport
 
 if TYPE_CHECKING:
     from distributed import Client

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection, Iterator, Mapping
-from itertools import pairwise
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from reducer.storage.sorting import is_new
@@ -139,64 +136,3 @@ def pieces(label: NDArray[np.int32], whole: int, most: int) -> NDArray[np.int32]
         piece[start : start + size] = first + np.arange(size) * count // size
         first += count
     return piece
-
-
-class Division(Mapping[int, pa.Table]):
-    """The rows of partitions or pieces by their numbers, each copied only when it is asked for: few are held.
-
-    Parameters
-    ----------
-    rows : pyarrow.Table
-        All of them, in one chunk lest taking some is slow.
-    parts : mapping of int to ndarray of int64 or pyarrow.Table
-        The places of each part's rows, or the rows themselves, in the order in which they are to be done.
-    """
-
-    def __init__(self, rows: pa.Table, parts: Mapping[int, NDArray[np.int64] | pa.Table]) -> None:
-        self._rows, self._parts = rows, parts
-
-    @classmethod
-    def by(cls, number: NDArray[np.int32], rows: pa.Table) -> Division:
-        """Rows by their numbers; those of negative ones are left out."""
-        order = np.argsort(number, kind="stable")
-        ends = np.cumsum(np.bincount(number + 1, minlength=1)).tolist()  # the first group is left out
-        parts = {n: order[start:stop] for n, (start, stop) in enumerate(pairwise(ends)) if start < stop}
-        return cls(rows.combine_chunks(), parts)
-
-    def __getitem__(self, number: int) -> pa.Table:
-        part = self._parts[number]
-        return part if isinstance(part, pa.Table) else self._rows.take(pa.array(part))
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._parts)
-
-    def __len__(self) -> int:
-        return len(self._parts)
-
-    def __or__(self, others: Mapping[int, pa.Table]) -> Division:
-        """With other rows of some parts, or of others behind them."""
-        return Division(self._rows, {**self._parts, **others})
-
-    def without(self, numbers: Collection[int]) -> Division:
-        """All but some parts."""
-        return Division(self._rows, {n: part for n, part in self._parts.items() if n not in numbers})
-
-    def size(self, number: int) -> int:
-        """Rows of a part."""
-        return len(self._parts[number])
-
-    @property
-    def photos(self) -> int:
-        """Rows in all."""
-        return sum(map(len, self._parts.values()))
-
-    def few(self, most: int) -> list[pa.Table]:
-        """A few single rows from all over, the first among them."""
-        sizes = np.array([*map(len, self._parts.values())], dtype=np.int64)
-        ends, numbers = np.cumsum(sizes), list(self)
-        places = range(0, self.photos, -(-self.photos // most) or 1)
-        parts = np.searchsorted(ends, places, side="right").tolist()
-        return [
-            self[numbers[part]].slice(place - int(ends[part] - sizes[part]), 1)
-            for place, part in zip(places, parts, strict=True)
-        ]

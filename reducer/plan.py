@@ -17,7 +17,8 @@ from reducer.draw import CANDIDATES, TRIAL_LABELS, draw_order
 from reducer.errors import BudgetError, InputError, nearest
 from reducer.lists import find_always_keep
 from reducer.manifest import Manifest, read_manifest
-from reducer.partition import Division, assign, largest_whole, partition_count, piece_size, pieces
+from reducer.partition import assign, largest_whole, partition_count, piece_size, pieces
+from reducer.run.tasks.tasks import Division
 from reducer.shards import find_shards
 from reducer.storage.location import MemberKeys, Shard
 from reducer.storage.schemas import (

@@ -12,16 +12,16 @@ import pyarrow.compute as pc
 
 from reducer.config.checks import flag
 from reducer.config.job import Job, member_keys, path_rule
-from reducer.environment import Environment, compare_with, without_model
 from reducer.errors import InputError
 from reducer.fingerprint import EMBED_SETTINGS, Fingerprint, settings_of
+from reducer.run.tasks.environment import Environment, compare_with, without_model
+from reducer.run.tasks.messages import PieceReport, Tally
 from reducer.storage.codecs import Aside
 from reducer.storage.location import MemberKeys, Shard, stem_of
 from reducer.storage.paths import with_paths
 from reducer.storage.schemas import FLAT, KNOWN_SCHEMA, PLACE_SCHEMA
 from reducer.storage.tables import with_column
 from reducer.store import RunFolder
-from reducer.types import PieceReport, Tally
 
 log = logging.getLogger("reducer")
 

@@ -19,12 +19,14 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from reducer.config.cluster import ClusterSpec
 from reducer.config.job import path_rule
 from reducer.cutting import apply_filters
-from reducer.dispatch import Dispatch, InProcess
-from reducer.errand import Errand, ShardErrand
+from reducer.dispatch import Dispatch
 from reducer.errors import BudgetError, ListingError, LostLockError, ReducerError, TooManyFailuresError
 from reducer.found import merged
-from reducer.pipeline import as_ledger
 from reducer.plan import Plan
+from reducer.run.join import as_ledger
+from reducer.run.tasks.messages import PartitionResult, Piece, PiecesResult, Tally
+from reducer.run.tasks.serial import InProcess
+from reducer.run.tasks.tasks import Errand, ShardErrand
 from reducer.selection.cross_label import cross_label_table
 from reducer.selection.quality import figures, judge_again
 from reducer.storage.codecs import NO_VECTOR
@@ -33,7 +35,6 @@ from reducer.storage.schemas import FAILED, from_ipc
 from reducer.store import RunFolder
 from reducer.summary import outcome, plan_figures, shard_figures
 from reducer.todo import Todo
-from reducer.types import PartitionResult, Piece, PiecesResult, Tally
 
 if TYPE_CHECKING:
     from distributed import Client

@@ -17,6 +17,7 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 
 from reducer.errors import InputError, ReducerError
+from reducer.run.tasks.messages import PieceReport, Tally
 from reducer.storage.atomic import Files, temporary_name
 from reducer.storage.codecs import Aside, Hashes, from_lists, placed, vectors_table
 from reducer.storage.location import Place, Shard, explained
@@ -32,7 +33,6 @@ from reducer.storage.schemas import (
     in_unit,
     reduced_schema,
 )
-from reducer.types import PieceReport, Tally
 
 FORMAT = "reducer-run"
 #: 2 keeps a plan, and tallies in its parts; 3 hashes of shards and of pieces; 4 vectors.

@@ -11,22 +11,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from reducer.config.job import member_keys, path_rule
-from reducer.errand import Errand, ShardErrand
 from reducer.errors import InputError, ListingError
 from reducer.found import beside_plan, missing_error, rows_with, unread_ledger, without_errors
 from reducer.manifest import samples
-from reducer.partition import Division
-from reducer.pieces import wanted_keys
 from reducer.plan import Plan, as_unread, plan_of
 from reducer.reuse import Reuse, as_known, beside
-from reducer.routing import Routing, VectorFiles
+from reducer.run.tasks.given_vectors import Routing
+from reducer.run.tasks.messages import PieceReport, wanted_keys
+from reducer.run.tasks.tasks import Division, Errand, ShardErrand
+from reducer.run.tasks.vector_files import VectorFiles
 from reducer.storage.codecs import Aside, Hashes, placed
 from reducer.storage.location import MemberKeys
 from reducer.storage.paths import with_paths
 from reducer.storage.schemas import FAILED, KNOWN_SCHEMA, PLACED_SCHEMA, TASK_SCHEMA
 from reducer.storage.tables import with_column
 from reducer.store import ROW_GROUP, RunFolder
-from reducer.types import PieceReport
 
 
 @dataclass(frozen=True)

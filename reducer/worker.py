@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reducer.config.settings import PhotoSettings, Source
-from reducer.environment import environment
 from reducer.errors import InputError
 from reducer.photos.process import Look, LookAtAll, VectorsOf, look_at_all
 from reducer.photos.sandbox import (
@@ -24,12 +23,15 @@ from reducer.photos.sandbox import (
     memory_bound,
     memory_left,
 )
-from reducer.pieces import PlainLooker, run_piece, run_shards
-from reducer.pipeline import run_partition
-from reducer.routing import Given, RouteTask, Slice, VectorFiles, route
+from reducer.run.dask.messages import Terms, Unfit, Work
+from reducer.run.tasks.environment import environment
+from reducer.run.tasks.given_vectors import Given, RouteTask, Slice, route
+from reducer.run.tasks.hash_stage import PlainLooker, run_piece, run_shards
+from reducer.run.tasks.messages import PartitionResult, PiecesResult, ShardTask
+from reducer.run.tasks.rank_stage import run_partition
+from reducer.run.tasks.vector_files import VectorFiles
 from reducer.shipping import code_digest
 from reducer.storage.location import ByteRange, PhotoRef
-from reducer.types import PartitionResult, PiecesResult, ShardTask, Terms, Unfit, Work
 
 if TYPE_CHECKING:
     from distributed import Scheduler, Worker
@@ -242,7 +244,7 @@ def as_partition(
 
 
 def routed(task: RouteTask, routes: NDArray[np.uint8]) -> list[Slice]:
-    """`reducer.routing.route` on a worker, which takes what all need as bytes."""
+    """`reducer.run.tasks.given_vectors.route` on a worker, which takes what all need as bytes."""
     return route(task, routes.view(np.uint64))
 
 

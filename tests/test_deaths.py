@@ -21,7 +21,8 @@ from deployments import DaskProcesses
 from reducer import ClusterError, ClusterSpec, WorkerRules
 from reducer.dispatch import Dispatch, _Sent
 from reducer.result import Result
-from reducer.types import ShardTask, Terms, Work
+from reducer.run.dask.messages import Terms, Work
+from reducer.run.tasks.messages import ShardTask
 from reducer.worker import _Beat
 
 KILLER = str(Path(__file__).parent / "killer")

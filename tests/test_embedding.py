@@ -21,8 +21,8 @@ from test_vector_runs import kept_vectors
 
 from reducer import ClusterSpec, InputError, Job, TooManyFailuresError, embed, reduce_images, resume
 from reducer.config.settings import EMBED_MEAN, EMBED_STD, PhotoSettings
-from reducer.errand import Errand
 from reducer.photos.model import PATHS, Model, loaded, picture_of, vectors_of
+from reducer.run.tasks.tasks import Errand
 from reducer.storage.codecs import from_lists
 
 OWN = {"embed_size": 32, "embed_batch": 8}

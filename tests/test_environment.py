@@ -16,10 +16,12 @@ from conftest import ROOT
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
-import reducer.environment
+import reducer.run.tasks.environment
 from reducer import Job
 from reducer.config.settings import DECODE_NAMES, HASH_NAMES, PhotoSettings
-from reducer.environment import (
+from reducer.photos.hashing import HASHES
+from reducer.photos.progressive import first_scan_only
+from reducer.run.tasks.environment import (
     FIRST_SCAN_PROBE,
     Environment,
     compare_with,
@@ -28,12 +30,10 @@ from reducer.environment import (
     probe_files,
     versions,
 )
-from reducer.photos.hashing import HASHES
-from reducer.photos.progressive import first_scan_only
 
-PROBES = ROOT / "reducer" / "probes"
+PROBES = ROOT / "reducer" / "run" / "tasks" / "probes"
 SETTINGS = Job("-", "-").photo_settings
-DIGEST = "import sys; from reducer import Job; from reducer.environment import environment; import reducer; "
+DIGEST = "import sys; from reducer import Job; from reducer.run.tasks.environment import environment; import reducer; "
 DIGEST += "print(environment(Job('-', '-').photo_settings).digest, reducer.__file__, 'dask' in sys.modules, sep='\\n')"
 
 
@@ -134,7 +134,7 @@ def test_settings_decide() -> None:
 
 
 def test_a_probe_that_cannot_be_decoded_is_an_error_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reducer.environment, "probe_files", lambda: {"odd.xyz": b"what is this"})
+    monkeypatch.setattr(reducer.run.tasks.environment, "probe_files", lambda: {"odd.xyz": b"what is this"})
     environment.cache_clear()
     found = environment(SETTINGS).probes
     environment.cache_clear()

@@ -21,9 +21,9 @@ import reducer.dispatch
 from reducer import ClusterError, ClusterSpec, InputError, Job, TooManyFailuresError, WorkerRules, reduce_images
 from reducer.config.settings import STRATEGY_NAMES
 from reducer.dispatch import WINDOW
+from reducer.run.dask.messages import Work
 from reducer.storage.schemas import LEDGER_SCHEMA
 from reducer.store import RunFolder
-from reducer.types import Work
 
 SIZES = (None, 7, 100)
 #: Fewer candidates than the larger labels have photos: the draw is compared too.

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reducer.partition import IMBALANCE, Division, assign, largest_whole, partition_count, piece_size, pieces
+from reducer.partition import IMBALANCE, assign, largest_whole, partition_count, piece_size, pieces
+from reducer.run.tasks.tasks import Division
 
 
 @given(st.lists(st.integers(1, 3000), min_size=1, max_size=300), st.integers(1, 400))

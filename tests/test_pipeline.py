@@ -13,11 +13,12 @@ from PIL import Image
 from reducer import Job
 from reducer.config.settings import STRATEGY_NAMES, Source
 from reducer.draw import RANDOM_ORDER, draw_order
-from reducer.pipeline import as_ledger, run_partition
+from reducer.run.join import as_ledger
+from reducer.run.tasks.messages import PartitionTask
+from reducer.run.tasks.rank_stage import run_partition
 from reducer.selection.distance import Hamming
 from reducer.selection.quality import spread
 from reducer.storage.schemas import LEDGER_SCHEMA, TASK_SCHEMA, from_ipc, to_ipc
-from reducer.types import PartitionTask
 
 
 def result_of(rows: list[tuple[str, str, str]], always_keep: tuple[str, ...] = (), avoid=None, **options: object):

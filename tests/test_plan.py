@@ -11,13 +11,13 @@ from reducer import InputError, Job
 from reducer.config.job import path_rule
 from reducer.dispatch import as_bag
 from reducer.draw import CANDIDATES, draw_order
-from reducer.errand import Errand
 from reducer.formatting import parse_labels
-from reducer.pipeline import photo_paths
 from reducer.plan import as_unread, make_plan
+from reducer.run.dask.messages import Terms, Work
+from reducer.run.tasks.rank_stage import photo_paths
+from reducer.run.tasks.tasks import Errand
 from reducer.storage.paths import with_paths
 from reducer.storage.schemas import LEDGER_SCHEMA, TASK_SCHEMA, from_ipc
-from reducer.types import Terms, Work
 
 
 @pytest.fixture

@@ -23,12 +23,12 @@ from s3server import S3Server
 from test_cli import invoke
 from test_job import ledger_of
 
-import reducer.environment
+import reducer.run.tasks.environment
 import reducer.session
 from reducer import ClusterSpec, InputError, TooManyFailuresError, reduce_images, resume
 from reducer.config.job import path_rule
-from reducer.environment import Environment
 from reducer.errors import LostLockError
+from reducer.run.tasks.environment import Environment
 from reducer.storage.location import Place
 from reducer.storage.paths import with_paths
 from reducer.store import RunFolder
@@ -283,10 +283,10 @@ def test_a_manifest_that_has_changed_is_refused_and_one_that_is_gone_is_not_need
 
 @pytest.mark.parametrize("package", ["pillow", "imagehash", "numpy", "reducer", "probes"])
 def test_other_versions_are_refused_by_name(half: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
-    now = reducer.environment.environment(job_on(half, half).photo_settings)
+    now = reducer.run.tasks.environment.environment(job_on(half, half).photo_settings)
     probes = now.probes | ({"grey.jpg": "0" * 16} if package == "probes" else {})
     other = Environment(now.versions | ({} if package == "probes" else {package: "1.2.3"}), probes)
-    monkeypatch.setattr("reducer.dispatch.environment", lambda settings: other)
+    monkeypatch.setattr("reducer.run.tasks.serial.environment", lambda settings: other)
     title = {"pillow": "has Pillow 1.2.3", "imagehash": "imagehash 1.2.3", "numpy": "numpy 1.2.3"}.get(package)
     title = title or {"reducer": "this is 1.2.3: install that version", "probes": "hash the probe grey.jpg"}[package]
     with pytest.raises(InputError, match=title):
@@ -392,13 +392,13 @@ def test_photos_that_failed_are_tried_again(
 def test_only_failed_photos_are_read_and_only_their_labels_ranked(
     torn: tuple[Path, Callable[[], None]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import reducer.pipeline
+    import reducer.run.tasks.rank_stage
 
     collection, mend = torn
     failed = run_on(collection, tmp_path / "run", rank_all=True, max_failures=1.0).images.query("reason == 'failed'")
     mend()
     ranked, read = [], []
-    real_rank, real_read = reducer.pipeline.rank_label, reducer.pipeline.read_all
+    real_rank, real_read = reducer.run.tasks.rank_stage.rank_label, reducer.photos.process.read_all
 
     def rank_label(label: str, *rest: Any) -> Any:
         ranked.append(label)
@@ -408,7 +408,7 @@ def test_only_failed_photos_are_read_and_only_their_labels_ranked(
         read.extend(paths)
         return real_read(paths, *rest, **options)
 
-    monkeypatch.setattr(reducer.pipeline, "rank_label", rank_label)
+    monkeypatch.setattr(reducer.run.tasks.rank_stage, "rank_label", rank_label)
     monkeypatch.setattr("reducer.photos.process.read_all", read_all)
     resume(tmp_path / "run", SERIAL, retry_failed=True, progress=False)
     assert sorted(read) == sorted(failed["path"])

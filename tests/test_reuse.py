@@ -17,9 +17,9 @@ from test_cli import invoke
 from test_job import ledger_of
 from test_resume import shorten
 
-import reducer.pipeline
+import reducer.run.tasks.rank_stage
 from reducer import ClusterSpec, InputError, Job, reduce_images, resume
-from reducer.environment import Environment
+from reducer.run.tasks.environment import Environment
 
 SERIAL = ClusterSpec(workers=0)
 
@@ -35,7 +35,7 @@ def copy(collection: Path, tmp_path: Path) -> Path:
 def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Paths of the photos that are read in this process."""
     paths: list[str] = []
-    real = reducer.pipeline.read_all
+    real = reducer.photos.process.read_all
 
     def read_all(some: list[str], *rest: Any, **options: Any) -> Any:
         paths.extend(some)
@@ -154,7 +154,7 @@ def test_hashes_of_another_pillow_are_refused(
 ) -> None:
     found = run_on(collection, tmp_path / "old", limit_labels=1, rank_all=True)
     other = Environment(found.summary["versions"] | {"pillow": "1.2.3"}, {})
-    monkeypatch.setattr("reducer.dispatch.environment", lambda settings: other)
+    monkeypatch.setattr("reducer.run.tasks.serial.environment", lambda settings: other)
     with pytest.raises(InputError, match=r"--reuse \S+old has Pillow \d.*has Pillow 1\.2\.3.*or leave --reuse out"):
         run_on(collection, tmp_path / "new", reuse=str(tmp_path / "old"))
     assert not (tmp_path / "new").exists()

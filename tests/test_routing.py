@@ -11,9 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from reducer import InputError, Job, routing
+from reducer import InputError, Job
 from reducer.config.settings import Source
-from reducer.routing import Given, Routing, find_vectors, route
+from reducer.run.tasks import given_vectors
+from reducer.run.tasks.given_vectors import Given, Routing, route
+from reducer.run.tasks.vector_files import find_vectors
 from reducer.storage.codecs import as_units
 
 IDS = [f"{i:04}" for i in range(200)]
@@ -86,8 +88,8 @@ def test_ids_are_text_whatever_they_are(tmp_path: Path, ids: Any) -> None:
 
 def test_any_division_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Row groups, tasks, batches, buckets, files: nothing of it shows."""
-    monkeypatch.setattr(routing, "TASK_BYTES", 1000)
-    monkeypatch.setattr(routing, "BATCH_BYTES", 4 * 6 * 7)
+    monkeypatch.setattr(given_vectors, "TASK_BYTES", 1000)
+    monkeypatch.setattr(given_vectors, "BATCH_BYTES", 4 * 6 * 7)
     shuffled = np.random.default_rng(1).permutation(200)
     (tmp_path / "files").mkdir()
     for number, own in enumerate(np.array_split(shuffled, 3)):
@@ -96,7 +98,7 @@ def test_any_division_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyP
     partitions = {5: IDS[:90], 9: IDS[80:120], 2: IDS[120:121], 3: IDS[150:]}  # some ids in two of them
     expected = {number: [units(VECTORS)[IDS.index(name)] for name in ids] for number, ids in partitions.items()}
     for most in (4096, 20):
-        monkeypatch.setattr(routing, "MOST_SLICES", most)
+        monkeypatch.setattr(given_vectors, "MOST_SLICES", most)
         assert all_of(tmp_path / "files", partitions) == expected
 
 
@@ -169,8 +171,8 @@ def test_two_columns_of_one_name(tmp_path: Path) -> None:
 
 
 def test_very_many_columns_are_read_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(routing, "COLUMNS_TOGETHER", 7)
-    monkeypatch.setattr(routing, "BATCH_BYTES", 4 * 30 * 13)
+    monkeypatch.setattr(given_vectors, "COLUMNS_TOGETHER", 7)
+    monkeypatch.setattr(given_vectors, "BATCH_BYTES", 4 * 30 * 13)
     vectors = np.random.default_rng(5).normal(size=(200, 30)).astype(np.float32)
     columns = {f"d{i}": vectors[:, i] for i in range(30)}
     pq.write_table(pa.table({**columns, "id": IDS}), tmp_path / "v.parquet", row_group_size=70)

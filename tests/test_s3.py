@@ -30,11 +30,11 @@ import reducer.photos.reader
 import reducer.worker
 from reducer import ClusterError, ClusterSpec, InputError, Job, reduce_images
 from reducer.config.settings import Source
-from reducer.errand import Errand
 from reducer.photos.reader import read_all
 from reducer.photos.requests import PhotoFile
 from reducer.plan import make_plan
 from reducer.result import Result
+from reducer.run.tasks.tasks import Errand
 from reducer.storage.location import Place
 from reducer.storage.remote import parse_options
 from reducer.store import RunFolder

@@ -433,6 +433,6 @@ def test_one_missing_photo_of_many_labels_that_are_kept_whole_is_no_failure_of_t
 def test_a_large_photo_is_read_apart(
     tars: Path, tiny: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("reducer.pieces.MOST_AT_ONCE", 3000)
+    monkeypatch.setattr("reducer.run.tasks.hash_stage.MOST_AT_ONCE", 3000)
     run_of(tars, tmp_path / "run", tiny / "train.csv")
     assert_same_rows(tmp_path / "run", whole)

@@ -26,9 +26,9 @@ import pyarrow.csv
 from PIL import Image
 
 from reducer import ClusterSpec, Job, reduce_images
-from reducer.environment import versions
 from reducer.manifest import read_manifest
 from reducer.photos.process import Look, look_at_all
+from reducer.run.tasks.environment import versions
 from reducer.sample import label_sizes, write_sample
 
 PROCESSES = 2

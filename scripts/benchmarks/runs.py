@@ -23,9 +23,9 @@ from benchmarks.common import LAUNCHER, PROCESSES, kibibytes, machine, measured,
 from reducer import Job
 from reducer.config.job import path_rule
 from reducer.config.settings import STORAGE_OPTIONS
-from reducer.environment import versions
 from reducer.partition import assign, partition_count
-from reducer.pipeline import peak_memory
+from reducer.run.tasks.environment import versions
+from reducer.run.tasks.rank_stage import peak_memory
 from reducer.sample import write_sample
 from reducer.selection.cross_label import cross_label_table
 from reducer.selection.quality import figures, judge_again

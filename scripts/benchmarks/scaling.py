@@ -25,11 +25,11 @@ import reducer.worker
 from reducer import ClusterSpec, Job
 from reducer.cluster import DASK_SETTINGS
 from reducer.dispatch import Dispatch
-from reducer.errand import Errand
 from reducer.manifest import Manifest
 from reducer.plan import Plan, plan_of
+from reducer.run.tasks.messages import PartitionResult, PartitionTask, Piece, PieceReport, PiecesResult, Tally
+from reducer.run.tasks.tasks import Errand
 from reducer.storage.schemas import MANIFEST_SCHEMA
-from reducer.types import PartitionResult, PartitionTask, Piece, PieceReport, PiecesResult, Tally
 
 #: A header and its rows, or a line of text.
 Told = tuple[list[str], list[list[object]]] | str

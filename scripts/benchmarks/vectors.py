@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from reducer import ClusterSpec, Job, reduce_images
 from reducer.photos.hashing import hash_photo
 from reducer.photos.model import PATHS, picture_of, vectors_of
-from reducer.pipeline import peak_memory
+from reducer.run.tasks.rank_stage import peak_memory
 from reducer.sample import label_sizes
 from reducer.selection.distance import Cosine
 from reducer.selection.strategies import STRATEGIES

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -11,14 +12,12 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from reducer.config.job import Job, member_keys, path_rule
-from reducer.partition import Division
-from reducer.pieces import Wanted
-from reducer.routing import Routing
+from reducer.run.tasks.given_vectors import Routing
+from reducer.run.tasks.messages import PartitionTask, ShardTask, Wanted
 from reducer.storage.codecs import Aside, Hashes
 from reducer.storage.location import ByteRange, PhotoRef, Shard
 from reducer.storage.paths import with_paths
 from reducer.storage.schemas import KNOWN_SCHEMA, PLACE_SCHEMA, to_ipc
-from reducer.types import PartitionTask, ShardTask
 
 #: So many photos are tried to see whether workers can read them.
 FEW = 20
@@ -122,7 +121,7 @@ class ShardErrand:
     groups : dict of int to tuple of Shard
         Shards that one task reads, by the number of the first.
     wanted : ndarray of uint64 or None
-        From `reducer.pieces.wanted_keys`; None for every photo.
+        From `reducer.run.tasks.messages.wanted_keys`; None for every photo.
     """
 
     job: Job
@@ -174,3 +173,64 @@ class ShardErrand:
             label_field=self.job.label_field,
             md5_fails=not self.job.md5_warn,
         )
+
+
+class Division(Mapping[int, pa.Table]):
+    """The rows of partitions or pieces by their numbers, each copied only when it is asked for: few are held.
+
+    Parameters
+    ----------
+    rows : pyarrow.Table
+        All of them, in one chunk lest taking some is slow.
+    parts : mapping of int to ndarray of int64 or pyarrow.Table
+        The places of each part's rows, or the rows themselves, in the order in which they are to be done.
+    """
+
+    def __init__(self, rows: pa.Table, parts: Mapping[int, NDArray[np.int64] | pa.Table]) -> None:
+        self._rows, self._parts = rows, parts
+
+    @classmethod
+    def by(cls, number: NDArray[np.int32], rows: pa.Table) -> Division:
+        """Rows by their numbers; those of negative ones are left out."""
+        order = np.argsort(number, kind="stable")
+        ends = np.cumsum(np.bincount(number + 1, minlength=1)).tolist()  # the first group is left out
+        parts = {n: order[start:stop] for n, (start, stop) in enumerate(pairwise(ends)) if start < stop}
+        return cls(rows.combine_chunks(), parts)
+
+    def __getitem__(self, number: int) -> pa.Table:
+        part = self._parts[number]
+        return part if isinstance(part, pa.Table) else self._rows.take(pa.array(part))
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __or__(self, others: Mapping[int, pa.Table]) -> Division:
+        """With other rows of some parts, or of others behind them."""
+        return Division(self._rows, {**self._parts, **others})
+
+    def without(self, numbers: Collection[int]) -> Division:
+        """All but some parts."""
+        return Division(self._rows, {n: part for n, part in self._parts.items() if n not in numbers})
+
+    def size(self, number: int) -> int:
+        """Rows of a part."""
+        return len(self._parts[number])
+
+    @property
+    def photos(self) -> int:
+        """Rows in all."""
+        return sum(map(len, self._parts.values()))
+
+    def few(self, most: int) -> list[pa.Table]:
+        """A few single rows from all over, the first among them."""
+        sizes = np.array([*map(len, self._parts.values())], dtype=np.int64)
+        ends, numbers = np.cumsum(sizes), list(self)
+        places = range(0, self.photos, -(-self.photos // most) or 1)
+        parts = np.searchsorted(ends, places, side="right").tolist()
+        return [
+            self[numbers[part]].slice(place - int(ends[part] - sizes[part]), 1)
+            for place, part in zip(places, parts, strict=True)
+        ]

@@ -20,6 +20,7 @@ from reducer.photos.hashing import PhotoHash
 from reducer.photos.process import Look, LookAtAll, VectorsOf, embedded, look_at_all
 from reducer.photos.reader import are_unchanged
 from reducer.photos.requests import FileState
+from reducer.run.tasks.messages import PartitionResult, PartitionTask, Tally
 from reducer.selection.distance import near_any
 from reducer.selection.facility_location import Copies
 from reducer.selection.quality import judge, points_of
@@ -40,7 +41,6 @@ from reducer.storage.schemas import (
     from_ipc,
     to_ipc,
 )
-from reducer.types import PartitionResult, PartitionTask, Tally
 
 #: The ledger's columns that ranking fills.
 RANKED_SCHEMA = pa.schema(list(LEDGER_SCHEMA)[LEDGER_SCHEMA.get_field_index("hash") :])
@@ -357,28 +357,6 @@ def _found(looks: Sequence[Look], ranked: pa.Table, settings: PhotoSettings) -> 
     if settings.by_vectors:
         found = found.append_column("vector", pa.array([look.vector for look in looks], pa.binary()))
     return found
-
-
-def as_ledger(rows: pa.Table, found: pa.Table) -> pa.Table:
-    """Put what a worker found beside what it was asked: its columns, or else those of the rows, or else nulls.
-
-    Parameters
-    ----------
-    rows : pyarrow.Table
-        `TASK_SCHEMA` rows of the partition; `PLACE_SCHEMA` where they lie in shards.
-    found : pyarrow.Table
-        What came of them, row by row.
-
-    Returns
-    -------
-    pyarrow.Table
-        `LEDGER_SCHEMA`.
-    """
-    columns = []
-    for field in LEDGER_SCHEMA:
-        own = next((table for table in (found, rows) if field.name in table.column_names), None)
-        columns.append(pa.nulls(rows.num_rows, field.type) if own is None else own[field.name])
-    return pa.Table.from_arrays(columns, schema=LEDGER_SCHEMA)
 
 
 def peak_memory() -> int:

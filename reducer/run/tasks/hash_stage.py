@@ -7,14 +7,12 @@ import json
 import posixpath
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 from PIL import Image
 
 from reducer.config.settings import PhotoSettings, Source
@@ -23,14 +21,20 @@ from reducer.photos.process import Look, embedded, look_at, look_at_all, with_ve
 from reducer.photos.reader import DISK_BLOCK, Shards, too_large
 from reducer.photos.requests import PhotoFile
 from reducer.photos.tar import Member, ShardFile, TarScan
-from reducer.pipeline import first_failure, looks_of, peak_memory, photo_paths, photo_refs, seen_columns, tally_of
-from reducer.storage.codecs import digest_of, to_hex
+from reducer.run.tasks.messages import PartitionTask, Piece, PieceReport, PiecesResult, ShardTask, Wanted, is_wanted
+from reducer.run.tasks.rank_stage import (
+    first_failure,
+    looks_of,
+    peak_memory,
+    photo_paths,
+    photo_refs,
+    seen_columns,
+    tally_of,
+)
+from reducer.storage.codecs import to_hex
 from reducer.storage.location import ByteRange, MemberKeys, PhotoRef, Shard, is_url, stem_of
 from reducer.storage.schemas import HASHES_SCHEMA, from_ipc, to_ipc
-from reducer.types import PartitionTask, Piece, PieceReport, PiecesResult, ShardTask
 
-#: Digests of the keys that are wanted, in rising order; the lowest bit tells whether the photo is to be hashed, too.
-Wanted = NDArray[np.uint64]
 #: Kind of the failure of photos whose shard is not the one that was published.
 WRONG_MD5 = "wrong md5"
 #: Photos of more bytes are read apart when the shard is at its end, as they may take more memory than there is.
@@ -66,36 +70,6 @@ class PlainLooker:
 
     def alive(self) -> None:
         pass
-
-
-def wanted_keys(keys: Iterable[str], hashed: NDArray[np.bool_]) -> Wanted:
-    """Which photos are looked for in shards, small enough to be sent to each worker.
-
-    Parameters
-    ----------
-    keys : iterable of str
-        What they are called there (`MemberKeys`).
-    hashed : ndarray of bool, shape (keys,)
-        Whether each is to be hashed too, and not only to be found.
-
-    Returns
-    -------
-    ndarray of uint64, shape (photos,)
-        For `is_wanted`.
-    """
-    digests = np.fromiter(map(digest_of, keys), np.uint64)
-    return np.unique(digests & ~np.uint64(1) | hashed.astype(np.uint64))
-
-
-def is_wanted(wanted: Wanted, key: str) -> bool | None:
-    """Whether a photo is to be hashed; None if it is not wanted at all.
-
-    Two keys may have the same digest: then one too many is looked at, which whoever knows the keys leaves out.
-    """
-    digest = digest_of(key) | 1
-    place = int(np.searchsorted(wanted, np.uint64(digest), side="right")) - 1
-    found = int(wanted[place]) if place >= 0 else -1
-    return bool(found & 1) if found | 1 == digest else None
 
 
 def run_piece(task: PartitionTask, looker: Looker | None = None) -> PiecesResult:

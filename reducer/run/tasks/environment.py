@@ -1,6 +1,6 @@
 """Whether the workers of a run hash alike: the versions that they have, and what they make of the same few pictures.
 
-The pictures (`reducer/probes`, drawn, 89 kB in all) have faint clouds under sharp coloured edges, so that many bits of
+The pictures (in ``probes/``, drawn, 89 kB in all) have faint clouds under sharp coloured edges, so that many bits of
 a hash hang on a level or two, and a decoder, a colour conversion or a resampler that counts otherwise shows:
 
 - ``baseline.jpg`` (416 x 312) and ``large.jpg`` (1056 x 1056), colour, 4:2:0: the smaller is what `fast` decodes at 1/2
@@ -119,7 +119,7 @@ def probe_files() -> dict[str, bytes]:
     dict of str to bytes
         Content by file name, in the order of the names.
     """
-    found = files("reducer").joinpath("probes").iterdir()
+    found = files("reducer.run.tasks").joinpath("probes").iterdir()
     return {file.name: file.read_bytes() for file in sorted(found, key=lambda file: file.name) if file.is_file()}
 
 

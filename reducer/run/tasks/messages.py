@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from reducer.config.settings import PhotoSettings, Source
-from reducer.environment import Environment
 from reducer.selection.quality_sums import Quality, _quality
-from reducer.storage.location import MemberKeys, PathRule, PhotoRef, Shard
+from reducer.storage.codecs import digest_of
+from reducer.storage.location import MemberKeys, PathRule, Shard
+
+#: Digests of the keys that are wanted, in rising order; the lowest bit tells whether the photo is to be hashed, too.
+Wanted = NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
@@ -83,78 +90,6 @@ class ShardTask:
 
     def __repr__(self) -> str:
         return f"ShardTask(index={self.index}, shards={len(self.shards)})"
-
-
-@dataclass(frozen=True)
-class Terms:
-    """What all workers of a run must meet, and how they report; the same for all of its tasks.
-
-    Attributes
-    ----------
-    run_token : str
-        Names this run, in the Dask keys too: no result of an earlier run answers for this one.
-    code : str
-        Digest of our own code (`reducer.shipping.code_digest`).
-    environment : str
-        Digest of what decides hashes (`reducer.environment.Environment.digest`).
-    seen : str, ByteRange or None
-        A photo, or a piece of a shard, that every worker must be able to read.
-    beat : float
-        Seconds between two signs of progress.
-    patience : float
-        Seconds that one photo may take where photos are looked at apart.
-    """
-
-    run_token: str
-    code: str
-    environment: str
-    seen: PhotoRef | None
-    beat: float
-    patience: float
-
-
-@dataclass(frozen=True)
-class Work:
-    """One element of the Dask bag: a partition, sent to a worker.
-
-    Attributes
-    ----------
-    task : PartitionTask or ShardTask
-        The partition, or the shards.
-    terms : Terms
-        Of the run.
-    attempt : int
-        How often it was sent before.
-    apart : bool
-        Whether its photos are to be looked at in a process of their own, since a worker died or stalled with them.
-    """
-
-    task: PartitionTask | ShardTask
-    terms: Terms
-    attempt: int = 0
-    apart: bool = False
-
-    def __repr__(self) -> str:
-        return f"Work({self.task!r}, attempt={self.attempt}, apart={self.apart})"
-
-
-@dataclass(frozen=True)
-class Unfit:
-    """A worker's answer when it cannot do its part as the others do.
-
-    Attributes
-    ----------
-    worker : str
-        Its address.
-    reason : str
-        One line.
-    environment : Environment or None
-        The worker's own, where that is why.
-    """
-
-    worker: str
-    reason: str
-    environment: Environment | None = None
 
 
 @dataclass(frozen=True)
@@ -322,3 +257,33 @@ class PiecesResult:
 
     def __repr__(self) -> str:
         return f"PiecesResult(index={self.index}, pieces={len(self.pieces)})"
+
+
+def wanted_keys(keys: Iterable[str], hashed: NDArray[np.bool_]) -> Wanted:
+    """Which photos are looked for in shards, small enough to be sent to each worker.
+
+    Parameters
+    ----------
+    keys : iterable of str
+        What they are called there (`MemberKeys`).
+    hashed : ndarray of bool, shape (keys,)
+        Whether each is to be hashed too, and not only to be found.
+
+    Returns
+    -------
+    ndarray of uint64, shape (photos,)
+        For `is_wanted`.
+    """
+    digests = np.fromiter(map(digest_of, keys), np.uint64)
+    return np.unique(digests & ~np.uint64(1) | hashed.astype(np.uint64))
+
+
+def is_wanted(wanted: Wanted, key: str) -> bool | None:
+    """Whether a photo is to be hashed; None if it is not wanted at all.
+
+    Two keys may have the same digest: then one too many is looked at, which whoever knows the keys leaves out.
+    """
+    digest = digest_of(key) | 1
+    place = int(np.searchsorted(wanted, np.uint64(digest), side="right")) - 1
+    found = int(wanted[place]) if place >= 0 else -1
+    return bool(found & 1) if found | 1 == digest else None
