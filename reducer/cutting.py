@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from reducer.config.cut_rules import CutRules
 from reducer.config.settings import unit_of
 from reducer.errors import InputError
-from reducer.plan import Plan
+from reducer.run.plan.plan import Plan
 from reducer.run.tasks.messages import Tally
 from reducer.selection.quality import judge_again
 from reducer.selection.rules import DECIDING, NeedsRanksError, select

@@ -20,8 +20,8 @@ from reducer.draw import TIME_SAMPLE, draw_order
 from reducer.job import check_vectors
 from reducer.lists import read_avoided
 from reducer.photos.process import Look, embedded, look_at_all
-from reducer.plan import Plan, make_plan
 from reducer.reuse import Reuse, beside
+from reducer.run.plan.plan import Plan, make_plan
 from reducer.run.tasks.hash_stage import PlainLooker, run_shards
 from reducer.run.tasks.tasks import ShardErrand
 from reducer.storage.location import ByteRange

@@ -21,8 +21,8 @@ from reducer.errors import InputError, TooManyFailuresError
 from reducer.fingerprint import Fingerprint
 from reducer.found import beside_plan
 from reducer.job import check_vectors, connected, terms_of, worker_threads_of
-from reducer.partition import piece_size
-from reducer.plan import Plan, make_plan
+from reducer.run.plan.partitions import piece_size
+from reducer.run.plan.plan import Plan, make_plan
 from reducer.session import Run, Session, Workers, noting_a_stop
 from reducer.storage.atomic import whole_file, whole_object
 from reducer.storage.codecs import as_lists, vector_field

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from reducer.photos.hashing import PhotoError
-from reducer.plan import Plan, as_unread
 from reducer.run.join import as_ledger
+from reducer.run.plan.plan import Plan, as_unread
 from reducer.run.tasks.hash_stage import WRONG_MD5
 from reducer.run.tasks.messages import PieceReport
 from reducer.storage.location import MemberKeys

@@ -20,15 +20,15 @@ from reducer.config.job import Job
 from reducer.errors import InputError, LostLockError, TooManyFailuresError
 from reducer.fingerprint import Fingerprint
 from reducer.lists import read_avoided
-from reducer.manifest import check_images
 from reducer.photos.model import PATHS, loaded
-from reducer.plan import Plan, make_plan
 from reducer.result import Result
 from reducer.reuse import Reuse
+from reducer.run.plan.listing import check_images
+from reducer.run.plan.plan import Plan, make_plan
+from reducer.run.plan.shards import find_shards
 from reducer.run.tasks.messages import PieceReport
 from reducer.run.tasks.vector_files import VectorFiles, find_vectors
 from reducer.session import Run, Session, Workers, noting_a_stop
-from reducer.shards import find_shards
 from reducer.storage.location import Place
 from reducer.storage.lock import locked
 from reducer.storage.schemas import FAILED, PLAN_SCHEMA

@@ -7,57 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-from numpy.typing import NDArray
 
 from reducer.config.checks import flag
 from reducer.config.job import Job
 from reducer.errors import InputError
+from reducer.run.plan.keep_avoid import _column_or_lines, _no_column
 from reducer.storage.codecs import Hashes, from_hex
-from reducer.storage.location import Place
-from reducer.storage.tables import EXAMPLES, column_names, is_parquet, read_columns, read_lines
 from reducer.store import RunFolder
 
 log = logging.getLogger("reducer")
 
 #: Settings of a run that must be equal for its hashes to be compared with another's.
 COMPARED_SETTINGS = ("hash", "hash_size", "exif_orientation")
-
-
-def find_always_keep(job: Job, ids: pa.ChunkedArray) -> NDArray[np.bool_]:
-    """Which rows of the manifest are always kept.
-
-    Parameters
-    ----------
-    job : Job
-        Whose ``always_keep`` names the file.
-    ids : pyarrow.ChunkedArray of string, shape (n,)
-        The manifest's ids.
-
-    Returns
-    -------
-    ndarray of bool, shape (n,)
-
-    Raises
-    ------
-    InputError
-        If the file cannot be read, or names an id that the manifest does not have.
-    """
-    if job.always_keep is None:
-        return np.zeros(len(ids), dtype=bool)
-    where = f"--always-keep {job.always_keep}"
-    wanted, lines = _column_or_lines(where, job.always_keep, job.id_column)
-    if len(wanted) == 0:
-        raise InputError(f"{where} holds no id")
-    unknown = wanted.filter(pc.invert(pc.is_in(wanted, value_set=ids.combine_chunks())))
-    if len(unknown):
-        shown = ", ".join(map(repr, unknown[:EXAMPLES].to_pylist()))
-        raise InputError(
-            f"{where}: {len(unknown)} of {len(wanted)} ids are not in the manifest: {shown}"
-            f"{' ...' if len(unknown) > EXAMPLES else ''}{_no_column(job.id_column) if lines else ''}"
-        )
-    found: NDArray[np.bool_] = pc.is_in(ids, value_set=wanted).to_numpy()
-    return found
 
 
 def read_avoided(job: Job) -> Hashes | None:
@@ -137,16 +98,3 @@ def _check_settings(where: str, run: RunFolder, job: Job) -> None:
             )
     if theirs["decode"] != job.decode:
         log.warning("%s was hashed with --decode %s: hashes may differ by a bit", where, theirs["decode"])
-
-
-def _column_or_lines(where: str, path: str, name: str) -> tuple[pa.Array, bool]:
-    """A named column of a CSV or Parquet file, or else a text file's lines; and whether it is lines."""
-    place = Place(path)
-    names = column_names(where, place)
-    if name in names or is_parquet(where, place):
-        return read_columns(where, place, [name], "Give that column, or a text file")[name].combine_chunks(), False
-    return pa.array(read_lines(where, place), pa.string()), True
-
-
-def _no_column(name: str) -> str:
-    return f". (It has no column {name!r}, so each line was taken for one.)"

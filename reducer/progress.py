@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from reducer.errors import InputError
-from reducer.plan import pieced_partitions
+from reducer.run.plan.plan import pieced_partitions
 from reducer.session import so_far
 from reducer.storage.codecs import Aside
 from reducer.storage.location import Place

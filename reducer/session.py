@@ -22,8 +22,8 @@ from reducer.cutting import apply_filters
 from reducer.dispatch import Dispatch
 from reducer.errors import BudgetError, ListingError, LostLockError, ReducerError, TooManyFailuresError
 from reducer.found import merged
-from reducer.plan import Plan
 from reducer.run.join import as_ledger
+from reducer.run.plan.plan import Plan
 from reducer.run.tasks.messages import PartitionResult, Piece, PiecesResult, Tally
 from reducer.run.tasks.serial import InProcess
 from reducer.run.tasks.tasks import Errand, ShardErrand

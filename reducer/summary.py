@@ -18,7 +18,7 @@ from reducer.config.job import Job
 from reducer.config.settings import STORAGE_OPTIONS
 from reducer.errors import InputError
 from reducer.fingerprint import Fingerprint
-from reducer.plan import Plan
+from reducer.run.plan.plan import Plan
 from reducer.selection.facility_location import FACILITY_LOCATION_CANDIDATES
 from reducer.storage.location import absolute
 from reducer.storage.schemas import FAILED, KEPT, KEPT_SMALL_LABEL, NOT_SAMPLED

@@ -13,9 +13,9 @@ import pyarrow.compute as pc
 from reducer.config.job import member_keys, path_rule
 from reducer.errors import InputError, ListingError
 from reducer.found import beside_plan, missing_error, rows_with, unread_ledger, without_errors
-from reducer.manifest import samples
-from reducer.plan import Plan, as_unread, plan_of
 from reducer.reuse import Reuse, as_known, beside
+from reducer.run.plan.manifest import samples
+from reducer.run.plan.plan import Plan, as_unread, plan_of
 from reducer.run.tasks.given_vectors import Routing
 from reducer.run.tasks.messages import PieceReport, wanted_keys
 from reducer.run.tasks.tasks import Division, Errand, ShardErrand

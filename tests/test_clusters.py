@@ -28,7 +28,7 @@ from s3server import S3Server
 from reducer import ClusterError, ClusterSpec, InputError, Job, reduce_images
 from reducer.cli import main
 from reducer.config.job import path_rule
-from reducer.plan import make_plan
+from reducer.run.plan.plan import make_plan
 from reducer.shipping import PLUGIN
 from reducer.storage.paths import with_paths
 

@@ -10,7 +10,8 @@ import pytest
 from conftest import job_on, run_on
 
 from reducer import InputError, Job
-from reducer.lists import find_always_keep, read_avoided
+from reducer.lists import read_avoided
+from reducer.run.plan.keep_avoid import find_always_keep
 from reducer.storage.codecs import Hashes
 
 IDS = pa.chunked_array([["a", "b"], ["0007", "c", "a"]])

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from reducer import InputError, Job
 from reducer.config.job import path_rule
-from reducer.manifest import Manifest, read_manifest
+from reducer.run.plan.manifest import Manifest, read_manifest
 from reducer.storage.paths import with_paths
 from reducer.storage.schemas import MANIFEST_SCHEMA
 from reducer.storage.sorting import text_order

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reducer.partition import IMBALANCE, assign, largest_whole, partition_count, piece_size, pieces
+from reducer.run.plan.partitions import IMBALANCE, assign, largest_whole, partition_count, piece_size, pieces
 from reducer.run.tasks.tasks import Division
 
 

@@ -12,8 +12,8 @@ from reducer.config.job import path_rule
 from reducer.dispatch import as_bag
 from reducer.draw import CANDIDATES, draw_order
 from reducer.formatting import parse_labels
-from reducer.plan import as_unread, make_plan
 from reducer.run.dask.messages import Terms, Work
+from reducer.run.plan.plan import as_unread, make_plan
 from reducer.run.tasks.rank_stage import photo_paths
 from reducer.run.tasks.tasks import Errand
 from reducer.storage.paths import with_paths

@@ -32,8 +32,8 @@ from reducer import ClusterError, ClusterSpec, InputError, Job, reduce_images
 from reducer.config.settings import Source
 from reducer.photos.reader import read_all
 from reducer.photos.requests import PhotoFile
-from reducer.plan import make_plan
 from reducer.result import Result
+from reducer.run.plan.plan import make_plan
 from reducer.run.tasks.tasks import Errand
 from reducer.storage.location import Place
 from reducer.storage.remote import parse_options
@@ -278,8 +278,8 @@ def test_what_is_refused_is_not_asked_for_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # As when a key is taken back between the look at the bucket and the first photo.
-    monkeypatch.setattr("reducer.plan.find_shards", lambda job: None)
-    monkeypatch.setattr("reducer.manifest._check_remote", lambda place: None)
+    monkeypatch.setattr("reducer.run.plan.plan.find_shards", lambda job: None)
+    monkeypatch.setattr("reducer.run.plan.listing._check_remote", lambda place: None)
     wrong = s3.options(endpoint_url=proxy.endpoint, secret="a-planted-wrong-secret")
     given: dict[str, Any] = {"manifest": str(collection / "train.csv"), "limit_labels": 4, "max_failures": 1.0}
     job = Job("s3://trial/train", str(tmp_path / "run"), keep=8, storage_options=wrong, reader=reader, **given)

@@ -23,7 +23,7 @@ from test_s3 import flags
 from reducer import ClusterSpec, Job, resume
 from reducer.errors import InputError
 from reducer.formatting import as_size
-from reducer.shards import find_shards
+from reducer.run.plan.shards import find_shards
 from reducer.store import RunFolder
 
 # The same results as from single files

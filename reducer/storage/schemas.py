@@ -12,7 +12,7 @@ def _field(name: str, kind: pa.DataType, description: str, unit: str | None = No
     return pa.field(name, kind, metadata=metadata)
 
 
-#: One row per photo of the manifest, as `reducer.manifest` returns it.
+#: One row per photo of the manifest, as `reducer.run.plan.manifest` returns it.
 MANIFEST_SCHEMA = pa.schema(
     [
         _field("row", pa.int64(), "position in the manifest, the first photo is 0"),

@@ -26,8 +26,8 @@ import pyarrow.csv
 from PIL import Image
 
 from reducer import ClusterSpec, Job, reduce_images
-from reducer.manifest import read_manifest
 from reducer.photos.process import Look, look_at_all
+from reducer.run.plan.manifest import read_manifest
 from reducer.run.tasks.environment import versions
 from reducer.sample import label_sizes, write_sample
 

@@ -22,7 +22,7 @@ from benchmarks import stored
 from benchmarks.common import PROCESSES, machine, measured, say, sizes_of, table
 
 from reducer import ClusterSpec, Job, reduce_images
-from reducer.plan import make_plan
+from reducer.run.plan.plan import make_plan
 from reducer.run.tasks.rank_stage import peak_memory
 from reducer.run.tasks.tasks import Errand
 from reducer.sample import label_sizes

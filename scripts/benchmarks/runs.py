@@ -23,7 +23,7 @@ from benchmarks.common import LAUNCHER, PROCESSES, kibibytes, machine, measured,
 from reducer import Job
 from reducer.config.job import path_rule
 from reducer.config.settings import STORAGE_OPTIONS
-from reducer.partition import assign, partition_count
+from reducer.run.plan.partitions import assign, partition_count
 from reducer.run.tasks.environment import versions
 from reducer.run.tasks.rank_stage import peak_memory
 from reducer.sample import write_sample

@@ -25,8 +25,8 @@ import reducer.worker
 from reducer import ClusterSpec, Job
 from reducer.cluster import DASK_SETTINGS
 from reducer.dispatch import Dispatch
-from reducer.manifest import Manifest
-from reducer.plan import Plan, plan_of
+from reducer.run.plan.manifest import Manifest
+from reducer.run.plan.plan import Plan, plan_of
 from reducer.run.tasks.messages import PartitionResult, PartitionTask, Piece, PieceReport, PiecesResult, Tally
 from reducer.run.tasks.tasks import Errand
 from reducer.storage.schemas import MANIFEST_SCHEMA

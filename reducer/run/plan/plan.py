@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from reducer.config.job import Job, member_keys
 from reducer.draw import CANDIDATES, TRIAL_LABELS, draw_order
 from reducer.errors import BudgetError, InputError, nearest
-from reducer.lists import find_always_keep
-from reducer.manifest import Manifest, read_manifest
-from reducer.partition import assign, largest_whole, partition_count, piece_size, pieces
+from reducer.run.plan.keep_avoid import find_always_keep
+from reducer.run.plan.manifest import Manifest, read_manifest
+from reducer.run.plan.partitions import assign, largest_whole, partition_count, piece_size, pieces
+from reducer.run.plan.shards import find_shards
 from reducer.run.tasks.tasks import Division
-from reducer.shards import find_shards
 from reducer.storage.location import MemberKeys, Shard
 from reducer.storage.schemas import (
     KEPT_SMALL_LABEL,

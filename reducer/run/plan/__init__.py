@@ -1,0 +1,4 @@
+"""A collection as partitions: manifest, listings, shards, and how rows are divided.
+
+Reads what lists photos; reads no photo. Knows no Dask.
+"""
