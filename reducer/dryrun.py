@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from reducer.cluster import planned_threads
 from reducer.config.cluster import ClusterSpec
 from reducer.config.job import Job, path_rule
 from reducer.config.settings import SAMPLE_PHOTOS, PhotoSettings
@@ -21,6 +20,7 @@ from reducer.job import check_vectors
 from reducer.lists import read_avoided
 from reducer.photos.process import Look, embedded, look_at_all
 from reducer.reuse import Reuse, beside
+from reducer.run.dask.connect import planned_threads
 from reducer.run.plan.plan import Plan, make_plan
 from reducer.run.tasks.hash_stage import PlainLooker, run_shards
 from reducer.run.tasks.tasks import ShardErrand

@@ -14,16 +14,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from reducer.cluster import refuse_import_of_main
 from reducer.config.cluster import ClusterSpec
 from reducer.config.job import Job, path_rule
 from reducer.errors import InputError, TooManyFailuresError
 from reducer.fingerprint import Fingerprint
 from reducer.found import beside_plan
 from reducer.job import check_vectors, connected, terms_of, worker_threads_of
+from reducer.run.dask.connect import refuse_import_of_main
+from reducer.run.dask.workers import Workers
 from reducer.run.plan.partitions import piece_size
 from reducer.run.plan.plan import Plan, make_plan
-from reducer.session import Run, Session, Workers, noting_a_stop
+from reducer.session import Run, Session, noting_a_stop
 from reducer.storage.atomic import whole_file, whole_object
 from reducer.storage.codecs import as_lists, vector_field
 from reducer.storage.location import Place

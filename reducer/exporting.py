@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
-from reducer.cluster import CPU_COUNT
 from reducer.config.cluster import ClusterSpec
 from reducer.config.job import Job
 from reducer.config.settings import SHARD_BYTES
@@ -24,6 +23,7 @@ from reducer.errors import InputError, ReducerError
 from reducer.exported import Exported, same_photos
 from reducer.formatting import as_size
 from reducer.layouts import BY_LABEL, FAILURES, LABELS, LIST, PLAN, SAME, ExportOptions, index_name
+from reducer.run.dask.connect import CPU_COUNT
 from reducer.sending import write_here, write_on
 from reducer.storage.location import Place, absolute
 from reducer.storage.schemas import EXPORT_SCHEMA
@@ -189,7 +189,7 @@ def export(
         )
         client = None
         if transfer.left and _on_cluster(job, exported.place) and not spec.serial:
-            from reducer.cluster import connect, refuse_import_of_main
+            from reducer.run.dask.connect import connect, refuse_import_of_main
 
             refuse_import_of_main()
             client = stack.enter_context(connect(spec))

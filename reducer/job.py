@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
-from reducer.cluster import connect, dashboard, expected_threads, model_everywhere, refuse_import_of_main
 from reducer.config.cluster import ClusterSpec
 from reducer.config.job import Job
 from reducer.errors import InputError, LostLockError, TooManyFailuresError
@@ -23,12 +22,15 @@ from reducer.lists import read_avoided
 from reducer.photos.model import PATHS, loaded
 from reducer.result import Result
 from reducer.reuse import Reuse
+from reducer.run.dask.check import model_everywhere
+from reducer.run.dask.connect import connect, dashboard, expected_threads, refuse_import_of_main
+from reducer.run.dask.workers import Workers
 from reducer.run.plan.listing import check_images
 from reducer.run.plan.plan import Plan, make_plan
 from reducer.run.plan.shards import find_shards
 from reducer.run.tasks.messages import PieceReport
 from reducer.run.tasks.vector_files import VectorFiles, find_vectors
-from reducer.session import Run, Session, Workers, noting_a_stop
+from reducer.session import Run, Session, noting_a_stop
 from reducer.storage.location import Place
 from reducer.storage.lock import locked
 from reducer.storage.schemas import FAILED, PLAN_SCHEMA

@@ -134,7 +134,7 @@ def write_report(
     with ExitStack() as open_cluster:
         client = None
         if gallery_photos and cluster is not None and not cluster.serial:
-            from reducer.cluster import connect, refuse_import_of_main
+            from reducer.run.dask.connect import connect, refuse_import_of_main
 
             refuse_import_of_main()
             client = open_cluster.enter_context(connect(cluster))

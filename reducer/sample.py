@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
-from reducer.cluster import CPU_COUNT
 from reducer.errors import InputError
+from reducer.run.dask.connect import CPU_COUNT
 
 WIDTH, HEIGHT = 800, 600
 #: Photos a landmark in GLDv2-clean (81,313 landmarks) at these shares of the landmarks.

@@ -145,7 +145,7 @@ def _write_group_there(group: Group, way: Way) -> list[Copied] | str:
     """What runs on a worker: what came of the photos, or why the target cannot be written."""
     from distributed import get_worker
 
-    from reducer.worker import memory_beside, memory_for_photos
+    from reducer.run.dask.worker import memory_beside, memory_for_photos
 
     worker = get_worker()
     try:

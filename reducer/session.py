@@ -16,12 +16,12 @@ import pyarrow.compute as pc
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from reducer.config.cluster import ClusterSpec
 from reducer.config.job import path_rule
 from reducer.cutting import apply_filters
-from reducer.dispatch import Dispatch
 from reducer.errors import BudgetError, ListingError, LostLockError, ReducerError, TooManyFailuresError
 from reducer.found import merged
+from reducer.run.dask.dispatch import Dispatch
+from reducer.run.dask.workers import Workers
 from reducer.run.join import as_ledger
 from reducer.run.plan.plan import Plan
 from reducer.run.tasks.messages import PartitionResult, Piece, PiecesResult, Tally
@@ -37,7 +37,7 @@ from reducer.summary import outcome, plan_figures, shard_figures
 from reducer.todo import Todo
 
 if TYPE_CHECKING:
-    from distributed import Client
+    pass
 
 log = logging.getLogger("reducer")
 
@@ -168,45 +168,6 @@ def so_far(done: Mapping[int, Tally], hashed: Mapping[int, Tally], pieced: froze
         return sum(done.values(), Tally())
     whole = (tally for number, tally in done.items() if number not in (pieced or ()))
     return sum([*whole, *hashed.values()], Tally())
-
-
-@dataclass(frozen=True)
-class Workers:
-    """Where work is done.
-
-    Attributes
-    ----------
-    client : distributed.Client or None
-        Of a cluster; None for this process.
-    spec : ClusterSpec
-        Of the cluster.
-    progress : bool
-        Whether to show a progress bar where vectors are read.
-    """
-
-    client: Client | None
-    spec: ClusterSpec
-    progress: bool = False
-
-    def take(self, errand: Errand | ShardErrand, before: InProcess | Dispatch | None = None) -> InProcess | Dispatch:
-        """Get ready to do something.
-
-        Parameters
-        ----------
-        errand : Errand or ShardErrand
-            What is to be done.
-        before : InProcess or Dispatch, optional
-            What this goes on from.
-
-        Raises
-        ------
-        InputError
-            If workers differ in what decides hashes, or some of them cannot read the photos.
-        """
-        if self.client is None:
-            return InProcess(errand, self.progress)
-        going_on = before if isinstance(before, Dispatch) else None
-        return Dispatch(self.client, errand, self.spec, going_on, self.progress)
 
 
 @dataclass

@@ -120,7 +120,7 @@ def _draw_group(group: _Group) -> list[Thumbnail | str]:
     """What runs on a worker."""
     from distributed import get_worker
 
-    from reducer.worker import memory_beside, memory_for_photos
+    from reducer.run.dask.worker import memory_beside, memory_for_photos
 
     worker = get_worker()
     drawn = draw(

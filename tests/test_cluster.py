@@ -15,7 +15,8 @@ from conftest import wait_for
 from distributed import Client, Worker, get_worker
 
 from reducer import ClusterError, ClusterSpec, InputError
-from reducer.cluster import _on_hosts, _worth_saying, connect
+from reducer.run.dask.check import _on_hosts
+from reducer.run.dask.connect import _worth_saying, connect
 
 
 def test_a_failed_connection_leaves_no_client_behind() -> None:

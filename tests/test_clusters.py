@@ -28,8 +28,8 @@ from s3server import S3Server
 from reducer import ClusterError, ClusterSpec, InputError, Job, reduce_images
 from reducer.cli import main
 from reducer.config.job import path_rule
+from reducer.run.dask.ship_code import PLUGIN
 from reducer.run.plan.plan import make_plan
-from reducer.shipping import PLUGIN
 from reducer.storage.paths import with_paths
 
 SCRIPT = ROOT / "scripts" / "run_cluster.py"
@@ -535,7 +535,7 @@ def test_logs_and_keys_tell_no_secret_and_no_path(
         raise RuntimeError("a bug")
 
     def break_it() -> None:
-        sys.modules["reducer.worker"].run_partition = breaks  # type: ignore[attr-defined]
+        sys.modules["reducer.run.dask.worker"].run_partition = breaks  # type: ignore[attr-defined]
 
     with Client(address, set_as_default=False) as client:
         client.run(break_it)

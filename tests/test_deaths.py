@@ -19,11 +19,11 @@ from conftest import reduced_files, run_on, when_begun
 from deployments import DaskProcesses
 
 from reducer import ClusterError, ClusterSpec, WorkerRules
-from reducer.dispatch import Dispatch, _Sent
 from reducer.result import Result
+from reducer.run.dask.dispatch import Dispatch, _Sent
 from reducer.run.dask.messages import Terms, Work
+from reducer.run.dask.worker import _Beat
 from reducer.run.tasks.messages import ShardTask
-from reducer.worker import _Beat
 
 KILLER = str(Path(__file__).parent / "killer")
 

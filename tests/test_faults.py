@@ -13,7 +13,7 @@ import psutil
 import pytest
 from conftest import reduced_files, run_on, wait_for
 
-import reducer.worker
+import reducer.run.dask.worker
 from reducer import ClusterError, ClusterSpec, ReducerError, resume
 from reducer.run.tasks.messages import PartitionTask
 from reducer.store import RunFolder
@@ -51,7 +51,7 @@ def test_a_killed_worker_costs_time_and_nothing_else(slow_collection: Path, tmp_
 def test_a_partition_that_cannot_be_finished_ends_the_run_and_keeps_the_others(
     collection: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = reducer.worker.run_partition
+    real = reducer.run.dask.worker.run_partition
 
     def breaks(task: PartitionTask, *_: object):
         if task.index == 1:
@@ -59,7 +59,7 @@ def test_a_partition_that_cannot_be_finished_ends_the_run_and_keeps_the_others(
             raise RuntimeError("a bug\nof ours")
         return real(task)
 
-    monkeypatch.setattr(reducer.worker, "run_partition", breaks)
+    monkeypatch.setattr(reducer.run.dask.worker, "run_partition", breaks)
     with pytest.raises(ClusterError, match=r"could not be finished: RuntimeError: a bug of ours\."):
         run_on(collection, tmp_path / "run", IN_PROCESS, partition_images=20)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -75,7 +75,7 @@ def test_a_stop_while_the_cluster_closes_tells_what_is_kept(
         cluster.close()  # type: ignore[attr-defined]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("reducer.cluster._close", stopped)
+    monkeypatch.setattr("reducer.run.dask.connect._close", stopped)
     with pytest.raises(KeyboardInterrupt):
         run_on(collection, tmp_path / "run", IN_PROCESS)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

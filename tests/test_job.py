@@ -17,10 +17,10 @@ import pytest
 from conftest import job_on, reduced_files, run_on
 from PIL import Image
 
-import reducer.dispatch
+import reducer.run.dask.dispatch
 from reducer import ClusterError, ClusterSpec, InputError, Job, TooManyFailuresError, WorkerRules, reduce_images
 from reducer.config.settings import STRATEGY_NAMES
-from reducer.dispatch import WINDOW
+from reducer.run.dask.dispatch import WINDOW
 from reducer.run.dask.messages import Work
 from reducer.storage.schemas import LEDGER_SCHEMA
 from reducer.store import RunFolder
@@ -283,7 +283,7 @@ def test_a_window_never_holds_more_than_it_may(
 ) -> None:
     windows: list[int] = []
     outstanding: list[int] = [0]
-    real, real_write = reducer.dispatch.as_bag, RunFolder.write_part
+    real, real_write = reducer.run.dask.dispatch.as_bag, RunFolder.write_part
 
     def watched(name: str, window: list[Work], *shared: object):
         windows.append(len(window))
@@ -294,7 +294,7 @@ def test_a_window_never_holds_more_than_it_may(
         outstanding.append(outstanding[-1] - 1)
         real_write(folder, index, *rest)
 
-    monkeypatch.setattr(reducer.dispatch, "as_bag", watched)
+    monkeypatch.setattr(reducer.run.dask.dispatch, "as_bag", watched)
     monkeypatch.setattr(RunFolder, "write_part", written)
     spec = ClusterSpec(
         class_path="distributed.LocalCluster",

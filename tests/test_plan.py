@@ -9,9 +9,9 @@ from distributed.protocol.pickle import dumps
 
 from reducer import InputError, Job
 from reducer.config.job import path_rule
-from reducer.dispatch import as_bag
 from reducer.draw import CANDIDATES, draw_order
 from reducer.formatting import parse_labels
+from reducer.run.dask.dispatch import as_bag
 from reducer.run.dask.messages import Terms, Work
 from reducer.run.plan.plan import as_unread, make_plan
 from reducer.run.tasks.rank_stage import photo_paths

@@ -27,7 +27,7 @@ from test_cli import invoke
 from test_faults import IN_PROCESS
 
 import reducer.photos.reader
-import reducer.worker
+import reducer.run.dask.worker
 from reducer import ClusterError, ClusterSpec, InputError, Job, reduce_images
 from reducer.config.settings import Source
 from reducer.photos.reader import read_all
@@ -578,7 +578,7 @@ def test_no_secret_is_shown_when_a_partition_fails_on_a_cluster(
     def breaks(*_: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(reducer.worker, "run_partition", breaks)
+    monkeypatch.setattr(reducer.run.dask.worker, "run_partition", breaks)
     every = {f"{name}storage_options": planted(s3) for name in ("", "manifest_")}
     job = Job("s3://trial/train", str(tmp_path / "run"), manifest="s3://trial/train.csv", keep=8, **every)
     with pytest.raises(ClusterError, match="RuntimeError: a bug") as caught:

@@ -118,7 +118,7 @@ def write_manifest(folder: Path, sizes: np.ndarray, times: int, *, hashes: bool)
 
 def run_without_photos(folder: str) -> dict[str, float]:
     """A whole run on two workers of a LocalCluster, with stored hashes in the place of photos."""
-    from reducer.cluster import LOCAL_SETTINGS
+    from reducer.run.dask.connect import LOCAL_SETTINGS
 
     start = time.perf_counter()
     os.environ[stored.VARIABLE] = f"{folder}/hashes.npy"

@@ -21,10 +21,10 @@ from benchmarks.common import PROCESSES, linked_collection, machine, run_job, sa
 from distributed import Client, LocalCluster, get_worker
 from numpy.typing import NDArray
 
-import reducer.worker
+import reducer.run.dask.worker
 from reducer import ClusterSpec, Job
-from reducer.cluster import DASK_SETTINGS
-from reducer.dispatch import Dispatch
+from reducer.run.dask.connect import DASK_SETTINGS
+from reducer.run.dask.dispatch import Dispatch
 from reducer.run.plan.manifest import Manifest
 from reducer.run.plan.plan import Plan, plan_of
 from reducer.run.tasks.messages import PartitionResult, PartitionTask, Piece, PieceReport, PiecesResult, Tally
@@ -284,8 +284,8 @@ def replay(client: Client, workers: int, phases: list[Phase], recorded: Recorded
             return PartitionResult(task.index, found, tally, None, 0.0, 0)
 
         with (
-            mock.patch.object(reducer.worker, "run_partition", sleeps),
-            mock.patch.object(reducer.worker, "run_piece", sleeps),
+            mock.patch.object(reducer.run.dask.worker, "run_partition", sleeps),
+            mock.patch.object(reducer.run.dask.worker, "run_piece", sleeps),
         ):
             before = Dispatch(client, phase.errand, ClusterSpec(workers=workers), before)
             start = time.perf_counter()

@@ -17,7 +17,7 @@ DIGITS = 8
 
 def dask_setup(worker: object) -> None:
     """Dask's hook in each worker process."""
-    import reducer.worker
+    import reducer.run.dask.worker
     from reducer.config.settings import PhotoSettings, Source
     from reducer.photos.hashing import PhotoHash
     from reducer.photos.process import Look
@@ -29,4 +29,4 @@ def dask_setup(worker: object) -> None:
             number = int(path.rpartition(".")[0][-DIGITS:], 16)
             yield Look(PhotoHash(stored[number].tobytes(), 800, 600, "JPEG"), 142_000, 1_600_000_000 * 10**9)
 
-    reducer.worker.look = look_up
+    reducer.run.dask.worker.look = look_up

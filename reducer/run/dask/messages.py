@@ -18,7 +18,7 @@ class Terms:
     run_token : str
         Names this run, in the Dask keys too: no result of an earlier run answers for this one.
     code : str
-        Digest of our own code (`reducer.shipping.code_digest`).
+        Digest of our own code (`reducer.run.dask.code.code_digest`).
     environment : str
         Digest of what decides hashes (`reducer.run.tasks.environment.Environment.digest`).
     seen : str, ByteRange or None

@@ -23,6 +23,7 @@ from reducer.photos.sandbox import (
     memory_bound,
     memory_left,
 )
+from reducer.run.dask.code import code_digest
 from reducer.run.dask.messages import Terms, Unfit, Work
 from reducer.run.tasks.environment import environment
 from reducer.run.tasks.given_vectors import Given, RouteTask, Slice, route
@@ -30,7 +31,6 @@ from reducer.run.tasks.hash_stage import PlainLooker, run_piece, run_shards
 from reducer.run.tasks.messages import PartitionResult, PiecesResult, ShardTask
 from reducer.run.tasks.rank_stage import run_partition
 from reducer.run.tasks.vector_files import VectorFiles
-from reducer.shipping import code_digest
 from reducer.storage.location import ByteRange, PhotoRef
 
 if TYPE_CHECKING:

@@ -10,25 +10,17 @@ import multiprocessing
 import os
 import signal
 import sys
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import dask
 from dask.system import CPU_COUNT as CPU_COUNT
-from distributed.diagnostics.plugin import UploadFile
 
 from reducer.config.cluster import TLS, ClusterSpec
-from reducer.config.job import Job
-from reducer.config.settings import PhotoSettings
-from reducer.errors import ClusterError, InputError, ReducerError, one_line
-from reducer.photos.model import PATHS
-from reducer.run.tasks.environment import Environment, differences, environment
-from reducer.shipping import same_code
-from reducer.storage.location import PhotoRef
-from reducer.worker import sees
+from reducer.errors import ClusterError, InputError, one_line
+from reducer.run.dask.ship_code import same_code
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -58,7 +50,7 @@ DASK_SETTINGS: dict[str, Any] = {
 }
 
 #: And for those whose workers are processes on this machine: `dask_setup`, below.
-LOCAL_SETTINGS = {"distributed.worker.preload": ["reducer.cluster"]}
+LOCAL_SETTINGS = {"distributed.worker.preload": ["reducer.run.dask.connect"]}
 #: What to install where a cluster class cannot be imported.
 EXTRAS = {"asyncssh": "reducer[ssh]", "dask_jobqueue": "reducer[slurm]", "dask_kubernetes": "reducer[kubernetes]"}
 
@@ -134,175 +126,6 @@ def connect(spec: ClusterSpec) -> Iterator[Client]:
             if cluster is not None:
                 _close(cluster)
             chatter.setLevel(level)
-
-
-def check_alike(client: Client, settings: PhotoSettings) -> Environment:
-    """What all workers have in common that decides a hash.
-
-    Parameters
-    ----------
-    client : distributed.Client
-        Of the cluster.
-    settings : PhotoSettings
-        How photos are hashed: the probes are hashed in the same way.
-
-    Raises
-    ------
-    InputError
-        If workers differ from each other in what decides a hash. Other differences are logged as warnings.
-    """
-    try:
-        found: dict[str, Environment] = client.run(environment, settings)
-    except InputError as error:
-        raise InputError(f"a worker cannot take part: {error}") from None
-    except OSError as error:
-        raise ClusterError(f"a worker went away before the run began: {one_line(error)}; run this again") from None
-    if not found:
-        raise ClusterError("all workers went away before the run began; run this again")
-    errors, warnings_ = differences({f"worker {worker}": own for worker, own in sorted(found.items())})
-    if errors:
-        raise InputError("; ".join(errors))
-    for line in warnings_:
-        log.warning("%s", line)
-    return found[min(found)]
-
-
-class ShipModel(UploadFile):
-    """Brings a model to every worker, late ones too, since they may not see this computer's files."""
-
-    def __init__(self, path: str, digest: str, client: str) -> None:
-        super().__init__(path, load=False)
-        # Of this client's own: another run may have the same model there, and end before this one.
-        self.digest, self.filename, self.name = digest, f"reducer-{digest}-{client}.onnx", f"reducer-{digest}-{client}"
-
-    async def setup(self, worker: Any) -> None:
-        """Run on each worker that is there, and on each that joins."""
-        await super().setup(worker)  # type: ignore[no-untyped-call]
-        PATHS.setdefault(self.digest, []).append(os.path.join(worker.local_directory, self.filename))
-
-    def teardown(self, worker: Any) -> None:
-        """Run when the worker closes, or the run is at its end."""
-        with suppress(OSError):
-            os.remove(os.path.join(worker.local_directory, self.filename))
-
-
-@contextmanager
-def model_everywhere(client: Client | None, job: Job) -> Iterator[None]:
-    """See to it that the model of a job, if it has one, is where photos are embedded.
-
-    Parameters
-    ----------
-    client : distributed.Client or None
-        Of the cluster; None for this process.
-    job : Job
-        The job.
-
-    Raises
-    ------
-    InputError
-        If it cannot be sent.
-    """
-    embed = job.embed_settings
-    if embed is None or job.embed is None or client is None:
-        yield
-        return
-    plugin = ShipModel(job.embed, embed.model, client.id)
-    try:
-        client.register_plugin(plugin, name=plugin.name)
-    except OSError as error:
-        raise ClusterError(f"a worker went away before the run began: {one_line(error)}; run this again") from None
-    try:
-        yield
-    finally:
-        with suppress(Exception):  # the cluster may be gone
-            client.unregister_worker_plugin(plugin.name)
-
-
-def check_sight(client: Client, job: Job, photos: Sequence[PhotoRef], wait: float) -> PhotoRef | None:
-    """Let one worker of each host read a photo.
-
-    Parameters
-    ----------
-    client : distributed.Client
-        Of the cluster.
-    job : Job
-        Whose photos they are.
-    photos : sequence of str or ByteRange
-        A few of them, or pieces of their shards. The first is read; the next one where nobody can read it, for that
-        tells nothing.
-    wait : float
-        Seconds after which a host has to have answered.
-
-    Returns
-    -------
-    str, ByteRange or None
-        A photo that all can read; None if none of them can be read anywhere.
-
-    Raises
-    ------
-    InputError
-        If only some hosts can read a photo, or this process can and the workers cannot.
-    ClusterError
-        If one does not answer.
-    """
-    from distributed.comm.addressing import get_address_host
-
-    workers_on: dict[str, list[str]] = {}
-    for worker in sorted(client.nthreads()):
-        workers_on.setdefault(get_address_host(worker), []).append(worker)
-    stop = time.monotonic() + wait
-    for photo in photos:
-        found = _on_hosts(client, workers_on, stop, sees, photo, job.photo_settings, job.source)
-        blind = {host: failure for host, failure in sorted(found.items()) if failure is not None}
-        if not found:  # all of them have gone meanwhile
-            return None
-        if not blind:
-            return photo
-        if len(blind) < len(found) or sees(photo, job.photo_settings, job.source) is None:
-            raise InputError(_blind(job, photo, blind))
-        if time.monotonic() > stop:
-            break
-    return None
-
-
-def _blind(job: Job, photo: PhotoRef, blind: Mapping[str, str]) -> str:
-    what = f"worker host{'s' if len(blind) > 1 else ''} {', '.join(blind)}"
-    reason = f"the photo {photo} is {next(iter(blind.values()))} there"
-    if job.images_place.remote:
-        return f"{what} cannot read {job.images} ({reason}): check that it reaches the storage, and may use it"
-    return f"{what} cannot see {os.path.abspath(job.images)}: use a shared folder or S3 ({reason})"
-
-
-def _on_hosts(
-    client: Client, workers_on: Mapping[str, list[str]], stop: float, function: Callable[..., Any], *args: Any
-) -> dict[str, Any]:
-    """What a function gives on a worker of each host, but for hosts whose workers go meanwhile.
-
-    By tasks, which the scheduler and the workers never print: arguments of `Client.run` stand in their logs, secrets
-    and all, where Dask logs at the level DEBUG.
-    """
-    futures = {host: client.submit(function, *args, workers=own, pure=False) for host, own in workers_on.items()}
-    try:
-        while waiting := {host: future for host, future in futures.items() if not future.done()}:
-            with suppress(TimeoutError):
-                next(iter(waiting.values())).exception(timeout=TICK)
-                continue
-            if time.monotonic() > stop:
-                raise ClusterError(
-                    f"the workers on {', '.join(sorted(waiting))} do not answer in time (workers: wait): they hang, or "
-                    "are busy with other work"
-                )
-            there = client.nthreads()
-            for host in waiting:
-                if not there.keys() & set(workers_on[host]):
-                    futures.pop(host).cancel()
-        return {host: future.result() for host, future in futures.items() if not future.cancelled()}
-    except (ReducerError, KeyboardInterrupt):
-        raise
-    except Exception as error:
-        raise ClusterError(f"a worker could not read a photo: {one_line(error)}; run this again") from None
-    finally:
-        client.cancel([future for future in futures.values() if not future.done()])
 
 
 def dask_setup(worker: object) -> None:

@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from reducer.cluster import check_alike, check_sight
 from reducer.config.cluster import ClusterSpec
 from reducer.errors import ClusterError, InputError, ReducerError
+from reducer.run.dask.check import check_alike, check_sight
+from reducer.run.dask.code import code_digest
 from reducer.run.dask.messages import Terms, Unfit, Work
+from reducer.run.dask.worker import as_partition, routed, topic, unpacked
 from reducer.run.tasks.environment import compare_with
 from reducer.run.tasks.messages import PartitionResult, PiecesResult
 from reducer.run.tasks.serial import reading
 from reducer.run.tasks.tasks import Errand, ShardErrand
 from reducer.run.tasks.vector_files import VectorFiles
-from reducer.shipping import code_digest
-from reducer.worker import as_partition, routed, topic, unpacked
 
 if TYPE_CHECKING:
     from dask.bag import Bag

@@ -14,7 +14,6 @@ import uuid
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
@@ -22,6 +21,8 @@ from distributed.diagnostics.plugin import UploadFile
 
 from reducer._version import __version__
 from reducer.errors import ClusterError, InputError, one_line
+from reducer.run.dask import code
+from reducer.run.dask.code import code_digest, digest_of_package, package_files
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -31,51 +32,6 @@ if TYPE_CHECKING:
 HOME = uuid.uuid4().hex
 #: Begins the name of the plugin of each run, before the digest of its code and its client.
 PLUGIN = "reducer-code-"
-
-
-@lru_cache(maxsize=1)
-def code_digest() -> str:
-    """Digest of the code that this process has, in hex."""
-    return digest_of_package() or ""
-
-
-def digest_of_package() -> str | None:
-    """Digest of the names and contents of the package's files, where this process finds it; None without it."""
-    import hashlib
-
-    files = package_files()
-    digest = hashlib.sha256()
-    for name, content in sorted(files.items()):
-        digest.update(f"{name}\0{len(content)}\0".encode() + content)
-    return digest.hexdigest()[:16] if files else None
-
-
-def package_files() -> dict[str, bytes]:
-    """The files of the package by name, where this process finds it: in a folder or in a zip file."""
-    import importlib.util
-    import pathlib
-    import zipfile
-
-    try:
-        spec = importlib.util.find_spec("reducer")
-    except (ImportError, ValueError):
-        spec = None
-    if spec is None or not spec.submodule_search_locations:
-        return {}
-    archive = getattr(spec.loader, "archive", None)
-    top: Any = zipfile.Path(archive, "reducer/") if archive else pathlib.Path(spec.submodule_search_locations[0])
-    files: dict[str, bytes] = {}
-    folders = [("", top)]
-    while folders:
-        prefix, folder = folders.pop()
-        for entry in folder.iterdir():
-            if entry.name.startswith((".", "__pycache__")) or entry.name.endswith((".pyc", "~")):
-                continue
-            if entry.is_dir():
-                folders.append((f"{prefix}{entry.name}/", entry))
-            else:
-                files[prefix + entry.name] = entry.read_bytes()
-    return files
 
 
 def package_zip() -> bytes:
@@ -107,7 +63,7 @@ async def install(server: Any, name: str, data: bytes, digest: str, home: str) -
     import os
     import sys
 
-    if getattr(sys.modules.get("reducer.shipping"), "HOME", None) == home:
+    if getattr(sys.modules.get("reducer.run.dask.ship_code"), "HOME", None) == home:
         return
     if getattr(sys.modules.get("reducer"), "_verified", None) == digest:
         return
@@ -165,23 +121,26 @@ def same_code(client: Client, ship_code: str) -> Iterator[None]:
     InputError
         If a worker lacks it, and gets none or cannot load it.
     """
-    this = sys.modules[__name__]
-    cloudpickle.register_pickle_by_value(this)
+    sent = (sys.modules[__name__], code)
+    for module in sent:
+        cloudpickle.register_pickle_by_value(module)
     plugin = None
     try:
         if ship_code == "never":
             _refuse_others(client)
         else:
             plugin = _ship(client)
-        cloudpickle.unregister_pickle_by_value(this)
+        for module in sent:
+            cloudpickle.unregister_pickle_by_value(module)
         _check_imports(client)
         yield
     except ClusterError:
         plugin = None  # the scheduler may never answer again
         raise
     finally:
-        with suppress(ValueError):  # done already
-            cloudpickle.unregister_pickle_by_value(this)
+        for module in sent:
+            with suppress(ValueError):  # done already
+                cloudpickle.unregister_pickle_by_value(module)
         if plugin is not None:
             with suppress(Exception):  # the cluster may be gone
                 client.unregister_worker_plugin(plugin)
@@ -242,4 +201,4 @@ def _check_imports(client: Client) -> None:
 
 
 def _import_all() -> None:
-    import reducer.worker  # noqa: F401
+    import reducer.run.dask.worker  # noqa: F401

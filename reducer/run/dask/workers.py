@@ -1,0 +1,53 @@
+"""The executor of a run: this process, or the workers of a cluster."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from reducer.config.cluster import ClusterSpec
+from reducer.run.dask.dispatch import Dispatch
+from reducer.run.tasks.serial import InProcess
+from reducer.run.tasks.tasks import Errand, ShardErrand
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Where work is done.
+
+    Attributes
+    ----------
+    client : distributed.Client or None
+        Of a cluster; None for this process.
+    spec : ClusterSpec
+        Of the cluster.
+    progress : bool
+        Whether to show a progress bar where vectors are read.
+    """
+
+    client: Client | None
+    spec: ClusterSpec
+    progress: bool = False
+
+    def take(self, errand: Errand | ShardErrand, before: InProcess | Dispatch | None = None) -> InProcess | Dispatch:
+        """Get ready to do something.
+
+        Parameters
+        ----------
+        errand : Errand or ShardErrand
+            What is to be done.
+        before : InProcess or Dispatch, optional
+            What this goes on from.
+
+        Raises
+        ------
+        InputError
+            If workers differ in what decides hashes, or some of them cannot read the photos.
+        """
+        if self.client is None:
+            return InProcess(errand, self.progress)
+        going_on = before if isinstance(before, Dispatch) else None
+        return Dispatch(self.client, errand, self.spec, going_on, self.progress)
