@@ -388,8 +388,8 @@ def resume(
     options |= parsed_storage(options)
     # Dask and Arrow are imported from here on.
     from reducer.job import resume as go_on
+    from reducer.run.folder import RunFolder
     from reducer.storage.location import Place
-    from reducer.store import RunFolder
 
     place = Place(run, options["output_storage_options"])
     before = RunFolder(place).summary()

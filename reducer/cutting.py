@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,12 @@ from numpy.typing import NDArray
 from reducer.config.cut_rules import CutRules
 from reducer.config.settings import unit_of
 from reducer.errors import InputError
-from reducer.run.plan.plan import Plan
-from reducer.run.tasks.messages import Tally
-from reducer.selection.quality import judge_again
+from reducer.run.folder import HASHES, IMAGES, OWN_FILES, SUMMARY, RunFolder, as_reduced, reduced_file
 from reducer.selection.rules import DECIDING, NeedsRanksError, select
 from reducer.storage.atomic import write_file
 from reducer.storage.location import Place, absolute, is_url
 from reducer.storage.schemas import REDUCED_COLUMNS, in_unit
-from reducer.storage.tables import counts, with_column
-from reducer.store import HASHES, IMAGES, OWN_FILES, SUMMARY, RunFolder, as_reduced, reduced_file
+from reducer.storage.tables import counts
 
 #: Endings of a reduced list, and what they mean.
 KINDS = {".csv": "csv", ".parquet": "parquet"}
@@ -180,42 +177,3 @@ def _always_kept(folder: RunFolder, job: Mapping[str, Any], rows: pa.ChunkedArra
     plan = saved[0]
     always: NDArray[np.bool_] = np.isin(rows.to_numpy(), plan.filter(plan["always_keep"])["row"].to_numpy())
     return always
-
-
-def apply_filters(folder: RunFolder, plan: Plan) -> tuple[dict[str, Tally], float | None]:
-    """Keep in the ledger of a run, all of whose partitions are done, what its filters and budget leave.
-
-    May be cut off and done again: it goes by ranks only.
-
-    Parameters
-    ----------
-    folder : RunFolder
-        Whose part files are replaced.
-    plan : Plan
-        Its plan.
-
-    Returns
-    -------
-    dict of str to Tally
-        Of each part by its name.
-    float or None
-        `Selection.reached`.
-    """
-    names = folder.parts()
-    parts = [folder.read_part(name) for name in names]
-    ledger = pa.concat_tables([rows.select(["row", *DECIDING]) for rows, _ in parts])
-    always = np.isin(ledger["row"].to_numpy(), plan.always_kept_rows)
-    selection = select(ledger, plan.job.cut_rules, always)
-    tallies = {}
-    start = 0
-    for name, (before, tally) in zip(names, parts, strict=True):
-        own = slice(start, start + before.num_rows)
-        start = own.stop
-        chosen = with_column(before, "kept", pa.array(selection.kept[own]))
-        chosen = with_column(chosen, "reason", selection.reason[own])
-        settings = plan.job.settings_without_model
-        vectors = folder.part_vectors(name, before.num_rows) if settings.by_vectors else None
-        rows, quality, by_hash = judge_again(chosen, vectors, always[own], settings)
-        tallies[name] = replace(tally, quality=quality, by_hash=by_hash)
-        folder.replace_part(name, rows, tallies[name])
-    return tallies, selection.reached

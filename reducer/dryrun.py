@@ -16,18 +16,17 @@ from reducer.config.cluster import ClusterSpec
 from reducer.config.job import Job, path_rule
 from reducer.config.settings import SAMPLE_PHOTOS, PhotoSettings
 from reducer.draw import TIME_SAMPLE, draw_order
-from reducer.job import check_vectors
-from reducer.lists import read_avoided
 from reducer.photos.process import Look, embedded, look_at_all
-from reducer.reuse import Reuse, beside
 from reducer.run.dask.connect import planned_threads
+from reducer.run.folder import RunFolder
+from reducer.run.known import Reuse, beside, read_avoided
 from reducer.run.plan.plan import Plan, make_plan
+from reducer.run.prepare import check_vectors
+from reducer.run.remaining import Todo
 from reducer.run.tasks.hash_stage import PlainLooker, run_shards
 from reducer.run.tasks.tasks import ShardErrand
 from reducer.storage.location import ByteRange
 from reducer.storage.paths import with_paths
-from reducer.store import RunFolder
-from reducer.todo import Todo
 
 #: Files at the beginning of a shard that are looked at at most for a sample.
 SAMPLE_MEMBERS = 5000

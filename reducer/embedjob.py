@@ -17,14 +17,18 @@ import pyarrow.parquet as pq
 from reducer.config.cluster import ClusterSpec
 from reducer.config.job import Job, path_rule
 from reducer.errors import InputError, TooManyFailuresError
-from reducer.fingerprint import Fingerprint
-from reducer.found import beside_plan
-from reducer.job import check_vectors, connected, terms_of, worker_threads_of
+from reducer.run.counters import Session
 from reducer.run.dask.connect import refuse_import_of_main
 from reducer.run.dask.workers import Workers
+from reducer.run.execute import Run, noting_a_stop
+from reducer.run.fingerprint import Fingerprint
+from reducer.run.folder import RunFolder
+from reducer.run.join import beside_plan
 from reducer.run.plan.partitions import piece_size
 from reducer.run.plan.plan import Plan, make_plan
-from reducer.session import Run, Session, noting_a_stop
+from reducer.run.prepare import check_vectors, connected, terms_of, worker_threads_of
+from reducer.run.remaining import Todo
+from reducer.run.summary import failure_kinds, opening
 from reducer.storage.atomic import whole_file, whole_object
 from reducer.storage.codecs import as_lists, vector_field
 from reducer.storage.location import Place
@@ -32,9 +36,6 @@ from reducer.storage.lock import locked
 from reducer.storage.paths import with_paths
 from reducer.storage.schemas import VECTORS_SCHEMA
 from reducer.storage.tables import with_column
-from reducer.store import RunFolder
-from reducer.summary import failure_kinds, opening
-from reducer.todo import Todo
 
 #: What is embedded so far lies beside the file, in a run folder of this name.
 PARTS = ".parts"

@@ -20,11 +20,11 @@ from reducer.layouts import OWN_FILES, PLAN, STATE, index_name
 from reducer.photos.hashing import PhotoError
 from reducer.photos.reader import read_photo
 from reducer.photos.requests import FileState
+from reducer.run.folder import parquet_file
 from reducer.storage.atomic import Files, temporary_name
 from reducer.storage.location import PhotoRef, Place, explained, file_of, is_url
 from reducer.storage.remote import nanoseconds, persistently
 from reducer.storage.schemas import EXPORT_SCHEMA
-from reducer.store import parquet_file
 
 FORMAT, FORMAT_VERSION = "reducer-export", 1
 #: Columns that tell which photo lies where.

@@ -24,12 +24,12 @@ from reducer.exported import Exported, same_photos
 from reducer.formatting import as_size
 from reducer.layouts import BY_LABEL, FAILURES, LABELS, LIST, PLAN, SAME, ExportOptions, index_name
 from reducer.run.dask.connect import CPU_COUNT
+from reducer.run.folder import RunFolder
+from reducer.run.summary import check_storage_options, job_of
 from reducer.sending import write_here, write_on
 from reducer.storage.location import Place, absolute
 from reducer.storage.schemas import EXPORT_SCHEMA
 from reducer.storage.tables import EXAMPLES, in_nanoseconds, read_columns
-from reducer.store import RunFolder
-from reducer.summary import check_storage_options, job_of
 from reducer.transfer import COLUMNS, Transfer
 
 #: Photos that go to a worker together, and that this process prepares together.

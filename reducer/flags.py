@@ -115,9 +115,9 @@ def _stopped(kwargs: dict[str, Any]) -> str:
     path = kwargs.get("output") if "images" in kwargs else kwargs.get("run")
     if path is None:
         return "Stopped."
+    from reducer.run.folder import REPORT, RunFolder
     from reducer.storage.location import Place
     from reducer.storage.remote import parse_options
-    from reducer.store import REPORT, RunFolder
 
     folder = RunFolder(Place(path, parse_options("", kwargs.get("output_storage_options", ()))))
     if not folder.is_run():

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
-import sys
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -12,32 +10,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow.compute as pc
-from tqdm.auto import tqdm
 
 from reducer.config.cluster import ClusterSpec
 from reducer.config.job import Job
 from reducer.errors import InputError, LostLockError, TooManyFailuresError
-from reducer.fingerprint import Fingerprint
-from reducer.lists import read_avoided
-from reducer.photos.model import PATHS, loaded
 from reducer.result import Result
-from reducer.reuse import Reuse
-from reducer.run.dask.check import model_everywhere
-from reducer.run.dask.connect import connect, dashboard, expected_threads, refuse_import_of_main
+from reducer.run.counters import Session
+from reducer.run.dask.connect import refuse_import_of_main
 from reducer.run.dask.workers import Workers
+from reducer.run.execute import Run, noting_a_stop
+from reducer.run.fingerprint import Fingerprint
+from reducer.run.folder import REPORT, RunFolder
+from reducer.run.known import Reuse, read_avoided
 from reducer.run.plan.listing import check_images
 from reducer.run.plan.plan import Plan, make_plan
 from reducer.run.plan.shards import find_shards
+from reducer.run.prepare import check_vectors, connected, terms_of, worker_threads_of
+from reducer.run.remaining import Todo
+from reducer.run.summary import check_storage_options, cluster_figures, job_figures, job_of, opening, plan_figures
 from reducer.run.tasks.messages import PieceReport
-from reducer.run.tasks.vector_files import VectorFiles, find_vectors
-from reducer.session import Run, Session, noting_a_stop
 from reducer.storage.location import Place
 from reducer.storage.lock import locked
 from reducer.storage.schemas import FAILED, PLAN_SCHEMA
 from reducer.storage.tables import EXAMPLES
-from reducer.store import REPORT, RunFolder
-from reducer.summary import check_storage_options, cluster_figures, job_figures, job_of, opening, plan_figures
-from reducer.todo import Todo
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -267,28 +262,6 @@ def resume(
     return _result(folder, job, session)
 
 
-def check_vectors(job: Job) -> VectorFiles | None:
-    """What a job ranks by, if that is vectors; whatever is wrong with it shows before a cluster starts.
-
-    Raises
-    ------
-    InputError
-        If the vectors or the model cannot be read, or are not what they should be.
-    """
-    embed = job.embed_settings
-    if embed is not None and job.embed is not None:
-        PATHS.setdefault(embed.model, []).append(job.embed)
-        if importlib.util.find_spec("onnxruntime") is not None:  # only the workers need it
-            loaded(embed)
-    if job.by_vectors and job.strategy == "farthest-first":
-        log.warning(
-            "--strategy farthest-first on vectors seeks out what is odd: wrong labels and other mistakes come first "
-            "(17 points less accurate with a tenth of the labels wrong). facility-location, the default with vectors, "
-            "keeps few of them"
-        )
-    return find_vectors(job)
-
-
 def _look_at_shards(
     plan: Plan, reports: Mapping[int, PieceReport], *, retry: bool, ranges: bool
 ) -> tuple[Plan, frozenset[int]]:
@@ -368,22 +341,6 @@ def _reuse_again(job: Job) -> Reuse | None:
         return None
 
 
-def connected(spec: ClusterSpec, session: Session, open_cluster: ExitStack, job: Job | None) -> Client | None:
-    """A client, whose workers have the model of the job; None where there is nothing to do, or no cluster."""
-    with session.timing("cluster_start"):
-        client = open_cluster.enter_context(connect(spec)) if job is not None and not spec.serial else None
-        if job is not None:
-            open_cluster.enter_context(model_everywhere(client, job))
-    if client is not None and session.progress and (link := dashboard(client)):
-        tqdm.write(f"Dask dashboard: {link}", file=sys.stderr)
-    return client
-
-
-def worker_threads_of(client: Client | None, spec: ClusterSpec) -> int:
-    """Worker threads that there are, or will be."""
-    return 1 if client is None else expected_threads(client, spec)
-
-
 def _draw_report(
     folder: RunFolder, job: Job, session: Session, client: Client | None = None, left_out: Collection[str] = ()
 ) -> None:
@@ -419,14 +376,3 @@ def _result(folder: RunFolder, job: Job, session: Session) -> Result:
             f"{first['path']}: {first['error']}"
         )
     return Result(job.output if job.output_place.remote else Path(job.output), summary, folder, job)
-
-
-def terms_of(summary: dict[str, Any], plan: Plan, fingerprint: Fingerprint) -> dict[str, Any]:
-    """What goes with the plan."""
-    return {
-        "run": summary["run"],
-        "rank_all": plan.job.rank_all,
-        "is_listed": plan.is_listed,
-        "manifest": dict(plan.manifest),
-        "fingerprint": fingerprint.as_dict(),
-    }

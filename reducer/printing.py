@@ -74,7 +74,7 @@ def print_forecast(found: Forecast, job: Job, sample: int) -> None:
 
 def print_result(place: Place, quiet: bool) -> None:
     """What a run has come to, if it is done."""
-    from reducer.store import REPORT, RunFolder
+    from reducer.run.folder import REPORT, RunFolder
 
     output = place.path
     summary = RunFolder(place).read_summary()

@@ -11,13 +11,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from reducer.errors import InputError
+from reducer.run.counters import so_far
+from reducer.run.folder import RunFolder
 from reducer.run.plan.plan import pieced_partitions
-from reducer.session import so_far
+from reducer.run.summary import failure_kinds
 from reducer.storage.codecs import Aside
 from reducer.storage.location import Place
 from reducer.storage.lock import holder
-from reducer.store import RunFolder
-from reducer.summary import failure_kinds
 
 
 @dataclass(frozen=True)

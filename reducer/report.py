@@ -48,11 +48,11 @@ from reducer.galleries import (
 from reducer.photos.resize import Thumbnail
 from reducer.plots import LARGEST, as_svg, counts_plot, insertion_plot, pairs_plot
 from reducer.printing import certificate_line, quality_rows, quality_title, remarks
+from reducer.run.folder import RunFolder
+from reducer.run.summary import check_storage_options, job_of
 from reducer.storage.location import PhotoRef, Place, file_of
 from reducer.storage.schemas import FAILED
 from reducer.storage.tables import in_nanoseconds
-from reducer.store import RunFolder
-from reducer.summary import check_storage_options, job_of
 from reducer.thumbnails import NO_WORKER, Wanted, draw, draw_on
 
 if TYPE_CHECKING:

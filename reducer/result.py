@@ -17,7 +17,7 @@ from PIL import Image
 from reducer.config.job import Job
 from reducer.errors import InputError, nearest
 from reducer.formatting import apart, clip
-from reducer.store import REPORT, RunFolder
+from reducer.run.folder import REPORT, RunFolder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -160,7 +160,7 @@ class Result:
     def _pictures(self, photos: Sequence[Photo], side: int) -> list[np.ndarray[Any, Any] | str]:
         """Pixels of photos, or why there are none; read in this process."""
         from reducer.photos.resize import Thumbnail
-        from reducer.summary import check_storage_options
+        from reducer.run.summary import check_storage_options
         from reducer.thumbnails import Wanted, draw
 
         check_storage_options(self.summary, self._job)

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from reducer.config.cut_rules import CutRules
 from reducer.config.settings import near_copy_bits, unit_of
 from reducer.errors import InputError
+from reducer.run.folder import RunFolder
 from reducer.storage.location import Place
 from reducer.storage.schemas import (
     AVOIDED,
@@ -24,7 +25,6 @@ from reducer.storage.schemas import (
     MIN_DISTANCE,
     NOT_SAMPLED,
 )
-from reducer.store import RunFolder
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pandas as pd
 from tarfiles import packed, write_tars
 
 from reducer import ClusterSpec, Job, reduce_images
-from reducer.store import RunFolder
+from reducer.run.folder import RunFolder
 
 SERIAL = ClusterSpec(workers=0)
 SHARDS = 6

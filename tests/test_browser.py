@@ -14,7 +14,7 @@ from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 
-from reducer.store import RunFolder
+from reducer.run.folder import RunFolder
 
 NASTY = "<script>alert(1)</script>"
 WIDTHS, THEMES = (1280, 390), ("light", "dark")

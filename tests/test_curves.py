@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from reducer import curves
 from reducer.curves import SHARES, insertion_curve, label_counts, pair_distances
+from reducer.run.folder import RunFolder
 from reducer.selection.quality import pair_histogram
 from reducer.storage.codecs import to_hex
 from reducer.storage.schemas import LEDGER_SCHEMA
-from reducer.store import RunFolder
 
 
 def ledger(rows: list[dict[str, object]]) -> pa.Table:

@@ -14,7 +14,7 @@ from test_cli import invoke
 
 from reducer import ClusterSpec, InputError, cut, resume
 from reducer.config.settings import STRATEGY_NAMES
-from reducer.store import RunFolder
+from reducer.run.folder import RunFolder
 
 KEEP = 8
 SERIAL = ClusterSpec(workers=0)

@@ -15,8 +15,8 @@ from conftest import reduced_files, run_on, wait_for
 
 import reducer.run.dask.worker
 from reducer import ClusterError, ClusterSpec, ReducerError, resume
+from reducer.run.folder import RunFolder
 from reducer.run.tasks.messages import PartitionTask
-from reducer.store import RunFolder
 
 IN_PROCESS = ClusterSpec(
     class_path="distributed.LocalCluster",

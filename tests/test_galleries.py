@@ -21,11 +21,11 @@ from reducer.galleries import (
     gallery,
     labels_to_show,
 )
+from reducer.run.folder import RunFolder
 from reducer.storage.codecs import to_hex
 from reducer.storage.location import ByteRange
 from reducer.storage.schemas import CROSS_LABEL_SCHEMA
 from reducer.storage.tables import in_nanoseconds
-from reducer.store import RunFolder
 
 
 def rows_of(label: str, kept: int, dropped: int, failed: int = 0, near: int = 0) -> list[dict[str, object]]:

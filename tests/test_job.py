@@ -22,8 +22,8 @@ from reducer import ClusterError, ClusterSpec, InputError, Job, TooManyFailuresE
 from reducer.config.settings import STRATEGY_NAMES
 from reducer.run.dask.dispatch import WINDOW
 from reducer.run.dask.messages import Work
+from reducer.run.folder import RunFolder
 from reducer.storage.schemas import LEDGER_SCHEMA
-from reducer.store import RunFolder
 
 SIZES = (None, 7, 100)
 #: Fewer candidates than the larger labels have photos: the draw is compared too.

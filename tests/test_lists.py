@@ -10,7 +10,7 @@ import pytest
 from conftest import job_on, run_on
 
 from reducer import InputError, Job
-from reducer.lists import read_avoided
+from reducer.run.known import read_avoided
 from reducer.run.plan.keep_avoid import find_always_keep
 from reducer.storage.codecs import Hashes
 

@@ -29,8 +29,8 @@ from reducer import ClusterSpec, InputError, Job, reduce_images, report, resume,
 from reducer.errors import LostLockError
 from reducer.formatting import as_size
 from reducer.report import as_html, command_of, draw_report
-from reducer.store import RunFolder
-from reducer.summary import job_figures
+from reducer.run.folder import RunFolder
+from reducer.run.summary import job_figures
 
 NASTY = "<script>alert(1)</script>"
 

@@ -23,15 +23,15 @@ from s3server import S3Server
 from test_cli import invoke
 from test_job import ledger_of
 
+import reducer.run.execute
 import reducer.run.tasks.environment
-import reducer.session
 from reducer import ClusterSpec, InputError, TooManyFailuresError, reduce_images, resume
 from reducer.config.job import path_rule
 from reducer.errors import LostLockError
+from reducer.run.folder import RunFolder
 from reducer.run.tasks.environment import Environment
 from reducer.storage.location import Place
 from reducer.storage.paths import with_paths
-from reducer.store import RunFolder
 
 SERIAL = ClusterSpec(workers=0)
 #: How often the client is killed at a random moment: more where one has the time.
@@ -544,7 +544,7 @@ def test_photos_on_s3_need_their_options_again(s3: S3Server, tmp_path: Path) -> 
 def test_how_far_a_run_is_can_be_seen_meanwhile(
     slow_collection: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reducer.session, "NOTED_EVERY", 0.0)
+    monkeypatch.setattr(reducer.run.execute, "NOTED_EVERY", 0.0)
     seen: list[str] = []
     real = RunFolder.write_part
 

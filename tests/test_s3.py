@@ -33,11 +33,11 @@ from reducer.config.settings import Source
 from reducer.photos.reader import read_all
 from reducer.photos.requests import PhotoFile
 from reducer.result import Result
+from reducer.run.folder import RunFolder
 from reducer.run.plan.plan import make_plan
 from reducer.run.tasks.tasks import Errand
 from reducer.storage.location import Place
 from reducer.storage.remote import parse_options
-from reducer.store import RunFolder
 
 READERS = ("s3fs", "obstore")
 #: Files that name the run or its times; columns in which the same photo differs on a disk and in a bucket.

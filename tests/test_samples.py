@@ -23,7 +23,7 @@ from tarfiles import shards_read, spoil, write_tars
 from test_cli import invoke
 
 from reducer import ClusterSpec, resume
-from reducer.store import RunFolder
+from reducer.run.folder import RunFolder
 
 
 @pytest.mark.parametrize(("form", "shards", "workers"), [("cls", 6, 0), ("json", 1, 0), ("cls", 13, 2)])

@@ -18,8 +18,8 @@ from test_cli import invoke
 from reducer import ClusterSpec, resume
 from reducer.config.settings import Source
 from reducer.photos.reader import read_all
+from reducer.run.folder import RunFolder
 from reducer.storage.location import ByteRange
-from reducer.store import RunFolder
 
 
 def spoil_done(tars: Path, run: Path) -> int:

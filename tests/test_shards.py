@@ -23,8 +23,8 @@ from test_s3 import flags
 from reducer import ClusterSpec, Job, resume
 from reducer.errors import InputError
 from reducer.formatting import as_size
+from reducer.run.folder import RunFolder
 from reducer.run.plan.shards import find_shards
-from reducer.store import RunFolder
 
 # The same results as from single files
 
@@ -303,7 +303,7 @@ def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     def connect(_: object) -> None:
         raise AssertionError("a cluster was started")
 
-    monkeypatch.setattr("reducer.job.connect", connect)
+    monkeypatch.setattr("reducer.run.prepare.connect", connect)
 
 
 # What is wrong with the input
@@ -407,7 +407,7 @@ def test_a_cut_of_a_run_on_shards(tars: Path, tiny: Path, tmp_path: Path) -> Non
 
 
 def test_how_far_a_run_on_shards_is(tars: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("reducer.session.NOTED_EVERY", 0.0)
+    monkeypatch.setattr("reducer.run.execute.NOTED_EVERY", 0.0)
     seen: list[str] = []
     real = RunFolder.write_piece
 

@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from reducer import InputError, ReducerError
+from reducer.run.folder import RunFolder
 from reducer.storage.schemas import LEDGER_SCHEMA, REDUCED_COLUMNS, from_ipc, reduced_schema, to_ipc
-from reducer.store import RunFolder
 
 
 def ledger(*rows: dict[str, object]) -> pa.Table:

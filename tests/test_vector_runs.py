@@ -245,7 +245,7 @@ def test_a_stopped_run_goes_on(collection: Path, vectors: Path, by_vectors: Path
         pass
 
     with pytest.MonkeyPatch.context() as patch:
-        from reducer.store import RunFolder
+        from reducer.run.folder import RunFolder
 
         write_part, written = RunFolder.write_part, []
 
@@ -301,7 +301,7 @@ def test_labels_too_large_for_one_step_are_named(
     collection: Path, vectors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("reducer.selection.facility_location.FACILITY_LOCATION_CANDIDATES", 20)
-    monkeypatch.setattr("reducer.summary.FACILITY_LOCATION_CANDIDATES", 20)
+    monkeypatch.setattr("reducer.run.summary.FACILITY_LOCATION_CANDIDATES", 20)
     result = run_on(collection, tmp_path / "run", vectors=str(vectors), keep=3)
     counts = result.images["label"].value_counts()
     assert result.summary["labels_partitioned"] == sorted(counts[counts > 20].index)

@@ -23,7 +23,9 @@ from benchmarks.common import LAUNCHER, PROCESSES, kibibytes, machine, measured,
 from reducer import Job
 from reducer.config.job import path_rule
 from reducer.config.settings import STORAGE_OPTIONS
+from reducer.run.folder import RunFolder
 from reducer.run.plan.partitions import assign, partition_count
+from reducer.run.summary import failure_kinds
 from reducer.run.tasks.environment import versions
 from reducer.run.tasks.rank_stage import peak_memory
 from reducer.sample import write_sample
@@ -33,8 +35,6 @@ from reducer.selection.quality_sums import Quality
 from reducer.storage.paths import paths_by_rule
 from reducer.storage.schemas import BEYOND_KEEP, FAILED, KEPT, LEDGER_SCHEMA, NOT_SAMPLED
 from reducer.storage.tables import counts, with_column
-from reducer.store import RunFolder
-from reducer.summary import failure_kinds
 
 PROGRAM = [sys.executable, "-m", "reducer"]
 

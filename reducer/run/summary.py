@@ -17,13 +17,13 @@ from reducer.config.cluster import ClusterSpec
 from reducer.config.job import Job
 from reducer.config.settings import STORAGE_OPTIONS
 from reducer.errors import InputError
-from reducer.fingerprint import Fingerprint
+from reducer.run.fingerprint import Fingerprint
+from reducer.run.folder import RunFolder
 from reducer.run.plan.plan import Plan
 from reducer.selection.facility_location import FACILITY_LOCATION_CANDIDATES
 from reducer.storage.location import absolute
 from reducer.storage.schemas import FAILED, KEPT, KEPT_SMALL_LABEL, NOT_SAMPLED
 from reducer.storage.tables import counts
-from reducer.store import RunFolder
 
 
 def opening(plan: Plan, spec: ClusterSpec, fingerprint: Fingerprint, started: float) -> dict[str, Any]:

@@ -12,8 +12,9 @@ import pyarrow.compute as pc
 
 from reducer.config.job import member_keys, path_rule
 from reducer.errors import InputError, ListingError
-from reducer.found import beside_plan, missing_error, rows_with, unread_ledger, without_errors
-from reducer.reuse import Reuse, as_known, beside
+from reducer.run.folder import ROW_GROUP, RunFolder
+from reducer.run.join import beside_plan, missing_error, rows_with, unread_ledger, without_errors
+from reducer.run.known import Reuse, as_known, beside
 from reducer.run.plan.manifest import samples
 from reducer.run.plan.plan import Plan, as_unread, plan_of
 from reducer.run.tasks.given_vectors import Routing
@@ -25,7 +26,6 @@ from reducer.storage.location import MemberKeys
 from reducer.storage.paths import with_paths
 from reducer.storage.schemas import FAILED, KNOWN_SCHEMA, PLACED_SCHEMA, TASK_SCHEMA
 from reducer.storage.tables import with_column
-from reducer.store import ROW_GROUP, RunFolder
 
 
 @dataclass(frozen=True)

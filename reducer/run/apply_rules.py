@@ -1,0 +1,54 @@
+"""Filters and budgets over the parts of a run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+
+from reducer.run.folder import RunFolder
+from reducer.run.plan.plan import Plan
+from reducer.run.tasks.messages import Tally
+from reducer.selection.quality import judge_again
+from reducer.selection.rules import DECIDING, select
+from reducer.storage.tables import with_column
+
+
+def apply_filters(folder: RunFolder, plan: Plan) -> tuple[dict[str, Tally], float | None]:
+    """Keep in the ledger of a run, all of whose partitions are done, what its filters and budget leave.
+
+    May be cut off and done again: it goes by ranks only.
+
+    Parameters
+    ----------
+    folder : RunFolder
+        Whose part files are replaced.
+    plan : Plan
+        Its plan.
+
+    Returns
+    -------
+    dict of str to Tally
+        Of each part by its name.
+    float or None
+        `Selection.reached`.
+    """
+    names = folder.parts()
+    parts = [folder.read_part(name) for name in names]
+    ledger = pa.concat_tables([rows.select(["row", *DECIDING]) for rows, _ in parts])
+    always = np.isin(ledger["row"].to_numpy(), plan.always_kept_rows)
+    selection = select(ledger, plan.job.cut_rules, always)
+    tallies = {}
+    start = 0
+    for name, (before, tally) in zip(names, parts, strict=True):
+        own = slice(start, start + before.num_rows)
+        start = own.stop
+        chosen = with_column(before, "kept", pa.array(selection.kept[own]))
+        chosen = with_column(chosen, "reason", selection.reason[own])
+        settings = plan.job.settings_without_model
+        vectors = folder.part_vectors(name, before.num_rows) if settings.by_vectors else None
+        rows, quality, by_hash = judge_again(chosen, vectors, always[own], settings)
+        tallies[name] = replace(tally, quality=quality, by_hash=by_hash)
+        folder.replace_part(name, rows, tallies[name])
+    return tallies, selection.reached
