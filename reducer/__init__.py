@@ -12,10 +12,10 @@ from reducer.errors import ClusterError, InputError, ReducerError, TooManyFailur
 if TYPE_CHECKING:
     from reducer.cutting import CutResult, cut
     from reducer.embedjob import EmbedResult, embed
-    from reducer.exporting import ExportResult, export
     from reducer.job import reduce_images, resume
+    from reducer.outputs.export.export import ExportResult, export
+    from reducer.outputs.report.page import write_report
     from reducer.progress import Status, status
-    from reducer.report import write_report
     from reducer.result import Result
     from reducer.story import Story, explain
 
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
 _LATER = {
     "CutResult": "cutting",
     "EmbedResult": "embedjob",
-    "ExportResult": "exporting",
+    "ExportResult": "outputs.export.export",
     "Result": "result",
     "Status": "progress",
     "Story": "story",
     "cut": "cutting",
     "embed": "embedjob",
     "explain": "story",
-    "export": "exporting",
+    "export": "outputs.export.export",
     "reduce_images": "job",
     "resume": "job",
     "status": "progress",
-    "write_report": "report",
+    "write_report": "outputs.report.page",
 }
 
 __all__ = [

@@ -467,7 +467,7 @@ def report(
         raise click.UsageError("--threads goes with --workers")
     spec = spec_of(cluster, address, workers, threads)
     storage = parsed_storage(options)
-    from reducer.report import write_report
+    from reducer.outputs.report.page import write_report
 
     path = write_report(
         run,
@@ -551,7 +551,7 @@ def export(
         raise click.UsageError("--shard-bytes goes with --layout tar")
     spec = spec_of(cluster, address, workers, threads)
     options |= parsed_storage(options)
-    from reducer.exporting import export as export_run
+    from reducer.outputs.export.export import export as export_run
     from reducer.storage.remote import parse_options
 
     result = export_run(

@@ -348,7 +348,7 @@ def _draw_report(
     if not job.report:
         return
     try:
-        from reducer.report import draw_report  # which imports matplotlib
+        from reducer.outputs.report.page import draw_report  # which imports matplotlib
 
         check_storage_options(folder.summary(), job)
         draw_report(folder, job, client=client, avoid=left_out, progress=session.progress)

@@ -22,7 +22,7 @@ from reducer.run.folder import REPORT, RunFolder
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from reducer.galleries import Photo
+    from reducer.outputs.report.galleries import Photo
 
 #: Pixels of the longest side of a photo in a figure of many, and of two.
 SMALL_SIDE, LARGE_SIDE = 320, 1000
@@ -69,8 +69,8 @@ class Result:
         matplotlib.figure.Figure
             Two histograms, their counts on a logarithmic axis; one where there are no more than 100 labels.
         """
-        from reducer.curves import label_counts
-        from reducer.plots import both_counts
+        from reducer.outputs.report.figures import both_counts
+        from reducer.outputs.report.statistics import label_counts
 
         return both_counts(label_counts(self._folder.ledger(["label", "kept"])))
 
@@ -93,9 +93,9 @@ class Result:
         InputError
             If the run has no such label, or of it fewer than two photos can be compared.
         """
-        from reducer.galleries import extreme_pairs
-        from reducer.plots import photos_plot
-        from reducer.report import with_vectors
+        from reducer.outputs.report.figures import photos_plot
+        from reducer.outputs.report.galleries import extreme_pairs
+        from reducer.outputs.report.page import with_vectors
 
         if which not in ("closest", "farthest"):
             raise InputError(f"which is {which!r}: expected 'closest' or 'farthest'")
@@ -132,8 +132,8 @@ class Result:
         InputError
             If the run has no such label.
         """
-        from reducer.galleries import as_photo, kept_by_rank
-        from reducer.plots import photos_plot
+        from reducer.outputs.report.figures import photos_plot
+        from reducer.outputs.report.galleries import as_photo, kept_by_rank
 
         if not isinstance(most, int) or most < 1:
             raise InputError(f"most is {most!r}: expected a whole number of 1 or more")
@@ -159,9 +159,9 @@ class Result:
 
     def _pictures(self, photos: Sequence[Photo], side: int) -> list[np.ndarray[Any, Any] | str]:
         """Pixels of photos, or why there are none; read in this process."""
+        from reducer.outputs.report.thumbnails import Wanted, draw
         from reducer.photos.resize import Thumbnail
         from reducer.run.summary import check_storage_options
-        from reducer.thumbnails import Wanted, draw
 
         check_storage_options(self.summary, self._job)
         wanted = [Wanted(photo.ref, side, is_known=photo.is_known) for photo in photos]
@@ -173,7 +173,7 @@ class Result:
         ]
 
     def _repr_html_(self) -> str:
-        from reducer.report import as_html
+        from reducer.outputs.report.page import as_html
 
         report = self._folder.report if self._folder.has(REPORT) else None
         return as_html("result.html", summary=self.summary, run=str(self.output), report=report)

@@ -14,7 +14,9 @@ from reducer.cli import main
 
 # A server that has imported all forks a process for each command: that takes a tenth of a new one's second.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload([__name__, "reducer.job", "reducer.exporting"])  # what commands import when they run
+FORKS.set_forkserver_preload(
+    [__name__, "reducer.job", "reducer.outputs.export.export"]
+)  # what commands import when they run
 
 
 def killed_before(name: str, time: int, *arguments: object) -> bool:

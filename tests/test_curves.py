@@ -12,8 +12,8 @@ from conftest import run_on
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reducer import curves
-from reducer.curves import SHARES, insertion_curve, label_counts, pair_distances
+from reducer.outputs.report import statistics
+from reducer.outputs.report.statistics import SHARES, insertion_curve, label_counts, pair_distances
 from reducer.run.folder import RunFolder
 from reducer.selection.quality import pair_histogram
 from reducer.storage.codecs import to_hex
@@ -105,7 +105,7 @@ def test_the_pairs_are_those_that_the_quality_was_told_of(
 
 
 def test_of_a_label_with_very_many_kept_photos_some_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(curves, "MOST_COMPARED", 5)
+    monkeypatch.setattr(statistics, "MOST_COMPARED", 5)
     rows = [
         {"label": "a", "id": str(i), "hash": to_hex(bytes([0, i]), 16), "rank": i, "kept": i < 8} for i in range(12)
     ]

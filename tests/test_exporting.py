@@ -26,10 +26,10 @@ from tarfiles import write_tars
 from test_cli import invoke
 from test_deaths import killer_env
 
-import reducer.exporting
+import reducer.outputs.export.export
 from reducer import ClusterSpec, ExportResult, InputError, Job, ReducerError, cut, export, reduce_images
 from reducer.formatting import as_size
-from reducer.layouts import IMAGE_FOLDER, into_shards, size_in_shard
+from reducer.outputs.export.layout import IMAGE_FOLDER, into_shards, size_in_shard
 
 
 def exported(run: Path, target: Path, **options: Any) -> ExportResult:
@@ -396,7 +396,7 @@ def test_killed_half_way_and_gone_on_with(run: Path, tmp_path: Path, options: tu
 
 def test_ctrl_c(run: Path, tmp_path: Path) -> None:
     slow = (
-        "import sys, time, reducer.copying as c; from reducer.cli import main; real = c._put\n"
+        "import sys, time, reducer.outputs.export.write as c; from reducer.cli import main; real = c._put\n"
         "c._put = lambda *a: (time.sleep(0.2), real(*a)); main(sys.argv[1:])"
     )
     command = [sys.executable, "-c", slow, "export", str(run), str(tmp_path / "out")]
@@ -577,7 +577,7 @@ def test_no_room(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             assert "free, and the" in err
             assert not target.exists()
         # Others may fill the disk after we looked.
-        monkeypatch.setattr(reducer.exporting, "_check_room", lambda *_: None)
+        monkeypatch.setattr(reducer.outputs.export.export, "_check_room", lambda *_: None)
         for options in ((), ("--layout", "tar", "--shard-bytes", "100kB")):
             target = tmp_path / "disk" / ("tar" if options else "same")
             code, _, err = invoke("export", run, target, *options)
@@ -774,7 +774,7 @@ def test_wrong_targets(tiny: Path, run: Path, tmp_path: Path) -> None:
 
 
 def test_two_exports_into_one_folder(run: Path, tmp_path: Path) -> None:
-    held = reducer.exporting.Exported(reducer.exporting.Place(str(tmp_path / "out")))
+    held = reducer.outputs.export.export.Exported(reducer.outputs.export.export.Place(str(tmp_path / "out")))
     with held.held(), pytest.raises(InputError, match="another export is at work in TARGET"):
         exported(run, tmp_path / "out")
     assert exported(run, tmp_path / "out").written > 0
@@ -784,7 +784,7 @@ def test_a_disk_that_fails_ends_it(run: Path, tmp_path: Path, monkeypatch: pytes
     def fails(*_: object) -> Iterator[None]:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("reducer.copying._put", fails)
+    monkeypatch.setattr("reducer.outputs.export.write._put", fails)
     with pytest.raises(ReducerError, match="out cannot be written: Permission denied"):
         exported(run, tmp_path / "out")
 

@@ -26,7 +26,7 @@ from test_exporting import collection_of, exported, files_below, photos_of
 from test_s3 import flags
 
 from reducer import ClusterSpec, InputError, Job, ReducerError, WorkerRules, reduce_images
-from reducer.copying import PUTS
+from reducer.outputs.export.write import PUTS
 from reducer.photos.requests import CannotCopy
 
 SERIAL = ClusterSpec(workers=0)
@@ -169,7 +169,7 @@ def test_what_is_taken_out_of_a_bucket(
 def test_from_s3_to_s3(
     server: S3Server, remote: Path, wanted: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
-    monkeypatch.setattr("reducer.exporting.GROUP", 20)
+    monkeypatch.setattr("reducer.outputs.export.export.GROUP", 20)
     target = f"s3://exports/there{workers}"
     spec = ClusterSpec(workers=workers)
     result = exported(remote, target, cluster=spec, **both(server))
@@ -250,7 +250,9 @@ def test_from_tars_on_s3_to_tars_on_s3(server: S3Server, photos: dict[str, bytes
 def test_a_large_shard_goes_to_s3_in_parts(server: S3Server, local: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("reducer.storage.atomic.PART", 5 * 2**20)
     big = (("big", b"\1" * (11 * 2**20)),)
-    monkeypatch.setattr("reducer.transfer.Transfer._beside", lambda *_: tuple((f".{name}", part) for name, part in big))
+    monkeypatch.setattr(
+        "reducer.outputs.export.transfer.Transfer._beside", lambda *_: tuple((f".{name}", part) for name, part in big)
+    )
     few = local.parent / "few.csv"
     few.write_text("".join((local / "reduced.csv").read_text().splitlines(keepends=True)[:3]))
     result = exported(local, "s3://exports/parts", layout="tar", list_file=few, target_storage_options=server.options())
@@ -354,7 +356,7 @@ def test_a_target_that_may_not_be_written(server: S3Server, local: Path, remote:
 def test_workers_that_are_killed(
     server: S3Server, remote: Path, wanted: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("reducer.exporting.GROUP", 10)
+    monkeypatch.setattr("reducer.outputs.export.export.GROUP", 10)
     (tmp_path / "dask").mkdir()
     with DaskProcesses(tmp_path / "dask") as dask, FaultProxy(server.endpoint, delay_get=0.2) as proxy:
         address = dask.scheduler()
@@ -378,9 +380,9 @@ def test_workers_that_are_killed(
 def test_no_worker_left(
     server: S3Server, remote: Path, wanted: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("reducer.exporting.GROUP", 10)
-    monkeypatch.setattr("reducer.sending.TICK", 0.5)
-    monkeypatch.setattr("reducer.sending.ANSWER", 2.0)
+    monkeypatch.setattr("reducer.outputs.export.export.GROUP", 10)
+    monkeypatch.setattr("reducer.outputs.export.send.TICK", 0.5)
+    monkeypatch.setattr("reducer.outputs.export.send.ANSWER", 2.0)
     (tmp_path / "dask").mkdir()
     with DaskProcesses(tmp_path / "dask") as dask, FaultProxy(server.endpoint, delay_get=0.2) as proxy:
         address = dask.scheduler()

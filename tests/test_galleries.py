@@ -11,8 +11,9 @@ import pyarrow.compute as pc
 import pytest
 from test_curves import ledger
 
-from reducer import InputError, galleries
-from reducer.galleries import (
+from reducer import InputError
+from reducer.outputs.report import galleries
+from reducer.outputs.report.galleries import (
     MOST_DROPPED,
     MOST_FAILED,
     Photo,

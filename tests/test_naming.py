@@ -8,7 +8,7 @@ import unicodedata
 
 import pytest
 
-from reducer.naming import MOST_BYTES, distinct_names, is_safe, made_safe, safe_path
+from reducer.outputs.export.safe_names import MOST_BYTES, distinct_names, is_safe, made_safe, safe_path
 
 HOSTILE = [
     *(

@@ -25,10 +25,10 @@ from s3server import S3Server
 from shardjobs import SERIAL, run_of
 from test_cli import invoke, reduce
 
-from reducer import ClusterSpec, InputError, Job, reduce_images, report, resume, write_report
+from reducer import ClusterSpec, InputError, Job, reduce_images, resume, write_report
 from reducer.errors import LostLockError
 from reducer.formatting import as_size
-from reducer.report import as_html, command_of, draw_report
+from reducer.outputs.report.page import PICTURES_BYTES, as_html, command_of, draw_report
 from reducer.run.folder import RunFolder
 from reducer.run.summary import job_figures
 
@@ -327,8 +327,8 @@ def test_a_page_stays_small_however_much_is_asked_for(
 ) -> None:
     shutil.copytree(run, tmp_path / "run")
     sizes = []
-    for most in (report.PICTURES_BYTES, 100_000):
-        monkeypatch.setattr(report, "PICTURES_BYTES", most)
+    for most in (PICTURES_BYTES, 100_000):
+        monkeypatch.setattr("reducer.outputs.report.page.PICTURES_BYTES", most)
         write_report(tmp_path / "run", progress=False)
         sizes.append(sum(map(len, Page(tmp_path / "run" / "report.html").pictures())))
     assert sizes[1] <= 100_000 < sizes[0]
@@ -468,7 +468,7 @@ def test_a_stop_while_it_is_drawn_leaves_the_run_whole(
     def stopped(*_: object, **__: object) -> str:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(report, "as_html", stopped)
+    monkeypatch.setattr("reducer.outputs.report.page.as_html", stopped)
     code, _, err = reduce(tiny, tmp_path / "run", "--report", "--quiet")
     folder = tmp_path / "run"
     said = f"Stopped; the run in {folder} is whole, but its report is not drawn: reducer report {folder}\n"
@@ -485,7 +485,7 @@ def test_a_run_whose_folder_another_one_has_taken_says_so(
         lock.write_text(json.dumps(json.loads(lock.read_text()) | {"token": "another"}))
         return "page"
 
-    monkeypatch.setattr(report, "as_html", taken)
+    monkeypatch.setattr("reducer.outputs.report.page.as_html", taken)
     with pytest.raises(LostLockError):
         run_on(tiny, tmp_path / "run", report=True)
     assert not (tmp_path / "run" / "report.html").exists()
@@ -634,7 +634,7 @@ def test_a_backend_that_a_notebook_names_is_of_no_matter(run: Path, tmp_path: Pa
 
 def test_workers_need_no_matplotlib_and_runs_load_it_last() -> None:
     code = (
-        "import sys, reducer.run.dask.worker, reducer.thumbnails, reducer.job\n"
+        "import sys, reducer.run.dask.worker, reducer.outputs.report.thumbnails, reducer.job\n"
         "print(sorted({'matplotlib', 'jinja2'} & {name.partition('.')[0] for name in sys.modules}))"
     )
     loaded = subprocess.check_output([sys.executable, "-c", code], text=True)

@@ -16,12 +16,13 @@ from s3server import S3Server
 from tarfiles import packed, photos_below, write_tars
 from test_deaths import KILLER, killer_env
 
-from reducer import Job, thumbnails
+from reducer import Job
 from reducer.config.settings import Source
+from reducer.outputs.report import thumbnails
+from reducer.outputs.report.thumbnails import Wanted, _Group, draw, draw_on
 from reducer.photos.hashing import PhotoError, pillow_settings
 from reducer.photos.resize import SMALLEST_SIDE, Thumbnail, thumbnail
 from reducer.storage.location import ByteRange
-from reducer.thumbnails import Wanted, _Group, draw, draw_on
 
 LIMITS = {"max_pixels": 10**8, "most_bytes": 40_000}
 SETTINGS = Job("-", "-", max_pixels=10**8).photo_settings

@@ -24,18 +24,10 @@ from reducer.config.checks import flag
 from reducer.config.cluster import ClusterSpec
 from reducer.config.job import Job
 from reducer.config.settings import GALLERY_PHOTOS, STORAGE_OPTIONS, default_strategy, unit_of
-from reducer.curves import (
-    InsertionCurve,
-    LabelCounts,
-    PairDistances,
-    insertion_curve,
-    label_counts,
-    labels_to_compare,
-    pair_distances,
-)
 from reducer.errors import InputError
 from reducer.formatting import SHOWN_CHARACTERS, as_duration, as_size, clip, labels_text
-from reducer.galleries import (
+from reducer.outputs.report.figures import LARGEST, as_svg, counts_plot, insertion_plot, pairs_plot
+from reducer.outputs.report.galleries import (
     LABEL_COLUMNS,
     MOST_CROSS_LABEL,
     Gallery,
@@ -45,15 +37,23 @@ from reducer.galleries import (
     gallery,
     labels_to_show,
 )
+from reducer.outputs.report.statistics import (
+    InsertionCurve,
+    LabelCounts,
+    PairDistances,
+    insertion_curve,
+    label_counts,
+    labels_to_compare,
+    pair_distances,
+)
+from reducer.outputs.report.thumbnails import NO_WORKER, Wanted, draw, draw_on
+from reducer.outputs.report.wording import certificate_line, quality_rows, quality_title, remarks
 from reducer.photos.resize import Thumbnail
-from reducer.plots import LARGEST, as_svg, counts_plot, insertion_plot, pairs_plot
-from reducer.printing import certificate_line, quality_rows, quality_title, remarks
 from reducer.run.folder import RunFolder
 from reducer.run.summary import check_storage_options, job_of
 from reducer.storage.location import PhotoRef, Place, file_of
 from reducer.storage.schemas import FAILED
 from reducer.storage.tables import in_nanoseconds
-from reducer.thumbnails import NO_WORKER, Wanted, draw, draw_on
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -420,7 +420,9 @@ def as_html(template: str, **context: Any) -> str:
         "quality_rows": quality_rows,
         "quality_title": quality_title,
     }
-    return environment.from_string(files("reducer").joinpath("templates", template).read_text("utf-8")).render(context)
+    return environment.from_string(
+        files("reducer.outputs.report").joinpath("templates", template).read_text("utf-8")
+    ).render(context)
 
 
 def _shown_place(text: object, most: int = SHOWN_CHARACTERS) -> str:

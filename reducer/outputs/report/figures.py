@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
 from numpy.typing import NDArray
 
-from reducer.curves import InsertionCurve, LabelCounts, PairDistances
+from reducer.outputs.report.statistics import InsertionCurve, LabelCounts, PairDistances
 
 #: The report gives each of these colours a name, so that they can change with the reader's theme: text, lines, what
 #: there was before, what was kept, and what a random choice would be.

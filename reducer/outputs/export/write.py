@@ -19,7 +19,7 @@ from typing import IO, TypeVar
 
 from reducer.config.settings import PhotoSettings, Source
 from reducer.errors import ReducerError
-from reducer.layouts import Beside, in_shard
+from reducer.outputs.export.layout import Beside, in_shard
 from reducer.photos.hashing import PhotoError, pillow_settings
 from reducer.photos.reader import copy_in_store, read_all, read_photo
 from reducer.photos.requests import FileState, PhotoFile, another_object, another_size

@@ -17,7 +17,7 @@ import pyarrow as pa
 from reducer.config.checks import bytes_of, check_count
 from reducer.config.settings import LAYOUT_NAMES, SHARD_BYTES
 from reducer.errors import InputError
-from reducer.naming import distinct_names, safe_path, with_digest
+from reducer.outputs.export.safe_names import distinct_names, safe_path, with_digest
 from reducer.photos.formats import is_photo
 from reducer.storage.location import is_url
 

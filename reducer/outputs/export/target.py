@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from reducer.errors import InputError
-from reducer.layouts import OWN_FILES, PLAN, STATE, index_name
+from reducer.outputs.export.layout import OWN_FILES, PLAN, STATE, index_name
 from reducer.photos.hashing import PhotoError
 from reducer.photos.reader import read_photo
 from reducer.photos.requests import FileState

@@ -18,19 +18,19 @@ from tqdm.auto import tqdm
 from reducer.config.cluster import ClusterSpec
 from reducer.config.job import Job
 from reducer.config.settings import SHARD_BYTES
-from reducer.copying import PUTS, Way
 from reducer.errors import InputError, ReducerError
-from reducer.exported import Exported, same_photos
 from reducer.formatting import as_size
-from reducer.layouts import BY_LABEL, FAILURES, LABELS, LIST, PLAN, SAME, ExportOptions, index_name
+from reducer.outputs.export.layout import BY_LABEL, FAILURES, LABELS, LIST, PLAN, SAME, ExportOptions, index_name
+from reducer.outputs.export.send import write_here, write_on
+from reducer.outputs.export.target import Exported, same_photos
+from reducer.outputs.export.transfer import COLUMNS, Transfer
+from reducer.outputs.export.write import PUTS, Way
 from reducer.run.dask.connect import CPU_COUNT
 from reducer.run.folder import RunFolder
 from reducer.run.summary import check_storage_options, job_of
-from reducer.sending import write_here, write_on
 from reducer.storage.location import Place, absolute
 from reducer.storage.schemas import EXPORT_SCHEMA
 from reducer.storage.tables import EXAMPLES, in_nanoseconds, read_columns
-from reducer.transfer import COLUMNS, Transfer
 
 #: Photos that go to a worker together, and that this process prepares together.
 GROUP, GROUP_HERE = 200, 1000

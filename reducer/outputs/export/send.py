@@ -12,8 +12,8 @@ from contextlib import closing, suppress
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from reducer.copying import Copied, Group, Way, write_group
 from reducer.errors import ClusterError, ReducerError, one_line
+from reducer.outputs.export.write import Copied, Group, Way, write_group
 from reducer.photos.sandbox import memory_bound
 
 if TYPE_CHECKING:

@@ -14,9 +14,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from reducer.config.job import Job
-from reducer.copying import Copied, Copy, Group
-from reducer.exported import IDENTITY, Exported, Listing, is_equal
-from reducer.layouts import (
+from reducer.outputs.export.layout import (
     SAME,
     TAR,
     Beside,
@@ -31,6 +29,8 @@ from reducer.layouts import (
     shard_name,
     size_in_shard,
 )
+from reducer.outputs.export.target import IDENTITY, Exported, Listing, is_equal
+from reducer.outputs.export.write import Copied, Copy, Group
 from reducer.photos.reader import states_of
 from reducer.photos.requests import FileState
 from reducer.storage.location import ByteRange, PhotoRef, Place, absolute, ref_of
