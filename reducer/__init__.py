@@ -10,31 +10,31 @@ from reducer.config.job import Job
 from reducer.errors import ClusterError, InputError, ReducerError, TooManyFailuresError
 
 if TYPE_CHECKING:
-    from reducer.cutting import CutResult, cut
-    from reducer.embedjob import EmbedResult, embed
-    from reducer.job import reduce_images, resume
+    from reducer.api.cut import CutResult, cut
+    from reducer.api.embed import EmbedResult, embed
+    from reducer.api.explain import Story, explain
+    from reducer.api.reduce import reduce_images, resume
+    from reducer.api.result import Result
+    from reducer.api.status import Status, status
     from reducer.outputs.export.export import ExportResult, export
     from reducer.outputs.report.page import write_report
-    from reducer.progress import Status, status
-    from reducer.result import Result
-    from reducer.story import Story, explain
 
 #: Where the names are that are imported when they are first used: Dask, Arrow and Pillow take a second to import, and
 #: ``reducer --help`` does without them. No module may have the name of a function: importing it would hide that one.
 _LATER = {
-    "CutResult": "cutting",
-    "EmbedResult": "embedjob",
+    "CutResult": "api.cut",
+    "EmbedResult": "api.embed",
     "ExportResult": "outputs.export.export",
-    "Result": "result",
-    "Status": "progress",
-    "Story": "story",
-    "cut": "cutting",
-    "embed": "embedjob",
-    "explain": "story",
+    "Result": "api.result",
+    "Status": "api.status",
+    "Story": "api.explain",
+    "cut": "api.cut",
+    "embed": "api.embed",
+    "explain": "api.explain",
     "export": "outputs.export.export",
-    "reduce_images": "job",
-    "resume": "job",
-    "status": "progress",
+    "reduce_images": "api.reduce",
+    "resume": "api.reduce",
+    "status": "api.status",
     "write_report": "outputs.report.page",
 }
 

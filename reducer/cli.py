@@ -269,13 +269,13 @@ def run(
         labels=None if labels is None else _parse_labels(labels),
     )
     if dry_run:
-        from reducer.dryrun import forecast
+        from reducer.api.forecast import forecast
 
         sample = 0 if no_sample else SAMPLE_PHOTOS
         print_forecast(forecast(job, spec, sample=sample), job, sample)
         return
     # Dask and Arrow are imported from here on.
-    from reducer.job import reduce_images
+    from reducer.api.reduce import reduce_images
 
     try:
         reduce_images(job, spec, progress=not quiet)
@@ -343,7 +343,7 @@ def embed(
     spec = spec_of(cluster, address, workers, threads)
     options |= parsed_storage(options)
     job = Job(**options, labels=None if labels is None else _parse_labels(labels))
-    from reducer.embedjob import embed as embed_photos
+    from reducer.api.embed import embed as embed_photos
 
     result = embed_photos(job, spec, progress=not quiet)
     if not quiet:
@@ -387,7 +387,7 @@ def resume(
     spec = spec_of(cluster, address, workers, threads)
     options |= parsed_storage(options)
     # Dask and Arrow are imported from here on.
-    from reducer.job import resume as go_on
+    from reducer.api.reduce import resume as go_on
     from reducer.run.folder import RunFolder
     from reducer.storage.location import Place
 
@@ -421,7 +421,7 @@ def cut(run: str, output: str, quiet: bool, **options: Any) -> None:
     log_to_stderr("warning", quiet)
     storage = parsed_storage(options)["output_storage_options"]
     del options["output_storage_options"]
-    from reducer.cutting import cut as cut_run
+    from reducer.api.cut import cut as cut_run
 
     result = cut_run(run, output, **options, storage_options=storage)
     if not quiet:
@@ -581,7 +581,7 @@ def explain(run: str, photo: str, **options: Any) -> None:
 
     RUN is a run folder, ID what the manifest calls the photo.
     """
-    from reducer.story import explain as stories_of
+    from reducer.api.explain import explain as stories_of
 
     for story in stories_of(run, photo, storage_options=parsed_storage(options)["output_storage_options"]):
         print_story(story)
@@ -596,7 +596,7 @@ def status(run: str, **options: Any) -> None:
 
     RUN is a run folder; the run may be at work on it, on whatever computer.
     """
-    from reducer.progress import status as status_of
+    from reducer.api.status import status as status_of
 
     print_status(status_of(run, storage_options=parsed_storage(options)["output_storage_options"]))
 
@@ -613,7 +613,7 @@ def sample(directory: str, labels: int, images: int, seed: int) -> None:
     DIR gets train/a/b/c/ID.jpg, train.csv (id, landmark_id) and truth.csv (id, view, change: which photos are
     copies of one view, and how each copy was made).
     """
-    from reducer.sample import write_sample
+    from reducer.api.sample import write_sample
 
     total = write_sample(directory, labels=labels, images=images, seed=seed)
     click.echo(f"{images} photos of {labels} landmarks, {as_size(total)}, are in {directory}/train")

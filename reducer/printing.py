@@ -15,12 +15,12 @@ from reducer.outputs.report.wording import certificate_line, quality_rows, quali
 from reducer.storage.location import Place
 
 if TYPE_CHECKING:
-    from reducer.cutting import CutResult
-    from reducer.dryrun import Forecast
-    from reducer.embedjob import EmbedResult
+    from reducer.api.cut import CutResult
+    from reducer.api.embed import EmbedResult
+    from reducer.api.explain import Story
+    from reducer.api.forecast import Forecast
+    from reducer.api.status import Status
     from reducer.outputs.export.export import ExportResult
-    from reducer.progress import Status
-    from reducer.story import Story
 
 #: Photos that an export names which are not there.
 SHOWN_FAILURES = 5

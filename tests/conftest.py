@@ -20,8 +20,8 @@ from shardjobs import SHARDS, run_of
 from tarfiles import packed, photos_below, thumbnail, write_tars
 
 from reducer import ClusterSpec, Job, reduce_images
-from reducer.result import Result
-from reducer.sample import write_sample
+from reducer.api.result import Result
+from reducer.api.sample import write_sample
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -19,7 +19,7 @@ from conftest import reduced_files, run_on, when_begun
 from deployments import DaskProcesses
 
 from reducer import ClusterError, ClusterSpec, WorkerRules
-from reducer.result import Result
+from reducer.api.result import Result
 from reducer.run.dask.dispatch import Dispatch, _Sent
 from reducer.run.dask.messages import Terms, Work
 from reducer.run.dask.worker import _Beat

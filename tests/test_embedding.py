@@ -471,7 +471,7 @@ def test_embedding_does_not_go_on_with_other_photos(
         noise(40, 40, number).save(folder / f"{number}.png")
     job = Job(str(tmp_path / "photos"), str(tmp_path / "v.parquet"), embed=str(model), **OWN)
     with monkeypatch.context() as patch:
-        patch.setattr("reducer.embedjob._write", lambda *_: 1 / 0)
+        patch.setattr("reducer.api.embed._write", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             embed(job, ClusterSpec(workers=0), progress=False)
     noise(40, 40, 9).save(folder / "9.png")

@@ -13,10 +13,10 @@ import pytest
 from PIL import ExifTags, Image, ImageOps
 
 from reducer import InputError, Job
+from reducer.api.sample import draw_view
 from reducer.config.settings import DECODE_NAMES, HASH_NAMES, near_copy_bits
 from reducer.photos.hashing import FLAT_DEVIATION, HASHES, PhotoError, grey_deviation, hash_photo, pillow_settings
 from reducer.photos.process import look_at_all
-from reducer.sample import draw_view
 from reducer.storage.codecs import from_hex, to_hex
 
 PHOTO = draw_view(np.random.default_rng(7)).resize((400, 300))

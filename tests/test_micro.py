@@ -21,10 +21,10 @@ from PIL import Image
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from reducer import Job, cut
+from reducer.api.sample import label_sizes
 from reducer.config.settings import DECODE_NAMES, STRATEGY_NAMES
 from reducer.photos.hashing import hash_photo
 from reducer.run.plan.plan import Plan, make_plan
-from reducer.sample import label_sizes
 from reducer.selection.distance import Hamming
 from reducer.selection.strategies import STRATEGIES
 

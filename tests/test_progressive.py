@@ -21,11 +21,11 @@ from test_s3 import READERS, SERIAL, ledger
 import reducer.photos.reader
 import reducer.photos.requests
 from reducer import Job, reduce_images
+from reducer.api.sample import draw_view
 from reducer.config.settings import HASH_NAMES
 from reducer.photos.hashing import PhotoError, enough_of
 from reducer.photos.progressive import bytes_needed, first_scan_only
 from reducer.photos.requests import FIRST_BYTES, PhotoFile
-from reducer.sample import draw_view
 from reducer.storage.location import ByteRange, PhotoRef
 
 GRID, PIXELS = (9, 8), 10**8

@@ -634,7 +634,7 @@ def test_a_backend_that_a_notebook_names_is_of_no_matter(run: Path, tmp_path: Pa
 
 def test_workers_need_no_matplotlib_and_runs_load_it_last() -> None:
     code = (
-        "import sys, reducer.run.dask.worker, reducer.outputs.report.thumbnails, reducer.job\n"
+        "import sys, reducer.run.dask.worker, reducer.outputs.report.thumbnails, reducer.api.reduce\n"
         "print(sorted({'matplotlib', 'jinja2'} & {name.partition('.')[0] for name in sys.modules}))"
     )
     loaded = subprocess.check_output([sys.executable, "-c", code], text=True)

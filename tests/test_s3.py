@@ -29,10 +29,10 @@ from test_faults import IN_PROCESS
 import reducer.photos.reader
 import reducer.run.dask.worker
 from reducer import ClusterError, ClusterSpec, InputError, Job, reduce_images
+from reducer.api.result import Result
 from reducer.config.settings import Source
 from reducer.photos.reader import read_all
 from reducer.photos.requests import PhotoFile
-from reducer.result import Result
 from reducer.run.folder import RunFolder
 from reducer.run.plan.plan import make_plan
 from reducer.run.tasks.tasks import Errand

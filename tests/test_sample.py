@@ -10,7 +10,7 @@ from conftest import run_on
 from PIL import Image
 
 from reducer import InputError
-from reducer.sample import CHANGES, GLDV2_QUANTILES, HEIGHT, WIDTH, label_sizes, write_sample
+from reducer.api.sample import CHANGES, GLDV2_QUANTILES, HEIGHT, WIDTH, label_sizes, write_sample
 
 
 def test_the_layout_is_gldv2_s_and_the_truth_is_told(collection: Path) -> None:

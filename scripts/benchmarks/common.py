@@ -26,10 +26,10 @@ import pyarrow.csv
 from PIL import Image
 
 from reducer import ClusterSpec, Job, reduce_images
+from reducer.api.sample import label_sizes, write_sample
 from reducer.photos.process import Look, look_at_all
 from reducer.run.plan.manifest import read_manifest
 from reducer.run.tasks.environment import versions
-from reducer.sample import label_sizes, write_sample
 
 PROCESSES = 2
 REPETITIONS = 5

@@ -22,10 +22,10 @@ from benchmarks import stored
 from benchmarks.common import PROCESSES, machine, measured, say, sizes_of, table
 
 from reducer import ClusterSpec, Job, reduce_images
+from reducer.api.sample import label_sizes
 from reducer.run.plan.plan import make_plan
 from reducer.run.tasks.rank_stage import peak_memory
 from reducer.run.tasks.tasks import Errand
-from reducer.sample import label_sizes
 
 #: Runs a function of this module in a process of its own, whose peak memory is its own too.
 ALONE = """

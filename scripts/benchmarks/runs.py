@@ -21,6 +21,7 @@ import pyarrow.parquet
 from benchmarks.common import LAUNCHER, PROCESSES, kibibytes, machine, measured, say, sizes_of, table, timed
 
 from reducer import Job
+from reducer.api.sample import write_sample
 from reducer.config.job import path_rule
 from reducer.config.settings import STORAGE_OPTIONS
 from reducer.run.folder import RunFolder
@@ -28,7 +29,6 @@ from reducer.run.plan.partitions import assign, partition_count
 from reducer.run.summary import failure_kinds
 from reducer.run.tasks.environment import versions
 from reducer.run.tasks.rank_stage import peak_memory
-from reducer.sample import write_sample
 from reducer.selection.cross_label import cross_label_table
 from reducer.selection.quality import figures, judge_again
 from reducer.selection.quality_sums import Quality

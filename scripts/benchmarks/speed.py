@@ -34,7 +34,7 @@ from benchmarks.common import (
 from benchmarks.notebook import notebook_f, notebook_only_hashes
 from PIL import Image
 
-from reducer.sample import write_sample
+from reducer.api.sample import write_sample
 
 #: What all is compared to.
 OURS = "`reducer run`"

@@ -19,8 +19,8 @@ from benchmarks.codec import as_progressive
 from benchmarks.common import PROCESSES, machine, measured, pack, reduced, say, small_photos, table, timed
 
 from reducer import ClusterSpec, Job, reduce_images
+from reducer.api.sample import write_sample
 from reducer.config.settings import READER_NAMES
-from reducer.sample import write_sample
 
 if TYPE_CHECKING:
     from faultproxy import FaultProxy

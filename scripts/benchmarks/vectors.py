@@ -18,10 +18,10 @@ from benchmarks.planning import alone
 from numpy.typing import NDArray
 
 from reducer import ClusterSpec, Job, reduce_images
+from reducer.api.sample import label_sizes
 from reducer.photos.hashing import hash_photo
 from reducer.photos.model import PATHS, picture_of, vectors_of
 from reducer.run.tasks.rank_stage import peak_memory
-from reducer.sample import label_sizes
 from reducer.selection.distance import Cosine
 from reducer.selection.strategies import STRATEGIES
 from reducer.storage.codecs import as_units

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.compute as pc
 
+from reducer.api.result import Result
 from reducer.config.cluster import ClusterSpec
 from reducer.config.job import Job
 from reducer.errors import InputError, LostLockError, TooManyFailuresError
-from reducer.result import Result
 from reducer.run.counters import Session
 from reducer.run.dask.connect import refuse_import_of_main
 from reducer.run.dask.workers import Workers
