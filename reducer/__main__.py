@@ -1,6 +1,6 @@
 """``python -m reducer``."""
 
-from reducer.cli import main
+from reducer.cli.main import main
 
 if __name__ == "__main__":
     main(prog_name="reducer")

@@ -10,6 +10,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs from a checkout whose environment has only the dependencies
 
 if __name__ == "__main__":
-    from reducer.cli import run
+    from reducer.cli.main import run
 
     run.main(prog_name="run_cluster.py", default_map={"cluster": str(ROOT / "cluster.yaml")})

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from reducer.cli import main
+from reducer.cli.main import main
 
 # A server that has imported all forks a process for each command: that takes a tenth of a new one's second.
 FORKS = multiprocessing.get_context("forkserver")

@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from conftest import ROOT, reduced_files, run_on, wait_for
 
 import reducer
-from reducer.cli import main
+from reducer.cli.main import main
 
 FILE = str(ROOT / "cluster.yaml")
 

@@ -26,7 +26,7 @@ from distributed import Client, WorkerPlugin
 from s3server import S3Server
 
 from reducer import ClusterError, ClusterSpec, InputError, Job, reduce_images
-from reducer.cli import main
+from reducer.cli.main import main
 from reducer.config.job import path_rule
 from reducer.run.dask.ship_code import PLUGIN
 from reducer.run.plan.plan import make_plan

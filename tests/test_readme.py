@@ -16,7 +16,7 @@ import yaml
 from conftest import ROOT
 from PIL import Image
 
-from reducer.cli import main
+from reducer.cli.main import main
 from reducer.config.cluster import ClusterFile
 
 README = (ROOT / "README.md").read_text()

@@ -9,21 +9,7 @@ import click
 from click.core import ParameterSource
 
 from reducer._version import __version__
-from reducer.config.cluster import ClusterSpec
-from reducer.config.job import DEFAULT_KEEP, GLDV2_TEMPLATE, Job
-from reducer.config.settings import (
-    DECODE_NAMES,
-    FORMATS,
-    GALLERY_PHOTOS,
-    HASH_NAMES,
-    LAYOUT_NAMES,
-    READER_NAMES,
-    SAMPLE_PHOTOS,
-    SHARD_BYTES,
-    STRATEGY_NAMES,
-)
-from reducer.errors import TooManyFailuresError
-from reducer.flags import (
+from reducer.cli.options import (
     candidates_number,
     exit_codes,
     how_much_is_told,
@@ -39,8 +25,7 @@ from reducer.flags import (
     where_it_runs,
     which_are_kept,
 )
-from reducer.formatting import as_size
-from reducer.printing import (
+from reducer.cli.output import (
     print_cut,
     print_embedded,
     print_export,
@@ -49,6 +34,21 @@ from reducer.printing import (
     print_status,
     print_story,
 )
+from reducer.config.cluster import ClusterSpec
+from reducer.config.job import DEFAULT_KEEP, GLDV2_TEMPLATE, Job
+from reducer.config.settings import (
+    DECODE_NAMES,
+    FORMATS,
+    GALLERY_PHOTOS,
+    HASH_NAMES,
+    LAYOUT_NAMES,
+    READER_NAMES,
+    SAMPLE_PHOTOS,
+    SHARD_BYTES,
+    STRATEGY_NAMES,
+)
+from reducer.errors import TooManyFailuresError
+from reducer.formatting import as_size
 
 #: Options of a job that exclude each other: one of the command line wins over one of the cluster file.
 EXCLUSIVE = (("path_column", "path_template"), ("total", "max_bytes"))
