@@ -35,7 +35,7 @@ from reducer.storage.schemas import FAILED, PLAN_SCHEMA
 from reducer.storage.tables import EXAMPLES
 
 if TYPE_CHECKING:
-    from distributed import Client
+    from reducer.run.dask.connect import Client
 
 log = logging.getLogger("reducer")
 

@@ -21,7 +21,7 @@ from reducer.run.plan.plan import Plan
 from reducer.run.tasks.vector_files import VectorFiles, find_vectors
 
 if TYPE_CHECKING:
-    from distributed import Client
+    from reducer.run.dask.connect import Client
 
 log = logging.getLogger("reducer")
 

@@ -17,7 +17,7 @@ from reducer.outputs.export.write import Copied, Group, Way, write_group
 from reducer.photos.sandbox import memory_bound
 
 if TYPE_CHECKING:
-    from distributed import Client, Future
+    from reducer.run.dask.connect import Client, Future
 
 #: Groups that are with the scheduler at a time, for each worker thread.
 WINDOW = 4

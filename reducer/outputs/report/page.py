@@ -56,7 +56,7 @@ from reducer.storage.schemas import FAILED
 from reducer.storage.tables import in_nanoseconds
 
 if TYPE_CHECKING:
-    from distributed import Client
+    from reducer.run.dask.connect import Client
 
 #: Pictures in a report at most, whatever is asked for.
 MOST_GALLERY_PHOTOS = 2000

@@ -19,7 +19,7 @@ from reducer.photos.sandbox import memory_bound, refused_apart
 from reducer.storage.location import PhotoRef
 
 if TYPE_CHECKING:
-    from distributed import Client, Future
+    from reducer.run.dask.connect import Client, Future
 
 log = logging.getLogger("reducer")
 

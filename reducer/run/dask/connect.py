@@ -23,7 +23,8 @@ from reducer.errors import ClusterError, InputError, one_line
 from reducer.run.dask.ship_code import same_code
 
 if TYPE_CHECKING:
-    from distributed import Client
+    from distributed import Client as Client
+    from distributed import Future as Future  # rooms above name the types of Dask by this one
 
 log = logging.getLogger("reducer")
 
