@@ -58,14 +58,14 @@ def _parse(text: str, units: Mapping[str, float]) -> float:
     return float(found[1]) * units[found[2]]
 
 
-def apart(distance: float, unit: str) -> str:
+def format_distance(distance: float, unit: str) -> str:
     """A distance as people read it."""
     if unit == "cosine":
         return f"{distance:.4f}"
     return f"{distance:g} bit{'' if distance == 1 else 's'}"
 
 
-def as_size(count: int) -> str:
+def format_bytes(count: int) -> str:
     """A number of bytes as people write it (20 GB = 20 x 10^9 bytes)."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
@@ -73,7 +73,7 @@ def as_size(count: int) -> str:
     return f"{count} bytes"
 
 
-def as_duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """A time as people say it."""
     if seconds < 90:
         return f"{seconds:.1f} s"
@@ -90,7 +90,7 @@ def clip(text: object, most: int = SHOWN_CHARACTERS) -> str:
     return shown if len(shown) <= most else f"{shown[:half]}…{shown[len(shown) - half :]}"
 
 
-def labels_text(labels: Iterable[str]) -> str:
+def format_labels(labels: Iterable[str]) -> str:
     """Labels as ``--labels`` takes them (`reducer.formatting.parse_labels`)."""
     text = io.StringIO()
     csv.writer(text, lineterminator="").writerow(labels)

@@ -21,8 +21,8 @@ from deployments import DaskProcesses
 from reducer import ClusterError, ClusterSpec, WorkerRules
 from reducer.api.result import Result
 from reducer.run.dask.dispatch import Dispatch, _Sent
-from reducer.run.dask.messages import Terms, Work
-from reducer.run.dask.worker import _Beat
+from reducer.run.dask.messages import RunContext, WorkItem
+from reducer.run.dask.worker import _Heartbeat
 from reducer.run.tasks.messages import ShardTask
 
 KILLER = str(Path(__file__).parent / "killer")
@@ -245,8 +245,8 @@ def test_ranking_tells_that_it_goes_on() -> None:
         def log_event(self, topic: str, sign: dict[str, object]) -> None:
             told.append((topic, sign["worker"]))
 
-    terms = Terms("token", "", "", None, beat=0.02, patience=1)
-    beat = _Beat(Told(), Work(ShardTask(3, (), None, None, None), terms))  # type: ignore[arg-type]
+    terms = RunContext("token", "", "", None, beat=0.02, patience=1)
+    beat = _Heartbeat(Told(), WorkItem(ShardTask(3, (), None, None, None), terms))  # type: ignore[arg-type]
     with beat.steadily():
         time.sleep(0.3)
     count = len(told)

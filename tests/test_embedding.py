@@ -22,7 +22,7 @@ from test_vector_runs import kept_vectors
 from reducer import ClusterSpec, InputError, Job, TooManyFailuresError, embed, reduce_images, resume
 from reducer.config.settings import EMBED_MEAN, EMBED_STD, PhotoSettings
 from reducer.photos.model import PATHS, Model, loaded, picture_of, vectors_of
-from reducer.run.tasks.tasks import Errand
+from reducer.run.tasks.tasks import PartitionTasks
 from reducer.storage.codecs import from_lists
 
 OWN = {"embed_size": 32, "embed_batch": 8}
@@ -454,7 +454,11 @@ def test_embedding_goes_on_where_it_was(
     with pytest.raises(InputError, match=r"--embed-size was 32 and is 40\. To begin again, remove .*v\.parquet\.parts"):
         embed(other, ClusterSpec(workers=0), progress=False)
     with monkeypatch.context() as patch:
-        patch.setattr(Errand, "task", lambda self, index, task=Errand.task: written.append(index) or task(self, index))
+        patch.setattr(
+            PartitionTasks,
+            "task",
+            lambda self, index, task=PartitionTasks.task: written.append(index) or task(self, index),
+        )
         found = embed(job, ClusterSpec(workers=0), progress=False)
     assert sorted(written) == [0, 1, 2, 3, 4]
     assert (found.photos, found.failed, found.dimensions) == (240, 0, 16)

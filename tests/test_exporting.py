@@ -28,7 +28,7 @@ from test_deaths import killer_env
 
 import reducer.outputs.export.export
 from reducer import ClusterSpec, ExportResult, InputError, Job, ReducerError, cut, export, reduce_images
-from reducer.formatting import as_size
+from reducer.formatting import format_bytes
 from reducer.outputs.export.layout import IMAGE_FOLDER, into_shards, size_in_shard
 
 
@@ -298,11 +298,11 @@ def test_made_smaller(collection: Path, tmp_path: Path) -> None:
             assert abs(image.width / image.height - whole.width / whole.height) < 0.02
             assert image.getexif().get(ExifTags.Base.Orientation) == whole.getexif().get(ExifTags.Base.Orientation)
     sizes = [sum(len(path.read_bytes()) for path in before.values()), sum(map(len, after.values()))]
-    assert f"Before: {as_size(sizes[0])}, after: {as_size(sizes[1])}" in out
+    assert f"Before: {format_bytes(sizes[0])}, after: {format_bytes(sizes[1])}" in out
     # Again: all are there. With another size: they are not what is wanted.
     code, out, _ = invoke("export", tmp_path / "run", tmp_path / "out", "--resize", 200)
     assert f"; {len(before)} of them were there already" in out
-    assert f"Before: {as_size(sizes[0])}, after: {as_size(sizes[1])}" in out
+    assert f"Before: {format_bytes(sizes[0])}, after: {format_bytes(sizes[1])}" in out
     code, _, err = invoke("export", tmp_path / "run", tmp_path / "out", "--resize", 100)
     assert (code, "holds another export (layout same, resize 200)" in err) == (2, True)
     code, out, _ = invoke("export", tmp_path / "run", tmp_path / "out", "--resize", 100, "--overwrite")
@@ -774,7 +774,7 @@ def test_wrong_targets(tiny: Path, run: Path, tmp_path: Path) -> None:
 
 
 def test_two_exports_into_one_folder(run: Path, tmp_path: Path) -> None:
-    held = reducer.outputs.export.export.Exported(reducer.outputs.export.export.Place(str(tmp_path / "out")))
+    held = reducer.outputs.export.export.Exported(reducer.storage.location.Location(str(tmp_path / "out")))
     with held.held(), pytest.raises(InputError, match="another export is at work in TARGET"):
         exported(run, tmp_path / "out")
     assert exported(run, tmp_path / "out").written > 0

@@ -13,7 +13,7 @@ from test_distance import VECTORS, apart, units_of
 from reducer.draw import RANDOM_ORDER, draw_order
 from reducer.selection import distance
 from reducer.selection.distance import COSINE_STEPS, Cosine, Hamming
-from reducer.selection.facility_location import Copies
+from reducer.selection.facility_location import NearCopies
 from reducer.selection.strategies import STRATEGIES, facility_location, farthest_first, nearest_kept, random, rank
 from reducer.storage.codecs import as_units
 
@@ -74,7 +74,7 @@ def test_orders_are_the_rules_by_loops(vectors: list[list[int]], name: str, shuf
 def test_near_copies_by_hash_come_last(vectors: list[list[int]], name: str, near: int, data: st.DataObject) -> None:
     units, ids = units_of(vectors), names(len(vectors))
     hashes = data.draw(st.lists(st.integers(0, 31), min_size=len(ids), max_size=len(ids)))
-    copies = Copies(np.array(hashes, dtype=np.uint8).reshape(-1, 1), near)
+    copies = NearCopies(np.array(hashes, dtype=np.uint8).reshape(-1, 1), near)
     ranking = STRATEGIES[name](Cosine(units), ids, copies=copies)
     order = [ids[i] for i in ranking.order]
     if len({*hashes}) == len(hashes) and near == 0:
@@ -90,7 +90,7 @@ def test_photos_that_are_always_kept_come_first_and_their_copies_last() -> None:
     always = np.zeros(40, dtype=bool)
     always[[3, 30]] = True
     for name in BY_VECTORS:
-        options = {"always_keep": always, "keep": 5, "label": "a", "seed": 0, "copies": Copies(hashes, 6)}
+        options = {"always_keep": always, "keep": 5, "label": "a", "seed": 0, "copies": NearCopies(hashes, 6)}
         order = rank(name, Cosine(units), ids, **options).order.tolist()
         assert set(order[:2]) == {3, 30}
         assert set(order[-5:]) == {10, 11, 12, 13, 14}
@@ -110,7 +110,7 @@ def test_distances_need_not_be_held(monkeypatch: pytest.MonkeyPatch, kind: str) 
     units = as_units(generator.normal(size=(300, 16)))[0]
     hashes = generator.integers(0, 4, (300, 8), dtype=np.uint8)
     points, ids = (Cosine(units) if kind == "vectors" else Hamming(hashes)), names(300)
-    copies = Copies(hashes, 3) if kind == "vectors" else None
+    copies = NearCopies(hashes, 3) if kind == "vectors" else None
     expected = facility_location(points, ids, keep=150, copies=copies)
     monkeypatch.setattr("reducer.selection.facility_location.MATRIX_BYTES", 0)
     monkeypatch.setattr("reducer.selection.facility_location.ASKED_TOGETHER", 7)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from reducer.storage.sorting import in_groups, is_new, place_in_group
+from reducer.storage.sorting import in_groups, is_new, position_in_group
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 50])
@@ -18,4 +18,4 @@ def test_groups_are_those_of_a_row_by_row_look(rows: int, columns: int) -> None:
     alone = [keys.count(key) == 1 for key in keys]
     assert in_groups(new).tolist() == [i for i in range(rows) if not alone[i]]
     group = np.cumsum(new)
-    assert place_in_group(group).tolist() == [i - keys.index(key) for i, key in enumerate(keys)]
+    assert position_in_group(group).tolist() == [i - keys.index(key) for i, key in enumerate(keys)]

@@ -16,7 +16,7 @@ from reducer import InputError, Job
 from reducer.api.sample import draw_view
 from reducer.config.settings import DECODE_NAMES, HASH_NAMES, near_copy_bits
 from reducer.photos.hashing import FLAT_DEVIATION, HASHES, PhotoError, grey_deviation, hash_photo, pillow_settings
-from reducer.photos.process import look_at_all
+from reducer.photos.process import process_photos
 from reducer.storage.codecs import from_hex, to_hex
 
 PHOTO = draw_view(np.random.default_rng(7)).resize((400, 300))
@@ -372,7 +372,7 @@ def test_every_malformed_file_gives_a_hash_or_an_error(trial_files: Path) -> Non
                         expected = str(IMAGEHASH[name](Image.open(path)))
                 except Exception:
                     expected = None
-                (look,) = look_at_all([str(path)], settings)
+                (look,) = process_photos([str(path)], settings)
                 assert (look.hash and to_hex(look.hash.bits, 64)) == expected, (path, name)
                 assert (look.error is None) == (expected is not None)
             failed += look.hash is None

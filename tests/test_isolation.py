@@ -13,8 +13,8 @@ from conftest import ROOT, wait_for
 
 from reducer import Job
 from reducer.config.settings import Source
-from reducer.photos.process import Look, look_at_all
-from reducer.photos.sandbox import CannotStart, look_alone, look_apart, may_be_innocent
+from reducer.photos.process import PhotoResult, process_photos
+from reducer.photos.sandbox import CannotStart, may_be_innocent, process_in_sandbox, process_one_in_sandbox
 
 SETTINGS = Job("-", "-").photo_settings
 WATCH = """
@@ -34,8 +34,8 @@ def no_beat() -> None:
 def test_it_sees_what_this_process_sees(collection: Path) -> None:
     paths = [str(path) for path in sorted((collection / "train").rglob("*.jpg"))[:6]]
     paths[2:2] = [str(collection / "train.csv"), "nowhere"]
-    apart = list(look_apart(paths, SETTINGS, Source(), memory=2**30, patience=60, beat=no_beat))
-    assert apart == list(look_at_all(paths, SETTINGS))
+    apart = list(process_in_sandbox(paths, SETTINGS, Source(), memory=2**30, patience=60, beat=no_beat))
+    assert apart == list(process_photos(paths, SETTINGS))
     assert sum(look.error is not None for look in apart) == 2
 
 
@@ -46,7 +46,7 @@ def test_a_process_that_cannot_start_blames_no_photo(
     (tmp_path / "numpy.py").write_text("raise SystemExit(3)")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(CannotStart, match="ended with exit code 3"):
-        look_alone(photo, SETTINGS, Source(), memory=None, patience=60, beat=no_beat)
+        process_one_in_sandbox(photo, SETTINGS, Source(), memory=None, patience=60, beat=no_beat)
 
 
 def test_it_ends_with_its_worker(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_it_ends_with_its_worker(tmp_path: Path) -> None:
 
 
 def test_who_may_be_innocent() -> None:
-    assert may_be_innocent(Look(error="out of memory: decoding it takes more than there is"))
-    assert not may_be_innocent(Look(error="missing: no such file"))
-    assert not may_be_innocent(Look(error="broken: OSError"))  # memory was never short here
-    assert not may_be_innocent(Look())
+    assert may_be_innocent(PhotoResult(error="out of memory: decoding it takes more than there is"))
+    assert not may_be_innocent(PhotoResult(error="missing: no such file"))
+    assert not may_be_innocent(PhotoResult(error="broken: OSError"))  # memory was never short here
+    assert not may_be_innocent(PhotoResult())

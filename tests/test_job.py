@@ -21,7 +21,7 @@ import reducer.run.dask.dispatch
 from reducer import ClusterError, ClusterSpec, InputError, Job, TooManyFailuresError, WorkerRules, reduce_images
 from reducer.config.settings import STRATEGY_NAMES
 from reducer.run.dask.dispatch import WINDOW
-from reducer.run.dask.messages import Work
+from reducer.run.dask.messages import WorkItem
 from reducer.run.folder import RunFolder
 from reducer.storage.schemas import LEDGER_SCHEMA
 
@@ -285,7 +285,7 @@ def test_a_window_never_holds_more_than_it_may(
     outstanding: list[int] = [0]
     real, real_write = reducer.run.dask.dispatch.as_bag, RunFolder.write_part
 
-    def watched(name: str, window: list[Work], *shared: object):
+    def watched(name: str, window: list[WorkItem], *shared: object):
         windows.append(len(window))
         outstanding.append(outstanding[-1] + len(window))
         return real(name, window, *shared)

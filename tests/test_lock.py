@@ -28,7 +28,7 @@ from s3server import S3Server
 
 import reducer.storage.lock
 from reducer import InputError
-from reducer.storage.location import Place
+from reducer.storage.location import Location
 from reducer.storage.lock import LOCK, Holder, check_unlocked, holder, is_of_lock, locked
 
 #: A process that takes locks and gives them back, as it is told on its standard input.
@@ -74,8 +74,8 @@ class Runner:
         command = [sys.executable, "-c", RUNNER]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def order(self, place: Place | Path, *, at: float = 0, break_lock: bool = False, without: str = "") -> None:
-        where = place if isinstance(place, Place) else Place(str(place))
+    def order(self, place: Location | Path, *, at: float = 0, break_lock: bool = False, without: str = "") -> None:
+        where = place if isinstance(place, Location) else Location(str(place))
         self._say(
             {"path": where.path, "options": {**where.options}, "at": at, "break_lock": break_lock}
             | {"without": without}
@@ -86,7 +86,7 @@ class Runner:
         line = self.process.stdout.readline()
         return self.answer() if line == "ready\n" else json.loads(line)
 
-    def take(self, place: Place | Path, **how: Any) -> dict[str, Any]:
+    def take(self, place: Location | Path, **how: Any) -> dict[str, Any]:
         self.order(place, **how)
         return self.answer()
 
@@ -147,7 +147,7 @@ def write(folder: Path, held: Holder) -> Holder:
     return held
 
 
-def try_lock(place: Place, **how: Any) -> bool:
+def try_lock(place: Location, **how: Any) -> bool:
     try:
         with locked(place, **how):
             return True
@@ -155,7 +155,7 @@ def try_lock(place: Place, **how: Any) -> bool:
         return False
 
 
-def winners(place: Place, *, rounds: int = 1, **how: Any) -> list[int]:
+def winners(place: Location, *, rounds: int = 1, **how: Any) -> list[int]:
     """How many of eight threads have the lock at once, in each round."""
     barrier = threading.Barrier(8)
 
@@ -177,7 +177,7 @@ def winners(place: Place, *, rounds: int = 1, **how: Any) -> list[int]:
 
 
 def test_the_second_is_refused_while_the_first_lives(tmp_path: Path, runner: Callable[[], Runner]) -> None:
-    place = Place(str(tmp_path))
+    place = Location(str(tmp_path))
     assert holder(place) is None
     first = runner()
     assert first.take(tmp_path) == {"won": True, "said": []}
@@ -216,7 +216,7 @@ def test_the_lock_of_a_killed_run_is_taken_over(
     first.kill()
     if reaped:
         first.process.wait()
-    place = Place(str(tmp_path))
+    place = Location(str(tmp_path))
     held = holder(place)
     assert held is not None
     assert held.alive is False
@@ -237,9 +237,9 @@ def test_another_process_with_the_pid_is_not_the_holder(tmp_path: Path, runner: 
     other = runner().process.pid
     started = psutil.Process(other).create_time()
     assert write(tmp_path, lock_of(other)).alive is True
-    assert not try_lock(Place(str(tmp_path)))
+    assert not try_lock(Location(str(tmp_path)))
     assert write(tmp_path, lock_of(other, process_started=started - 3)).alive is False
-    assert try_lock(Place(str(tmp_path)))
+    assert try_lock(Location(str(tmp_path)))
 
 
 def test_a_clock_that_was_set_does_not_end_a_run(tmp_path: Path, runner: Callable[[], Runner]) -> None:
@@ -251,13 +251,13 @@ def test_a_clock_that_was_set_does_not_end_a_run(tmp_path: Path, runner: Callabl
         {"host_started": held.host_started - day},
     ):
         assert write(tmp_path, replace(held, **times)).alive is True  # type: ignore[arg-type]
-        assert not try_lock(Place(str(tmp_path)))
+        assert not try_lock(Location(str(tmp_path)))
 
 
 def test_our_own_pid_of_an_earlier_start_of_the_host_is_not_ours(tmp_path: Path) -> None:
     # A service is started as the same process at the same second after each start of its host.
     assert write(tmp_path, lock_of(os.getpid())).alive is False
-    assert try_lock(Place(str(tmp_path)))
+    assert try_lock(Location(str(tmp_path)))
 
 
 def test_a_process_that_is_hidden_may_live(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,11 +270,11 @@ def test_a_process_that_is_hidden_may_live(tmp_path: Path, monkeypatch: pytest.M
     # As where /proc is mounted with hidepid=2, and the process is of another user.
     monkeypatch.setattr(os, "kill", refuse)
     assert held.alive is None
-    assert not try_lock(Place(str(tmp_path)))
+    assert not try_lock(Location(str(tmp_path)))
 
 
 def test_a_process_does_not_take_its_own_lock_again(tmp_path: Path) -> None:
-    place = Place(str(tmp_path))
+    place = Location(str(tmp_path))
     with locked(place):
         content = (tmp_path / LOCK).read_bytes()
         with pytest.raises(InputError, match=f"process {os.getpid()}"), locked(place):
@@ -299,7 +299,7 @@ def race(tmp_path: Path, runners: list[Runner], rounds: int, held: Holder | None
         answers = [one.answer() for one in runners]
         won = [one for one, answer in zip(runners, answers, strict=True) if answer["won"]]
         assert len(won) == 1, answers
-        now = holder(Place(str(folder)))
+        now = holder(Location(str(folder)))
         assert now is not None
         assert now.pid == won[0].process.pid
         assert all("is locked by another run" in answer["said"] for answer in answers if not answer["won"])
@@ -326,8 +326,8 @@ def test_a_folder_that_something_else_has_locked(tmp_path: Path, monkeypatch: py
     folder = os.open(tmp_path, os.O_RDONLY)  # flock RUN reducer run ... --output RUN
     fcntl.flock(folder, fcntl.LOCK_EX)
     write(tmp_path, stale_lock())
-    with locked(Place(str(tmp_path))):
-        assert not try_lock(Place(str(tmp_path)))
+    with locked(Location(str(tmp_path))):
+        assert not try_lock(Location(str(tmp_path)))
     os.close(folder)
     assert os.listdir(tmp_path) == []
 
@@ -336,7 +336,7 @@ def test_what_a_run_leaves_that_is_killed_as_it_takes_the_lock(tmp_path: Path) -
     (tmp_path / f".{LOCK}.{uuid.uuid4().hex}.tmp").write_text("{")
     (tmp_path / "notes.tmp").write_text("mine")
     assert [is_of_lock(name) for name in sorted(os.listdir(tmp_path))] == [True, False]
-    with locked(Place(str(tmp_path))):
+    with locked(Location(str(tmp_path))):
         assert sorted(os.listdir(tmp_path)) == [LOCK, "notes.tmp"]
         assert is_of_lock(LOCK)
     assert os.listdir(tmp_path) == ["notes.tmp"]
@@ -344,7 +344,7 @@ def test_what_a_run_leaves_that_is_killed_as_it_takes_the_lock(tmp_path: Path) -
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, GeneratorExit])
 def test_a_run_that_fails_gives_its_lock_back(tmp_path: Path, error: type[BaseException]) -> None:
-    with pytest.raises(error), locked(Place(str(tmp_path))):
+    with pytest.raises(error), locked(Location(str(tmp_path))):
         raise error
     assert os.listdir(tmp_path) == []
 
@@ -352,7 +352,7 @@ def test_a_run_that_fails_gives_its_lock_back(tmp_path: Path, error: type[BaseEx
 def test_a_lock_that_cannot_be_removed_hides_no_failure(tmp_path: Path, messages: Callable[[], list[str]]) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
-    with pytest.raises(ValueError, match="the failure itself"), locked(Place(str(folder))):
+    with pytest.raises(ValueError, match="the failure itself"), locked(Location(str(folder))):
         shutil.rmtree(folder)
         raise ValueError("the failure itself")
     assert messages() == [f"{folder}: the lock (lock.json) could not be removed: No such file or directory"]
@@ -366,7 +366,7 @@ def test_ctrl_c_while_the_lock_is_taken_leaves_none(tmp_path: Path, monkeypatch:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "link", interrupted)
-    with pytest.raises(KeyboardInterrupt), locked(Place(str(tmp_path))):
+    with pytest.raises(KeyboardInterrupt), locked(Location(str(tmp_path))):
         pass
     assert os.listdir(tmp_path) == []
 
@@ -388,11 +388,11 @@ def test_a_forked_process_does_not_give_the_lock_back(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_locked(tmp_path: Path) -> None:
-    assert holder(Place(str(tmp_path / "none"))) is None
-    check_unlocked(Place(str(tmp_path / "none")))
+    assert holder(Location(str(tmp_path / "none"))) is None
+    check_unlocked(Location(str(tmp_path / "none")))
     (tmp_path / "file").touch()
     for name, reason in (("none", "No such file or directory"), ("file", "Not a directory")):
-        with pytest.raises(InputError) as refused, locked(Place(str(tmp_path / name))):
+        with pytest.raises(InputError) as refused, locked(Location(str(tmp_path / name))):
             pass
         assert str(refused.value) == f"the run folder {tmp_path / name} cannot be used: {reason}"
 
@@ -403,7 +403,7 @@ def test_a_folder_that_cannot_be_locked(tmp_path: Path) -> None:
 def test_the_lock_of_another_host_is_refused_until_it_is_broken(
     tmp_path: Path, messages: Callable[[], list[str]]
 ) -> None:
-    place = Place(str(tmp_path))
+    place = Location(str(tmp_path))
     held = write(tmp_path, stale_lock(host="node7", since="2026-02-03T04:05:06+00:00"))
     assert held.alive is None
     said = f"host node7, process {held.pid}, since 2026-02-03T04:05:06+00:00"
@@ -424,7 +424,7 @@ def test_the_lock_of_another_host_is_refused_until_it_is_broken(
 def test_a_run_whose_lock_was_broken_leaves_that_of_the_other(
     tmp_path: Path, runner: Callable[[], Runner], messages: Callable[[], list[str]]
 ) -> None:
-    place = Place(str(tmp_path))
+    place = Location(str(tmp_path))
     second = runner()
     with locked(place):
         assert second.take(tmp_path, break_lock=True)["won"]
@@ -449,7 +449,7 @@ def test_of_many_that_break_the_same_lock_one_gets_it(tmp_path: Path, messages: 
     # By then all have seen whose lock it is that they break.
     timer = threading.Timer(0.5, os.close, (folder,))
     timer.start()
-    assert winners(Place(str(tmp_path)), break_lock=True) == [1]
+    assert winners(Location(str(tmp_path)), break_lock=True) == [1]
     timer.join()
     assert len(messages()) == 1
     assert "host elsewhere" in messages()[0]
@@ -457,7 +457,7 @@ def test_of_many_that_break_the_same_lock_one_gets_it(tmp_path: Path, messages: 
 
 
 def test_break_lock_where_there_is_none_says_nothing(tmp_path: Path, messages: Callable[[], list[str]]) -> None:
-    assert try_lock(Place(str(tmp_path)), break_lock=True)
+    assert try_lock(Location(str(tmp_path)), break_lock=True)
     assert messages() == []
 
 
@@ -486,7 +486,7 @@ def test_a_lock_that_cannot_be_read_is_refused_until_it_is_broken(
     tmp_path: Path, messages: Callable[[], list[str]], content: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reducer.storage.lock, "HALF_WRITTEN_SECONDS", 0.02)
-    place = Place(str(tmp_path))
+    place = Location(str(tmp_path))
     (tmp_path / LOCK).write_bytes(content)
     for refuse in (lambda: holder(place), lambda: check_unlocked(place), lambda: locked(place).__enter__()):
         with pytest.raises(InputError) as refused:
@@ -504,7 +504,7 @@ def test_a_lock_that_cannot_be_read_is_refused_until_it_is_broken(
 
 def test_a_lock_of_a_later_version_is_read(tmp_path: Path) -> None:
     (tmp_path / LOCK).write_text(json.dumps({**GOOD, "more": 1}))
-    assert holder(Place(str(tmp_path))) == Holder(**GOOD)  # type: ignore[arg-type]
+    assert holder(Location(str(tmp_path))) == Holder(**GOOD)  # type: ignore[arg-type]
 
 
 def test_a_lock_that_is_half_written_is_waited_for(tmp_path: Path) -> None:
@@ -512,7 +512,7 @@ def test_a_lock_that_is_half_written_is_waited_for(tmp_path: Path) -> None:
     (tmp_path / LOCK).touch()
     timer = threading.Timer(0.2, write, (tmp_path, held))
     timer.start()
-    assert holder(Place(str(tmp_path))) == held
+    assert holder(Location(str(tmp_path))) == held
     timer.join()
 
 
@@ -523,18 +523,18 @@ ONCE = {"retries": {"total_max_attempts": 1}}
 
 
 @pytest.fixture
-def bucket(s3: S3Server) -> Place:
+def bucket(s3: S3Server) -> Location:
     """A run folder of the test's own on S3."""
     s3.make_bucket("locks")
-    return Place(f"s3://locks/{uuid.uuid4().hex}", s3.options())
+    return Location(f"s3://locks/{uuid.uuid4().hex}", s3.options())
 
 
-def keys(s3: S3Server, place: Place) -> list[str]:
+def keys(s3: S3Server, place: Location) -> list[str]:
     return s3.list_keys("locks", place.path.rpartition("/")[2])
 
 
 def test_s3_refuses_the_second_even_if_the_first_was_killed(
-    s3: S3Server, bucket: Place, runner: Callable[[], Runner], messages: Callable[[], list[str]]
+    s3: S3Server, bucket: Location, runner: Callable[[], Runner], messages: Callable[[], list[str]]
 ) -> None:
     assert holder(bucket) is None
     check_unlocked(bucket)
@@ -563,7 +563,7 @@ def test_s3_refuses_the_second_even_if_the_first_was_killed(
     assert keys(s3, bucket) == []
 
 
-def test_of_many_on_s3_one_gets_the_lock(s3: S3Server, bucket: Place, runner: Callable[[], Runner]) -> None:
+def test_of_many_on_s3_one_gets_the_lock(s3: S3Server, bucket: Location, runner: Callable[[], Runner]) -> None:
     assert winners(bucket, rounds=2) == [1, 1]
     assert keys(s3, bucket) == []
     runners = [runner() for _ in range(3)]
@@ -575,7 +575,7 @@ def test_of_many_on_s3_one_gets_the_lock(s3: S3Server, bucket: Place, runner: Ca
 
 
 def test_a_failing_run_gives_its_lock_on_s3_back(
-    s3: S3Server, bucket: Place, runner: Callable[[], Runner], messages: Callable[[], list[str]]
+    s3: S3Server, bucket: Location, runner: Callable[[], Runner], messages: Callable[[], list[str]]
 ) -> None:
     for error in (ValueError, KeyboardInterrupt):
         with pytest.raises(error), locked(bucket):
@@ -591,7 +591,7 @@ def test_a_failing_run_gives_its_lock_on_s3_back(
     assert keys(s3, bucket) == []
 
 
-def test_a_broken_lock_on_s3_is_refused_until_it_is_broken(s3: S3Server, bucket: Place) -> None:
+def test_a_broken_lock_on_s3_is_refused_until_it_is_broken(s3: S3Server, bucket: Location) -> None:
     s3.client().put_object(Bucket="locks", Key=f"{bucket.path.rpartition('/')[2]}/{LOCK}", Body=b"{")
     for refuse in (lambda: check_unlocked(bucket), lambda: locked(bucket).__enter__()):
         with pytest.raises(InputError, match=r"holds a lock\.json that cannot be read"):
@@ -600,9 +600,9 @@ def test_a_broken_lock_on_s3_is_refused_until_it_is_broken(s3: S3Server, bucket:
     assert keys(s3, bucket) == []
 
 
-def test_the_lock_is_ours_though_the_answer_was_lost(s3: S3Server, bucket: Place) -> None:
+def test_the_lock_is_ours_though_the_answer_was_lost(s3: S3Server, bucket: Location) -> None:
     with FaultProxy(s3.endpoint, one_in(1, "reset", ("PUT",))) as proxy:
-        with locked(Place(bucket.path, s3.options(endpoint_url=proxy.endpoint))):
+        with locked(Location(bucket.path, s3.options(endpoint_url=proxy.endpoint))):
             assert not try_lock(bucket)
             puts = [status for method, _, status in proxy.log if method == "PUT"]
             assert puts == [0, 412]  # the first was carried out, its answer cut off
@@ -610,10 +610,10 @@ def test_the_lock_is_ours_though_the_answer_was_lost(s3: S3Server, bucket: Place
 
 
 def test_a_lock_on_s3_that_cannot_be_removed_hides_no_failure(
-    s3: S3Server, bucket: Place, messages: Callable[[], list[str]]
+    s3: S3Server, bucket: Location, messages: Callable[[], list[str]]
 ) -> None:
     with FaultProxy(s3.endpoint, one_in(1, "status-500", ("DELETE",), attempts=99)) as proxy:
-        place = Place(bucket.path, s3.options(endpoint_url=proxy.endpoint, config_kwargs=ONCE))
+        place = Location(bucket.path, s3.options(endpoint_url=proxy.endpoint, config_kwargs=ONCE))
         with pytest.raises(ValueError, match="the failure itself"), locked(place):
             raise ValueError("the failure itself")
     (said,) = messages()
@@ -621,15 +621,15 @@ def test_a_lock_on_s3_that_cannot_be_removed_hides_no_failure(
     assert not try_lock(bucket)
 
 
-def test_s3_that_cannot_be_used(s3: S3Server, bucket: Place, messages: Callable[[], list[str]]) -> None:
-    readonly = Place(bucket.path, s3.options(key=s3.ro_key, secret=s3.ro_secret))
+def test_s3_that_cannot_be_used(s3: S3Server, bucket: Location, messages: Callable[[], list[str]]) -> None:
+    readonly = Location(bucket.path, s3.options(key=s3.ro_key, secret=s3.ro_secret))
     check_unlocked(readonly)
     secret = "not-the-secret-of-this-server"
     for place, match in (
         (readonly, "PermissionError.* Access is refused"),
-        (Place(bucket.path, s3.options(secret=secret)), "PermissionError.* Access is refused"),
+        (Location(bucket.path, s3.options(secret=secret)), "PermissionError.* Access is refused"),
         (
-            Place(bucket.path, s3.options(endpoint_url="http://127.0.0.1:9", config_kwargs=ONCE)),
+            Location(bucket.path, s3.options(endpoint_url="http://127.0.0.1:9", config_kwargs=ONCE)),
             "Endpoint.* server is up",
         ),
     ):
@@ -643,7 +643,7 @@ def test_s3_that_cannot_be_used(s3: S3Server, bucket: Place, messages: Callable[
     assert messages() == []
 
 
-def test_an_object_store_that_knows_no_conditions(bucket: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_object_store_that_knows_no_conditions(bucket: Location, monkeypatch: pytest.MonkeyPatch) -> None:
     import s3fs
     from botocore.exceptions import ClientError
 
@@ -664,7 +664,7 @@ def test_an_object_store_that_knows_no_conditions(bucket: Place, monkeypatch: py
 
 
 @pytest.mark.parametrize("code", ["ConditionalRequestConflict", "409"])
-def test_a_conflict_on_s3_is_asked_again(bucket: Place, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+def test_a_conflict_on_s3_is_asked_again(bucket: Location, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     import s3fs
     from botocore.exceptions import ClientError
 
@@ -689,7 +689,7 @@ def test_a_conflict_on_s3_is_asked_again(bucket: Place, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("scheme", ["memory", "file"])
 def test_other_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
     monkeypatch.setattr(reducer.storage.lock, "SETTLE_SECONDS", 0.5)
-    place = Place(f"memory://{uuid.uuid4().hex}" if scheme == "memory" else f"file://{tmp_path}")
+    place = Location(f"memory://{uuid.uuid4().hex}" if scheme == "memory" else f"file://{tmp_path}")
     assert holder(place) is None
     assert winners(place) == [1]
     assert holder(place) is None

@@ -12,10 +12,10 @@ from reducer.config.job import path_rule
 from reducer.draw import CANDIDATES, draw_order
 from reducer.formatting import parse_labels
 from reducer.run.dask.dispatch import as_bag
-from reducer.run.dask.messages import Terms, Work
+from reducer.run.dask.messages import RunContext, WorkItem
 from reducer.run.plan.plan import as_unread, make_plan
 from reducer.run.tasks.rank_stage import photo_paths
-from reducer.run.tasks.tasks import Errand
+from reducer.run.tasks.tasks import PartitionTasks
 from reducer.storage.paths import with_paths
 from reducer.storage.schemas import LEDGER_SCHEMA, TASK_SCHEMA, from_ipc
 
@@ -88,7 +88,7 @@ def test_all_labels_are_read_where_some_photos_may_have_to_go(listed: Path, opti
 def test_tasks_hold_whole_labels_once_and_no_path_in_their_names(listed: Path) -> None:
     for threads, size in [(1, None), (2, 8), (64, 1)]:
         plan = plan_of(listed, partition_images=size, rank_all=True)
-        errand = Errand(plan.job, plan.numbered(threads).partitions())
+        errand = PartitionTasks(plan.job, plan.numbered(threads).partitions())
         assert list(errand.rows) == list(range(len(errand.rows)))
         tables = list(errand.rows.values())
         tasks = [errand.task(index) for index in errand.rows]
@@ -129,10 +129,10 @@ def test_tasks_travel_small(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("id,landmark_id\n" + "\n".join(lines) + "\n")
     for size in (1000, 10_000):
         plan = plan_of(tmp_path, path_template=None, partition_images=size)
-        terms = Terms(
+        terms = RunContext(
             "f" * 32, "f" * 16, "f" * 16, with_paths(path_rule(plan.job), plan.read)["path"][0].as_py(), 10.0, 600.0
         )
-        errand = Errand(plan.job, plan.numbered(1).partitions())
-        works = [Work(errand.task(index), terms) for index in errand.rows]
+        errand = PartitionTasks(plan.job, plan.numbered(1).partitions())
+        works = [WorkItem(errand.task(index), terms) for index in errand.rows]
         assert len(works) == 10_000 // size
         assert len(dumps(as_bag("work_off", works).__dask_graph__())) < 20 * 10_000 + 5_000 * len(works)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from reducer.config.settings import near_copy_bits
 from reducer.selection.distance import Hamming
-from reducer.selection.quality import certificate, counting_bound, figures, spread
+from reducer.selection.quality import certificate, counting_bound, quality_summary, spread
 from reducer.selection.quality_sums import Certificate, Quality, Spread
 from reducer.selection.strategies import farthest_first, nearest_kept
 
@@ -61,7 +61,7 @@ def test_sums_add_and_the_worst_stays() -> None:
     assert both == other + one == Quality() + one + other
     assert both.selection == Spread(2, 18, 60, 10, 6, 2, 6, 2, 120, 10)
     assert both.certificate == Certificate(2, Fraction(10, 9), Fraction(4, 9))
-    told = figures(both, 64)
+    told = quality_summary(both, 64)
     assert told["bits"] == 64
     assert told["near_copy_bits"] == 6
     assert told["selection"] == {
@@ -77,7 +77,7 @@ def test_sums_add_and_the_worst_stays() -> None:
     }
     assert told["random"]["mean_pair_distance"] is None
     assert told["certificate"] == {"labels": 2, "mean": 0.555, "worst": 0.444}
-    assert figures(Quality(), 64)["certificate"] is None
+    assert quality_summary(Quality(), 64)["certificate"] is None
 
 
 def test_the_near_copy_threshold_grows_with_the_hash() -> None:

@@ -27,7 +27,7 @@ from test_cli import invoke, reduce
 
 from reducer import ClusterSpec, InputError, Job, reduce_images, resume, write_report
 from reducer.errors import LostLockError
-from reducer.formatting import as_size
+from reducer.formatting import format_bytes
 from reducer.outputs.report.page import PICTURES_BYTES, as_html, command_of, draw_report
 from reducer.run.folder import RunFolder
 from reducer.run.summary import job_figures
@@ -148,7 +148,7 @@ def test_with_a_budget_k_is_told_by_what_labels_keep(tiny: Path, tmp_path: Path)
     assert len(dropped) > 1
     for name, count in dropped.items():
         assert f"{name} in place of {count}" in words
-    before, after = as_size(int(ledger["bytes"].sum())), as_size(int(ledger[ledger["kept"]]["bytes"].sum()))
+    before, after = format_bytes(int(ledger["bytes"].sum())), format_bytes(int(ledger[ledger["kept"]]["bytes"].sum()))
     assert before != after
     assert f"Bytes {before} → {after} of all photos" in words
     medians = ledger[ledger["rank"] > 0].groupby("rank")["insertion_distance"].median()

@@ -30,7 +30,7 @@ from reducer.config.job import path_rule
 from reducer.errors import LostLockError
 from reducer.run.folder import RunFolder
 from reducer.run.tasks.environment import Environment
-from reducer.storage.location import Place
+from reducer.storage.location import Location
 from reducer.storage.paths import with_paths
 
 SERIAL = ClusterSpec(workers=0)
@@ -509,7 +509,7 @@ def test_a_run_on_s3_goes_on(
     code, _, err = invoke("resume", url, *opened, "--workers", "0", "--break-lock")
     assert code == 0, err
     assert "was broken (--break-lock)" in caplog.text
-    place = Place(url, s3.options())
+    place = Location(url, s3.options())
     for name, content in reduced_files(whole).items():
         assert s3.client().get_object(Bucket="resume", Key=f"run/{name}")["Body"].read() == content
     assert RunFolder(place).ledger().equals(RunFolder(str(whole)).ledger())

@@ -35,8 +35,8 @@ from reducer.photos.reader import read_all
 from reducer.photos.requests import PhotoFile
 from reducer.run.folder import RunFolder
 from reducer.run.plan.plan import make_plan
-from reducer.run.tasks.tasks import Errand
-from reducer.storage.location import Place
+from reducer.run.tasks.tasks import PartitionTasks
+from reducer.storage.location import Location
 from reducer.storage.remote import parse_options
 
 READERS = ("s3fs", "obstore")
@@ -65,13 +65,13 @@ def s3_run(s3: S3Server, output: Path | str, endpoint: str | None = None, **othe
     return reduce_images(Job("s3://trial/train", str(output), **settings), SERIAL, progress=False)
 
 
-def ledger(run: Path | Place) -> pa.Table:
-    return RunFolder(run if isinstance(run, Place) else str(run)).ledger()
+def ledger(run: Path | Location) -> pa.Table:
+    return RunFolder(run if isinstance(run, Location) else str(run)).ledger()
 
 
-def same_but_for_the_place(run: Path | Place, reference: Path | Place) -> bool:
+def same_but_for_the_place(run: Path | Location, reference: Path | Location) -> bool:
     same = ledger(run).drop_columns(OF_THE_PLACE).equals(ledger(reference).drop_columns(OF_THE_PLACE))
-    folders = [RunFolder(place if isinstance(place, Place) else str(place)) for place in (run, reference)]
+    folders = [RunFolder(place if isinstance(place, Location) else str(place)) for place in (run, reference)]
     lists = [folder.reduced("id", "landmark_id").drop_columns(["path"]) for folder in folders]
     return same and lists[0].equals(lists[1])
 
@@ -215,7 +215,7 @@ def test_any_other_url_goes_the_same_way(collection: Path, local: Path, tmp_path
         job = Job("memory://trial/train", "memory://trial/run", manifest="memory://trial/train.csv", keep=8)
         reduce_images(job, SERIAL, progress=False)
         assert memory.cat_file("/trial/run/reduced.csv") == (local / "reduced.csv").read_bytes()
-        assert same_but_for_the_place(job.output_place, local)
+        assert same_but_for_the_place(job.output_location, local)
         run_on(collection, tmp_path / "local", manifest=None)
         job = Job("memory://trial/train", str(tmp_path / "run"), keep=8)
         reduce_images(job, SERIAL, progress=False)
@@ -546,13 +546,13 @@ def test_no_secret_is_shown_or_stored_and_workers_give_the_same(
     client = s3.client()
     stored = {key: client.get_object(Bucket=bucket, Key=key)["Body"].read() for key in s3.list_keys(bucket)}
     assert {"run/summary.json", "run/reduced.csv", "run/reduced.parquet"} < set(stored)
-    assert hidden(s3, *stored.values(), str(ledger(Place(output, s3.options())).to_pydict()))
+    assert hidden(s3, *stored.values(), str(ledger(Location(output, s3.options())).to_pydict()))
     job = json.loads(stored["run/summary.json"])["job"]
     for name in ("storage_options", "manifest_storage_options", "output_storage_options"):
         assert job[name] == ["config_kwargs", "endpoint_url", "key", "secret"]
     for name, content in reduced_files(remote).items():
         assert stored[f"run/{name}"] == content
-    assert ledger(Place(output, s3.options())).equals(ledger(remote))
+    assert ledger(Location(output, s3.options())).equals(ledger(remote))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -560,8 +560,10 @@ def test_no_secret_is_in_a_repr_or_a_local_run(s3: S3Server, tmp_path: Path) -> 
     every = {f"{name}storage_options": planted(s3) for name in ("", "manifest_", "output_")}
     job = Job("s3://trial/train", "s3://trial/run", manifest="s3://trial/train.csv", keep=8, **every)
     plan = make_plan(job)
-    task = Errand(job, plan.numbered(1).partitions()).task(0)
-    shown = [repr(thing) for thing in (job, task, task.source, plan, job.images_place, RunFolder(job.output_place))]
+    task = PartitionTasks(job, plan.numbered(1).partitions()).task(0)
+    shown = [
+        repr(thing) for thing in (job, task, task.source, plan, job.images_location, RunFolder(job.output_location))
+    ]
     assert hidden(s3, *shown)
     every = {name: given for name, given in every.items() if name != "output_storage_options"}
     s3_run(s3, tmp_path / "run", limit_labels=3, **every)

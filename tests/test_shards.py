@@ -22,7 +22,7 @@ from test_s3 import flags
 
 from reducer import ClusterSpec, Job, resume
 from reducer.errors import InputError
-from reducer.formatting import as_size
+from reducer.formatting import format_bytes
 from reducer.run.folder import RunFolder
 from reducer.run.plan.shards import find_shards
 
@@ -358,7 +358,7 @@ def test_a_dry_run_on_shards(tars: Path, tiny: Path, tmp_path: Path, no_cluster:
     assert "photos:         240, of which 24 are kept unread\n" in out
     assert "photos to read: 216\n" in out
     size = sum(path.stat().st_size for path in tars.iterdir())
-    assert f"shards:         6, of which {as_size(size)} are to be read\n" in out
+    assert f"shards:         6, of which {format_bytes(size)} are to be read\n" in out
     assert "on 2 worker threads" in out
     assert not (tmp_path / "run").exists()
     code, out, _ = invoke("run", *arguments, "--no-sample")

@@ -19,7 +19,7 @@ from test_deaths import KILLER, killer_env
 from reducer import Job
 from reducer.config.settings import Source
 from reducer.outputs.report import thumbnails
-from reducer.outputs.report.thumbnails import Wanted, _Group, draw, draw_on
+from reducer.outputs.report.thumbnails import PictureRequest, _Group, draw, draw_on
 from reducer.photos.hashing import PhotoError, pillow_settings
 from reducer.photos.resize import SMALLEST_SIDE, Thumbnail, thumbnail
 from reducer.storage.location import ByteRange
@@ -224,7 +224,7 @@ def test_odd_and_broken_files_give_a_picture_or_a_reason(trial_files: Path) -> N
     files = sorted(map(str, (trial_files / "malformed").rglob("*")))
     files = [file for file in files if Path(file).is_file()]
     before = Image.MAX_IMAGE_PIXELS
-    wanted = [Wanted(file, 100, is_known=True) for file in files]
+    wanted = [PictureRequest(file, 100, is_known=True) for file in files]
     found = list(draw(wanted, Source(), SETTINGS, most_bytes=20_000))
     assert before == Image.MAX_IMAGE_PIXELS
     assert [number for number, _ in found] == list(range(len(files)))
@@ -258,7 +258,7 @@ def places(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str | B
 
 
 def test_photos_are_drawn_from_where_they_lie(places: list[str | ByteRange]) -> None:
-    found = dict(draw([Wanted(ref, 100) for ref in places], Source(), SETTINGS, most_bytes=40_000))
+    found = dict(draw([PictureRequest(ref, 100) for ref in places], Source(), SETTINGS, most_bytes=40_000))
     assert all(isinstance(found[number], Thumbnail) for number in range(14))
     assert (found[12], found[13]) == (found[0], found[1])
     reasons = [str(found[number]) for number in range(14, 19)]
@@ -278,7 +278,9 @@ def test_photos_on_s3(tiny: Path, s3: S3Server) -> None:
     s3.client().put_object(Bucket="drawn", Key="shard.tar", Body=b"\0" * 512 + content + b"\0" * 512)
     source = Source(s3.options())
     refs = [f"s3://drawn/{name}.jpg", ByteRange("s3://drawn/shard.tar", 512, len(content)), "s3://drawn/none.jpg"]
-    (_, one), (_, part), (_, missing) = draw([Wanted(ref, 100) for ref in refs], source, SETTINGS, most_bytes=40_000)
+    (_, one), (_, part), (_, missing) = draw(
+        [PictureRequest(ref, 100) for ref in refs], source, SETTINGS, most_bytes=40_000
+    )
     with pillow_settings(10**8):
         assert one == part == thumbnail(content, 100, **LIMITS)
     assert str(missing).startswith("missing: ")
@@ -286,7 +288,7 @@ def test_photos_on_s3(tiny: Path, s3: S3Server) -> None:
 
 def test_a_task_tells_no_secret_and_no_path() -> None:
     source = Source({"secret": "PLANTED", "key": "PLANTED"})
-    shown = repr(_Group((Wanted("/planted/path", 1),), source, SETTINGS, 1))
+    shown = repr(_Group((PictureRequest("/planted/path", 1),), source, SETTINGS, 1))
     assert "PLANTED" not in shown
     assert "planted" not in shown
 
@@ -299,14 +301,14 @@ def dask(tmp_path: Path) -> Iterator[DaskProcesses]:
             processes.kill(process)
 
 
-def on(client: Client, wanted: list[Wanted], **options: object) -> list[Thumbnail | str]:
+def on(client: Client, wanted: list[PictureRequest], **options: object) -> list[Thumbnail | str]:
     found = dict(draw_on(client, wanted, Source(), SETTINGS, most_bytes=40_000, **options))  # type: ignore[arg-type]
     assert sorted(found) == list(range(len(wanted)))
     return [found[number] for number in range(len(wanted))]
 
 
 def test_a_cluster_draws_the_same(places: list[str | ByteRange]) -> None:
-    wanted = [Wanted(ref, side) for ref in places for side in (60, 120)]
+    wanted = [PictureRequest(ref, side) for ref in places for side in (60, 120)]
     expected = [picture for _, picture in draw(wanted, Source(), SETTINGS, most_bytes=40_000)]
     with (
         LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None) as cluster,
@@ -326,24 +328,24 @@ def test_photos_that_no_one_has_decoded_yet_cost_no_worker(
 ) -> None:
     for how in ("signal", "hang"):
         (tmp_path / f"{how}.jpg").write_bytes(f"KILLER {how}".encode())
-    good = [Wanted(ref, 60, is_known=True) for ref in places[:12]]
+    good = [PictureRequest(ref, 60, is_known=True) for ref in places[:12]]
     expected = [picture for _, picture in draw(good, Source(), SETTINGS, most_bytes=40_000)]
     address = dask.scheduler(env={"DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "0"})
     dask.registered(*(dask.worker(address, env=killer_env(tmp_path), nanny=False) for _ in range(2)))
     with Client(address) as client:
         workers = set(client.scheduler_info()["workers"])
-        found = on(client, [Wanted(str(tmp_path / "signal.jpg"), 60), *good])
+        found = on(client, [PictureRequest(str(tmp_path / "signal.jpg"), 60), *good])
         assert found == ["killed its worker: the process that looked at it was ended by SIGKILL", *expected]
         assert set(client.scheduler_info()["workers"]) == workers
         # One that was decoded before, and kills all the same, costs its own task at least; the others end too.
-        found = on(client, [Wanted(str(tmp_path / "signal.jpg"), 60, is_known=True), *good], patience=30.0)
+        found = on(client, [PictureRequest(str(tmp_path / "signal.jpg"), 60, is_known=True), *good], patience=30.0)
         assert str(found[0]).startswith("not drawn: ")
         assert all(
             one == its or str(one).startswith("not drawn: ") for one, its in zip(found[1:], expected, strict=True)
         )
         # And one that hangs.
         started = time.monotonic()
-        found = on(client, [*good, Wanted(str(tmp_path / "hang.jpg"), 60, is_known=True)], patience=3.0)
+        found = on(client, [*good, PictureRequest(str(tmp_path / "hang.jpg"), 60, is_known=True)], patience=3.0)
         assert time.monotonic() - started < 20
         assert set(found[:-1]) <= {*expected, found[-1]}
         assert found[-1] == "not drawn: the workers gave no more pictures in 3 s"
@@ -354,7 +356,7 @@ def test_a_photo_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("PYTHONPATH", KILLER)
     (tmp_path / "hang.jpg").write_bytes(b"KILLER hang")
     (tmp_path / "good.png").write_bytes(saved(corners(), "PNG"))
-    wanted = [Wanted(str(tmp_path / name), 60) for name in ("hang.jpg", "good.png", "hang.jpg")]
+    wanted = [PictureRequest(str(tmp_path / name), 60) for name in ("hang.jpg", "good.png", "hang.jpg")]
     found = [one for _, one in draw(wanted, Source(), SETTINGS, most_bytes=40_000)]
     assert found[0] == found[2] == "stalled: no end after 1 s"
     assert isinstance(found[1], Thumbnail)

@@ -7,7 +7,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from reducer.storage.codecs import PROBLEMS, Aside, as_lists, as_units, from_lists, packed, units_of, vectors_table
+from reducer.storage.codecs import (
+    PROBLEMS,
+    VectorSpool,
+    as_lists,
+    as_units,
+    from_lists,
+    packed,
+    units_of,
+    vectors_table,
+)
 
 
 @pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
@@ -72,7 +81,7 @@ def test_lists_and_bytes_are_the_same_vectors(tmp_path: object) -> None:
 
 
 def test_vectors_kept_aside_come_back_by_their_places() -> None:
-    aside = Aside()
+    aside = VectorSpool()
     units = as_units(np.random.default_rng(3).normal(size=(6, 4)))[0]
     first = aside.put(pa.chunked_array([packed(units[:2]), pa.nulls(1, pa.binary())]))
     second = aside.put(packed(units[2:]))

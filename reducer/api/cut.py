@@ -20,8 +20,8 @@ from reducer.errors import InputError
 from reducer.run.folder import HASHES, IMAGES, OWN_FILES, SUMMARY, RunFolder, as_reduced, reduced_file
 from reducer.selection.rules import DECIDING, NeedsRanksError, select
 from reducer.storage.atomic import write_file
-from reducer.storage.location import Place, absolute, is_url
-from reducer.storage.schemas import REDUCED_COLUMNS, in_unit
+from reducer.storage.location import Location, absolute, is_url
+from reducer.storage.schemas import REDUCED_COLUMNS, with_distance_unit
 from reducer.storage.tables import counts
 
 #: Endings of a reduced list, and what they mean.
@@ -109,10 +109,10 @@ def cut(
     >>> cut("run", "ten.csv", keep=10).photos  # doctest: +SKIP
     """
     rules = CutRules(min_distance, keep, total, max_bytes, min_per_label)
-    folder = RunFolder(Place(str(run), storage_options or {}))
+    folder = RunFolder(Location(str(run), storage_options or {}))
     summary = folder.finished()
     folder.unit = unit_of(summary["job"])
-    target = None if output is None else _target(folder, summary, Place(str(output), storage_options or {}))
+    target = None if output is None else _target(folder, summary, Location(str(output), storage_options or {}))
 
     ledger = folder.whole_ledger(summary, ["row", "id", *REDUCED_COLUMNS, *DECIDING])
     try:
@@ -138,12 +138,12 @@ def cut(
         _columns=(job["id_column"], job["label_column"]),
     )
     if target is not None:
-        table = in_unit(result._table, folder.unit)
+        table = with_distance_unit(result._table, folder.unit)
         write_file(target, reduced_file(table, KINDS[Path(target.path).suffix]))
     return result
 
 
-def _target(folder: RunFolder, summary: dict[str, Any], output: Place) -> Place:
+def _target(folder: RunFolder, summary: dict[str, Any], output: Location) -> Location:
     """Where a list may be written."""
     if Path(output.path).suffix not in KINDS:
         raise InputError(f"--output {output.path}: the name must end in .csv or .parquet, which says what is written")

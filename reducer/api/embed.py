@@ -17,21 +17,21 @@ import pyarrow.parquet as pq
 from reducer.config.cluster import ClusterSpec
 from reducer.config.job import Job, path_rule
 from reducer.errors import InputError, TooManyFailuresError
-from reducer.run.counters import Session
+from reducer.run.counters import Counters
 from reducer.run.dask.connect import refuse_import_of_main
 from reducer.run.dask.workers import Workers
-from reducer.run.execute import Run, noting_a_stop
+from reducer.run.execute import Run, recording_stop
 from reducer.run.fingerprint import Fingerprint
 from reducer.run.folder import RunFolder
-from reducer.run.join import beside_plan
+from reducer.run.join import join_plan
 from reducer.run.plan.partitions import piece_size
 from reducer.run.plan.plan import Plan, make_plan
-from reducer.run.prepare import check_vectors, connected, terms_of, worker_threads_of
-from reducer.run.remaining import Todo
+from reducer.run.prepare import check_vectors, open_client, plan_terms, thread_count
+from reducer.run.remaining import Remaining
 from reducer.run.summary import failure_kinds, opening
 from reducer.storage.atomic import whole_file, whole_object
 from reducer.storage.codecs import as_lists, vector_field
-from reducer.storage.location import Place
+from reducer.storage.location import Location
 from reducer.storage.lock import locked
 from reducer.storage.paths import with_paths
 from reducer.storage.schemas import VECTORS_SCHEMA
@@ -102,11 +102,11 @@ def embed(job: Job, cluster: ClusterSpec | None = None, *, progress: bool = True
     refuse_import_of_main()
     if job.embed is None:
         raise InputError("embed needs a model: give --embed MODEL.onnx")
-    spec, target = cluster or ClusterSpec(), job.output_place
+    spec, target = cluster or ClusterSpec(), job.output_location
     _check_target(target, job.overwrite)
     job = replace(job, output=f"{job.output}{PARTS}", overwrite=True, candidates=None, rank_all=True, report=False)
-    session = Session(job.hash_size**2, "cosine", progress)
-    folder = RunFolder(job.output_place)
+    session = Counters(job.hash_size**2, "cosine", progress)
+    folder = RunFolder(job.output_location)
     with session.timing("plan"):
         check_vectors(job)
         saved = folder.read_plan() if folder.is_run() else None
@@ -119,11 +119,11 @@ def embed(job: Job, cluster: ClusterSpec | None = None, *, progress: bool = True
             plan = Plan(job, saved[0], saved[1]["manifest"], folder.read_shards(), saved[1]["is_listed"])
             _check_photos(plan, folder)
     with ExitStack() as open_cluster:
-        client = connected(spec, session, open_cluster, job)
-        threads = worker_threads_of(client, spec)
+        client = open_client(spec, session, open_cluster, job)
+        threads = thread_count(client, spec)
         if saved is None:
             plan = _in_pieces(plan, threads)
-        todo = Todo(plan, folder, threads, is_begun=saved is not None)
+        todo = Remaining(plan, folder, threads, is_begun=saved is not None)
         errand, workers = todo.pieces(), Workers(client, spec, progress)
         work = None if errand is None else workers.take(errand)
         if saved is not None and work is not None:
@@ -139,15 +139,15 @@ def embed(job: Job, cluster: ClusterSpec | None = None, *, progress: bool = True
             else:
                 fingerprint = Fingerprint.of(job, None, work.environment)
                 summary = opening(plan, spec, fingerprint, session.started)
-                terms = terms_of(summary, plan, fingerprint)
+                terms = plan_terms(summary, plan, fingerprint)
                 folder.start(summary)
                 if plan.shards is not None:
                     folder.write_shards(plan.shards)
                 folder.write_plan(plan.rows, terms)
             if work is not None:
-                with noting_a_stop(folder, summary, session, AGAIN), session.timing("hash"):
+                with recording_stop(folder, summary, session, AGAIN), session.timing("hash"):
                     run = Run(replace(todo, is_begun=True), session, summary, workers, terms)
-                    run.hash_all(work)
+                    run.run_hash_stage(work)
             todo = replace(todo, is_begun=True)
             if not plan.is_listed:
                 plan = todo.listed()
@@ -172,7 +172,7 @@ def _named(folder: RunFolder) -> Iterator[None]:
         raise InputError(f"{found}. To begin again, remove {folder.path}") from None
 
 
-def _check_target(target: Place, overwrite: bool) -> None:
+def _check_target(target: Location, overwrite: bool) -> None:
     if not target.path.endswith(".parquet"):
         raise InputError(f"--output {target.path}: the name must end in .parquet, which is what is written")
     if not target.remote and Path(target.path).is_dir():
@@ -206,11 +206,11 @@ def _in_pieces(plan: Plan, threads: int) -> Plan:
     return replace(plan, rows=rows)
 
 
-def _write(todo: Todo, target: Place, session: Session) -> EmbedResult:
+def _write(todo: Remaining, target: Location, session: Counters) -> EmbedResult:
     """The file of vectors, in the order of the manifest, a row group at a time."""
     plan, job = todo.plan, todo.plan.job
     plan = replace(plan, rows=with_paths(path_rule(job), plan.rows))
-    found = beside_plan(plan, todo.found(), todo.keys)
+    found = join_plan(plan, todo.found(), todo.keys)
     error = pc.if_else(pc.is_null(found["key"]), pa.scalar(todo.missing, pa.string()), found["error"])
     order = pa.array(np.argsort(plan.rows["row"].to_numpy(), kind="stable"))
     rows = pa.table(
@@ -238,7 +238,7 @@ def _write(todo: Todo, target: Place, session: Session) -> EmbedResult:
 
 
 @contextmanager
-def _whole(target: Place) -> Iterator[IO[bytes]]:
+def _whole(target: Location) -> Iterator[IO[bytes]]:
     with whole_object(target) if target.remote else whole_file(Path(target.path)) as file:
         yield file
 

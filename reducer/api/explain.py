@@ -13,7 +13,7 @@ from reducer.config.cut_rules import CutRules
 from reducer.config.settings import near_copy_bits, unit_of
 from reducer.errors import InputError
 from reducer.run.folder import RunFolder
-from reducer.storage.location import Place
+from reducer.storage.location import Location
 from reducer.storage.schemas import (
     AVOIDED,
     BEYOND_KEEP,
@@ -83,7 +83,7 @@ def explain(run: Path | str, photo: str, *, storage_options: Mapping[str, Any] |
     InputError
         If it is no run folder, or the photo is not in its ledger.
     """
-    folder = RunFolder(Place(str(run), storage_options or {}))
+    folder = RunFolder(Location(str(run), storage_options or {}))
     summary = folder.summary()
     own = folder.ledger(where=pc.field("id") == photo)
     if not own.num_rows:

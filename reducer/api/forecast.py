@@ -16,15 +16,15 @@ from reducer.config.cluster import ClusterSpec
 from reducer.config.job import Job, path_rule
 from reducer.config.settings import SAMPLE_PHOTOS, PhotoSettings
 from reducer.draw import TIME_SAMPLE, draw_order
-from reducer.photos.process import Look, embedded, look_at_all
+from reducer.photos.process import PhotoResult, embedded, process_photos
 from reducer.run.dask.connect import planned_threads
 from reducer.run.folder import RunFolder
-from reducer.run.known import Reuse, beside, read_avoided
+from reducer.run.known import Reuse, join_known, read_avoided
 from reducer.run.plan.plan import Plan, make_plan
 from reducer.run.prepare import check_vectors
-from reducer.run.remaining import Todo
-from reducer.run.tasks.hash_stage import PlainLooker, run_shards
-from reducer.run.tasks.tasks import ShardErrand
+from reducer.run.remaining import Remaining
+from reducer.run.tasks.hash_stage import InProcessProcessor, run_shards
+from reducer.run.tasks.tasks import ShardTasks
 from reducer.storage.location import ByteRange
 from reducer.storage.paths import with_paths
 
@@ -101,7 +101,7 @@ def forecast(job: Job, cluster: ClusterSpec | None = None, *, sample: int = SAMP
     InputError
         As for `reducer.reduce_images`.
     """
-    RunFolder(job.output_place).check_free(overwrite=job.overwrite, break_lock=job.break_lock)
+    RunFolder(job.output_location).check_free(overwrite=job.overwrite, break_lock=job.break_lock)
     check_vectors(job)
     if not job.hashes_photos:
         sample = 0
@@ -113,13 +113,13 @@ def forecast(job: Job, cluster: ClusterSpec | None = None, *, sample: int = SAMP
         return _of_shards(plan, reuse, threads, sample)
     photos_known = 0
     if reuse is not None:
-        photos_known = int(pc.sum(pc.is_valid(beside(plan.read, reuse.known, job)["known_hash"])).as_py() or 0)
+        photos_known = int(pc.sum(pc.is_valid(join_known(plan.read, reuse.known, job)["known_hash"])).as_py() or 0)
     rows = plan.read.num_rows
     ids = plan.read["id"].to_pylist() if sample else []
     drawn = plan.read.take(pa.array(draw_order(TIME_SAMPLE, job.seed, "", ids)[:sample], pa.int64()))
     paths = with_paths(path_rule(job), drawn)["path"].to_pylist()
     clock = time.perf_counter()
-    looks = list(embedded(look_at_all(paths, job.photo_settings, job.source), job.photo_settings))
+    looks = list(embedded(process_photos(paths, job.photo_settings, job.source), job.photo_settings))
     seconds = time.perf_counter() - clock
     failures = [f"{path}: {look.error}" for path, look in zip(paths, looks, strict=True) if look.error]
     sizes = [look.bytes for look in looks if look.bytes is not None]
@@ -165,18 +165,18 @@ class _Enough(Exception):
     """The sample is taken."""
 
 
-class _Sampler(PlainLooker):
+class _Sampler(InProcessProcessor):
     """Looks at the first photos that are wanted."""
 
     def __init__(self, photos: int) -> None:
         self.photos, self.members = photos, 0
         self.refs: list[ByteRange] = []
-        self.looks: list[Look] = []
+        self.looks: list[PhotoResult] = []
 
-    def at_content(self, ref: ByteRange, content: Callable[[], bytes], settings: PhotoSettings) -> Look | None:
+    def at_content(self, ref: ByteRange, content: Callable[[], bytes], settings: PhotoSettings) -> PhotoResult | None:
         look = super().at_content(ref, content, settings)
         self.refs.append(ref)
-        self.looks.append(look or Look())
+        self.looks.append(look or PhotoResult())
         return look
 
     def alive(self) -> None:
@@ -187,13 +187,13 @@ class _Sampler(PlainLooker):
 
 def _of_shards(plan: Plan, reuse: Reuse | None, threads: int | None, sample: int) -> Forecast:
     """A forecast from the beginning of the first shard that has to be read."""
-    todo = Todo(plan, RunFolder(plan.job.output_place), threads or 1, reuse=reuse, is_begun=False)
+    todo = Remaining(plan, RunFolder(plan.job.output_location), threads or 1, reuse=reuse, is_begun=False)
     errand = todo.pieces()
     known = [rows["hash"] for rows, _ in todo.reused.values()]
-    size = errand.bytes if isinstance(errand, ShardErrand) else 0
+    size = errand.bytes if isinstance(errand, ShardTasks) else 0
     sampler = _Sampler(sample)
     seconds = None
-    if isinstance(errand, ShardErrand) and sample:
+    if isinstance(errand, ShardTasks) and sample:
         task = errand.task(errand.numbers[0])
         clock = time.perf_counter()
         with suppress(_Enough):

@@ -15,21 +15,21 @@ from reducer.api.result import Result
 from reducer.config.cluster import ClusterSpec
 from reducer.config.job import Job
 from reducer.errors import InputError, LostLockError, TooManyFailuresError
-from reducer.run.counters import Session
+from reducer.run.counters import Counters
 from reducer.run.dask.connect import refuse_import_of_main
 from reducer.run.dask.workers import Workers
-from reducer.run.execute import Run, noting_a_stop
+from reducer.run.execute import Run, recording_stop
 from reducer.run.fingerprint import Fingerprint
 from reducer.run.folder import REPORT, RunFolder
 from reducer.run.known import Reuse, read_avoided
 from reducer.run.plan.listing import check_images
 from reducer.run.plan.plan import Plan, make_plan
 from reducer.run.plan.shards import find_shards
-from reducer.run.prepare import check_vectors, connected, terms_of, worker_threads_of
-from reducer.run.remaining import Todo
+from reducer.run.prepare import check_vectors, open_client, plan_terms, thread_count
+from reducer.run.remaining import Remaining
 from reducer.run.summary import check_storage_options, cluster_figures, job_figures, job_of, opening, plan_figures
 from reducer.run.tasks.messages import PieceReport
-from reducer.storage.location import Place
+from reducer.storage.location import Location
 from reducer.storage.lock import locked
 from reducer.storage.schemas import FAILED, PLAN_SCHEMA
 from reducer.storage.tables import EXAMPLES
@@ -75,8 +75,8 @@ def reduce_images(job: Job, cluster: ClusterSpec | None = None, *, progress: boo
     """
     refuse_import_of_main()
     spec = cluster or ClusterSpec()
-    session = Session(job.hash_size**2, job.settings_without_model.unit, progress)
-    folder = RunFolder(job.output_place)
+    session = Counters(job.hash_size**2, job.settings_without_model.unit, progress)
+    folder = RunFolder(job.output_location)
     folder.unit = session.unit
     folder.check_free(overwrite=job.overwrite, break_lock=job.break_lock)
     with session.timing("plan"):
@@ -86,27 +86,27 @@ def reduce_images(job: Job, cluster: ClusterSpec | None = None, *, progress: boo
         reuse = None if job.reuse is None else Reuse(job)
     with ExitStack() as open_cluster:
         needed = bool(plan.is_read.any()) or plan.shards is not None
-        client = connected(spec, session, open_cluster, job if needed else None)
-        threads = worker_threads_of(client, spec)
+        client = open_client(spec, session, open_cluster, job if needed else None)
+        threads = thread_count(client, spec)
         plan = plan.numbered(threads)
-        todo = Todo(plan, folder, threads, avoid, reuse, is_begun=False, vectors=vectors)
+        todo = Remaining(plan, folder, threads, avoid, reuse, is_begun=False, vectors=vectors)
         workers = Workers(client, spec, progress)
         work = workers.take(todo.first())
         if reuse is not None:
             reuse.check_environment(work.environment)
         fingerprint = Fingerprint.of(job, avoid, work.environment)
         summary = opening(plan, spec, fingerprint, session.started)
-        terms = terms_of(summary, plan, fingerprint)
+        terms = plan_terms(summary, plan, fingerprint)
         folder.make()
         with locked(folder.place, break_lock=job.break_lock) as folder.check_ours:
             folder.check_free(overwrite=job.overwrite, break_lock=True)  # another run may have come and gone meanwhile
             folder.start(summary)
-            with noting_a_stop(folder, summary, session):
+            with recording_stop(folder, summary, session):
                 if plan.shards is not None:
                     folder.write_shards(plan.shards)
                 folder.write_plan(plan.rows, terms, avoid)
                 run = Run(replace(todo, is_begun=True), session, summary, workers, terms)
-                left_out = run.carry_out(work, open_cluster)
+                left_out = run.execute(work, open_cluster)
             _draw_report(folder, job, session, client, left_out)
     return _result(folder, job, session)
 
@@ -165,7 +165,7 @@ def resume(
     """
     refuse_import_of_main()
     spec = cluster or ClusterSpec()
-    folder = RunFolder(Place(str(run), output_storage_options or {}))
+    folder = RunFolder(Location(str(run), output_storage_options or {}))
     changes: dict[str, Any] = {
         "output": str(run),
         "break_lock": break_lock,
@@ -191,7 +191,7 @@ def resume(
         job = replace(job_of(summary, changes), rank_all=terms["rank_all"])
         fingerprint = Fingerprint.from_dict(terms["fingerprint"])
         fingerprint.check_settings(job, avoid)
-        session = Session(job.hash_size**2, job.settings_without_model.unit, progress)
+        session = Counters(job.hash_size**2, job.settings_without_model.unit, progress)
         folder.unit = session.unit
         with session.timing("plan"):
             plan = Plan(job, rows, terms["manifest"], folder.read_shards(), terms["is_listed"])
@@ -223,13 +223,13 @@ def resume(
                 check_images(job)
             reuse = None if job.reuse is None else _reuse_again(job)
         vectors = check_vectors(job) if needed else None
-        client = connected(spec, session, open_cluster, job if needed else None)
-        threads = worker_threads_of(client, spec)
+        client = open_client(spec, session, open_cluster, job if needed else None)
+        threads = thread_count(client, spec)
         if grows:
             plan = plan.with_all_ranked(threads)
             job = plan.job
         session.pieced = plan.pieced if plan.is_listed else None
-        todo = Todo(plan, folder, threads, avoid, reuse, failed, again, vectors=vectors)
+        todo = Remaining(plan, folder, threads, avoid, reuse, failed, again, vectors=vectors)
         workers = Workers(client, spec, progress)
         work = workers.take(todo.first())
         if needed:
@@ -243,8 +243,8 @@ def resume(
             "resumed": summary["resumed"] + 1,
             **plan_figures(plan),
         }
-        terms = terms_of(summary, plan, fingerprint)
-        with noting_a_stop(folder, summary, session):
+        terms = plan_terms(summary, plan, fingerprint)
+        with recording_stop(folder, summary, session):
             # Before anything that a finished run has is taken out or put in.
             folder.write_summary(summary | session.figures())
             if again and plan.shards is not None:
@@ -257,7 +257,7 @@ def resume(
             folder.remove_leftovers()
             folder.remove_unread()
             folder.remove_report()
-            left_out = Run(todo, session, summary, workers, terms).carry_out(work, open_cluster)
+            left_out = Run(todo, session, summary, workers, terms).execute(work, open_cluster)
         _draw_report(folder, job, session, client, left_out)
     return _result(folder, job, session)
 
@@ -342,7 +342,7 @@ def _reuse_again(job: Job) -> Reuse | None:
 
 
 def _draw_report(
-    folder: RunFolder, job: Job, session: Session, client: Client | None = None, left_out: Collection[str] = ()
+    folder: RunFolder, job: Job, session: Counters, client: Client | None = None, left_out: Collection[str] = ()
 ) -> None:
     """The run is done: whatever goes wrong with its report does not undo it."""
     if not job.report:
@@ -359,7 +359,7 @@ def _draw_report(
         log.warning("the report was not drawn: %s. To try again: reducer report %s", error, folder.path)
 
 
-def _result(folder: RunFolder, job: Job, session: Session) -> Result:
+def _result(folder: RunFolder, job: Job, session: Counters) -> Result:
     total, summary = session.total, folder.read_summary()
     failed = summary["reasons"].get(FAILED, 0)
     tried = total.tried
@@ -375,4 +375,4 @@ def _result(folder: RunFolder, job: Job, session: Session) -> Result:
             f"Everything is written to {job.output}; the column error of images/ says why. The first: "
             f"{first['path']}: {first['error']}"
         )
-    return Result(job.output if job.output_place.remote else Path(job.output), summary, folder, job)
+    return Result(job.output if job.output_location.remote else Path(job.output), summary, folder, job)

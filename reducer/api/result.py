@@ -16,7 +16,7 @@ from PIL import Image
 
 from reducer.config.job import Job
 from reducer.errors import InputError, nearest
-from reducer.formatting import apart, clip
+from reducer.formatting import clip, format_distance
 from reducer.run.folder import REPORT, RunFolder
 
 if TYPE_CHECKING:
@@ -159,12 +159,12 @@ class Result:
 
     def _pictures(self, photos: Sequence[Photo], side: int) -> list[np.ndarray[Any, Any] | str]:
         """Pixels of photos, or why there are none; read in this process."""
-        from reducer.outputs.report.thumbnails import Wanted, draw
+        from reducer.outputs.report.thumbnails import PictureRequest, draw
         from reducer.photos.resize import Thumbnail
         from reducer.run.summary import check_storage_options
 
         check_storage_options(self.summary, self._job)
-        wanted = [Wanted(photo.ref, side, is_known=photo.is_known) for photo in photos]
+        wanted = [PictureRequest(photo.ref, side, is_known=photo.is_known) for photo in photos]
         drawn = draw(wanted, self._job.source, self._job.settings_without_model, most_bytes=PICTURE_BYTES)
         return [
             # Grey pixels would be drawn in matplotlib's own colours.
@@ -184,5 +184,5 @@ def _place(row: dict[str, Any], unit: str) -> str:
     name = clip(row["id"], 24)
     if row["rank"] is None:
         return f"{name}\nnot ranked"
-    distance = "the first" if row["insertion_distance"] is None else apart(row["insertion_distance"], unit)
+    distance = "the first" if row["insertion_distance"] is None else format_distance(row["insertion_distance"], unit)
     return f"{name}\nrank {row['rank']}, {distance}"

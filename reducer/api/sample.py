@@ -49,7 +49,7 @@ FEWEST_BYTES, MOST_BYTES = 60_000, 150_000
 
 
 @dataclass(frozen=True)
-class Photo:
+class SamplePhoto:
     """One photo to draw."""
 
     id: str
@@ -83,7 +83,7 @@ def label_sizes(labels: int, images: int) -> NDArray[np.int64]:
     return np.sort(2 + extra)
 
 
-def plan_sample(labels: int, images: int, seed: int) -> list[Photo]:
+def plan_sample(labels: int, images: int, seed: int) -> list[SamplePhoto]:
     """Which photos there are: their ids, views and changes, in the order of ``train.csv``."""
     photos = []
     for label, size in enumerate(label_sizes(labels, images).tolist()):
@@ -97,7 +97,7 @@ def plan_sample(labels: int, images: int, seed: int) -> list[Photo]:
                 view = int(random.integers(views))
                 change = str(random.choice(list(CHANGES), p=list(CHANGES.values())))
             name = hashlib.blake2b(f"{seed}/{landmark}/{number}".encode(), digest_size=8).hexdigest()
-            photos.append(Photo(name, landmark, f"{landmark}-{view}", change))
+            photos.append(SamplePhoto(name, landmark, f"{landmark}-{view}", change))
     order = _random(seed, "order").permutation(len(photos))
     return [photos[i] for i in order]
 
@@ -139,7 +139,7 @@ def write_sample(directory: str, *, labels: int = 60, images: int = 2000, seed: 
     if not empty:
         raise InputError(f"DIR {directory} is there already and not empty: give another folder")
     photos = plan_sample(labels, images, seed)
-    by_view: dict[str, list[Photo]] = {}
+    by_view: dict[str, list[SamplePhoto]] = {}
     for photo in photos:
         by_view.setdefault(photo.view, []).append(photo)
         (target / "train" / "/".join(photo.id[:3])).mkdir(parents=True, exist_ok=True)

@@ -11,12 +11,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from reducer.errors import InputError
-from reducer.run.counters import so_far
+from reducer.run.counters import counters_so_far
 from reducer.run.folder import RunFolder
 from reducer.run.plan.plan import pieced_partitions
 from reducer.run.summary import failure_kinds
-from reducer.storage.codecs import Aside
-from reducer.storage.location import Place
+from reducer.storage.codecs import VectorSpool
+from reducer.storage.location import Location
 from reducer.storage.lock import holder
 
 
@@ -74,7 +74,7 @@ def status(run: Path | str, *, storage_options: Mapping[str, Any] | None = None)
     InputError
         If it is no run folder.
     """
-    folder = RunFolder(Place(str(run), storage_options or {}))
+    folder = RunFolder(Location(str(run), storage_options or {}))
     summary = folder.summary()
     saved, shards = folder.read_plan(), folder.read_shards() or ()
     names, footers, reports = folder.done_partitions(), folder.footers(), folder.piece_reports()
@@ -86,9 +86,9 @@ def status(run: Path | str, *, storage_options: Mapping[str, Any] | None = None)
         pieced = pieced_partitions(saved[0], bool(shards))
         partitions = pc.count_distinct(saved[0]["partition"]).as_py()
     unranked = reports and not (pieced is not None and pieced <= done.keys())
-    tally = so_far(done, {number: report.tally for number, report in reports.items()}, pieced)
+    tally = counters_so_far(done, {number: report.tally for number, report in reports.items()}, pieced)
     if unranked:
-        errors = pa.chunked_array([*errors.chunks, *folder.hashes(Aside())["error"].chunks], pa.string())
+        errors = pa.chunked_array([*errors.chunks, *folder.hashes(VectorSpool())["error"].chunks], pa.string())
     hashed, to_read = tally.tried, summary["photos_to_read"]
     state, at_work = _state(folder, summary)
     rate = summary.get("photos_per_second")

@@ -11,19 +11,19 @@ from click.core import ParameterSource
 from reducer._version import __version__
 from reducer.cli.options import (
     candidates_number,
+    cluster_options,
+    cut_options,
+    embed_options,
     exit_codes,
-    how_much_is_told,
-    how_photos_are_embedded,
     log_to_stderr,
+    logging_options,
+    manifest_storage_options,
     on_which_cluster,
     parsed_storage,
+    photo_storage_options,
+    run_storage_options,
     source_of,
     spec_of,
-    what_opens_photos,
-    what_opens_the_manifest,
-    what_opens_the_run,
-    where_it_runs,
-    which_are_kept,
 )
 from reducer.cli.output import (
     print_cut,
@@ -48,7 +48,7 @@ from reducer.config.settings import (
     STRATEGY_NAMES,
 )
 from reducer.errors import TooManyFailuresError
-from reducer.formatting import as_size
+from reducer.formatting import format_bytes
 
 #: Options of a job that exclude each other: one of the command line wins over one of the cluster file.
 EXCLUSIVE = (("path_column", "path_template"), ("total", "max_bytes"))
@@ -78,7 +78,7 @@ def main() -> None:
     help="CSV or Parquet file with one row a photo, or GLDv2's train_clean.csv. Without one, every photo below IMAGES "
     "is taken: its folder is its label, its relative path its id. In tar shards, every sample of WebDataset's.",
 )
-@where_it_runs
+@cluster_options
 @click.option("--id-column", default="id", show_default=True, help="The manifest's column of photo ids.")
 @click.option("--label-column", default="landmark_id", show_default=True, help="The manifest's column of labels.")
 @click.option("--path-column", metavar="COL", help="The manifest's column of paths, relative to IMAGES or absolute.")
@@ -94,7 +94,7 @@ def main() -> None:
     metavar="K",
     help=f"Photos kept a label.  [default: {DEFAULT_KEEP}, or no limit with --total or --max-bytes]",
 )
-@which_are_kept
+@cut_options
 @click.option(
     "--candidates",
     callback=candidates_number,
@@ -120,7 +120,7 @@ def main() -> None:
     metavar="MODEL",
     help="Rank by the vectors that this ONNX model makes of the photos (pip install 'reducer[embed]').",
 )
-@how_photos_are_embedded
+@embed_options
 @click.option(
     "--near-copy",
     type=int,
@@ -212,9 +212,9 @@ def main() -> None:
 @click.option(
     "--report/--no-report", default=True, help="Draw report.html at the end, or leave that to `reducer report RUN`."
 )
-@what_opens_photos
-@what_opens_the_manifest
-@what_opens_the_run
+@photo_storage_options
+@manifest_storage_options
+@run_storage_options
 @click.option(
     "--reader",
     type=click.Choice(READER_NAMES),
@@ -232,7 +232,7 @@ def main() -> None:
 @click.option("--break-lock", is_flag=True, help="Take RUN from a run that seems to be at work on it.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and about how long it takes; write nothing.")
 @click.option("--no-sample", is_flag=True, help="With --dry-run: read no photo, so no time is estimated.")
-@how_much_is_told
+@logging_options
 @exit_codes
 def run(
     labels: str | None,
@@ -280,18 +280,18 @@ def run(
     try:
         reduce_images(job, spec, progress=not quiet)
     except TooManyFailuresError:
-        print_result(job.output_place, quiet)
+        print_result(job.output_location, quiet)
         raise
-    print_result(job.output_place, quiet)
+    print_result(job.output_location, quiet)
 
 
 @main.command(epilog="Example: reducer embed photos/train --embed model.onnx --output vectors.parquet")
 @click.argument("images")
 @click.option("--output", required=True, metavar="FILE", help="Parquet file to write, a local path or a URL.")
 @click.option("--embed", required=True, metavar="MODEL", help="The ONNX model (pip install 'reducer[embed]').")
-@how_photos_are_embedded
+@embed_options
 @click.option("--manifest", metavar="FILE", help="As for `reducer run`; without one, every photo below IMAGES.")
-@where_it_runs
+@cluster_options
 @click.option("--id-column", default="id", show_default=True, help="The manifest's column of photo ids.")
 @click.option("--label-column", default="landmark_id", show_default=True, help="The manifest's column of labels.")
 @click.option("--path-column", metavar="COL", help="As for `reducer run`.")
@@ -312,16 +312,16 @@ def run(
 @click.option(
     "--max-failures", default=0.1, show_default=True, help="Exit 3 when more than this share of the photos have failed."
 )
-@what_opens_photos
-@what_opens_the_manifest
-@what_opens_the_run
+@photo_storage_options
+@manifest_storage_options
+@run_storage_options
 @click.option(
     "--reader", type=click.Choice(READER_NAMES), default="s3fs", show_default=True, help="As for `reducer run`."
 )
 @click.option("--read-ahead", default=32, show_default=True, help="As for `reducer run`.")
 @click.option("--overwrite", is_flag=True, help="Replace FILE.")
 @click.option("--break-lock", is_flag=True, help="Take FILE.parts from a command that seems to be at work on it.")
-@how_much_is_told
+@logging_options
 @exit_codes
 def embed(
     labels: str | None,
@@ -356,16 +356,16 @@ def embed(
 @click.option(
     "--retry-failed", is_flag=True, help="Also read the photos that have failed again, and rank their labels anew."
 )
-@where_it_runs
-@what_opens_photos
-@what_opens_the_manifest
-@what_opens_the_run
+@cluster_options
+@photo_storage_options
+@manifest_storage_options
+@run_storage_options
 @click.option("--reader", type=click.Choice(READER_NAMES), help="As for `reducer run`.  [default: that of the run]")
 @click.option("--read-ahead", type=int, help="As for `reducer run`.  [default: that of the run]")
 @click.option("--max-failures", type=float, help="As for `reducer run`.  [default: that of the run]")
 @click.option("--report/--no-report", default=None, help="As for `reducer run`.  [default: that of the run]")
 @click.option("--break-lock", is_flag=True, help="Take RUN from a run that seems to be at work on it.")
-@how_much_is_told
+@logging_options
 @exit_codes
 def resume(
     run: str,
@@ -389,9 +389,9 @@ def resume(
     # Dask and Arrow are imported from here on.
     from reducer.api.reduce import resume as go_on
     from reducer.run.folder import RunFolder
-    from reducer.storage.location import Place
+    from reducer.storage.location import Location
 
-    place = Place(run, options["output_storage_options"])
+    place = Location(run, options["output_storage_options"])
     before = RunFolder(place).summary()
     try:
         result = go_on(run, spec, **options, progress=not quiet)
@@ -407,8 +407,8 @@ def resume(
 @click.argument("run", metavar="RUN")
 @click.option("--output", required=True, metavar="FILE", help="The list to write: .csv, or .parquet with more columns.")
 @click.option("--keep", type=int, metavar="K", help="Photos kept a label.  [default: no limit]")
-@which_are_kept
-@what_opens_the_run
+@cut_options
+@run_storage_options
 @click.option("--quiet", is_flag=True, help="Print errors only.")
 @exit_codes
 def cut(run: str, output: str, quiet: bool, **options: Any) -> None:
@@ -441,9 +441,9 @@ def cut(run: str, output: str, quiet: bool, **options: Any) -> None:
 @click.option("--workers", type=int, help="Read photos in so many worker processes.  [default: in this process]")
 @click.option("--threads", type=int, help="Threads a worker.  [default: 1]")
 @on_which_cluster
-@what_opens_photos
-@what_opens_the_run
-@how_much_is_told
+@photo_storage_options
+@run_storage_options
+@logging_options
 @exit_codes
 def report(
     run: str,
@@ -511,9 +511,9 @@ def report(
     help="With --layout tar: bytes of a shard at most, by the photos as they are before --resize.",
 )
 @click.option("--overwrite", is_flag=True, help="Take out what another export has left in TARGET.")
-@where_it_runs
-@what_opens_photos
-@what_opens_the_run
+@cluster_options
+@photo_storage_options
+@run_storage_options
 @click.option(
     "--target-storage-option",
     "target_storage_options",
@@ -521,7 +521,7 @@ def report(
     metavar="KEY=VALUE",
     help="How the URL of TARGET is opened, as --storage-option for IMAGES.",
 )
-@how_much_is_told
+@logging_options
 @exit_codes
 def export(
     run: str,
@@ -574,7 +574,7 @@ def export(
 @main.command(epilog="Example: reducer explain run 6e158a47eb2ca3f6")
 @click.argument("run", metavar="RUN")
 @click.argument("photo", metavar="ID")
-@what_opens_the_run
+@run_storage_options
 @exit_codes
 def explain(run: str, photo: str, **options: Any) -> None:
     """Tell one photo's story: its rank, whether it is kept or why not, and which kept photo is nearest to it.
@@ -589,7 +589,7 @@ def explain(run: str, photo: str, **options: Any) -> None:
 
 @main.command(epilog="Example: reducer status run")
 @click.argument("run", metavar="RUN")
-@what_opens_the_run
+@run_storage_options
 @exit_codes
 def status(run: str, **options: Any) -> None:
     """Tell how far a run is: what is done, what is left, which photos failed, how fast it goes.
@@ -616,7 +616,7 @@ def sample(directory: str, labels: int, images: int, seed: int) -> None:
     from reducer.api.sample import write_sample
 
     total = write_sample(directory, labels=labels, images=images, seed=seed)
-    click.echo(f"{images} photos of {labels} landmarks, {as_size(total)}, are in {directory}/train")
+    click.echo(f"{images} photos of {labels} landmarks, {format_bytes(total)}, are in {directory}/train")
     click.echo(f"Next: reducer run {directory}/train --manifest {directory}/train.csv --output run")
 
 

@@ -16,7 +16,7 @@ from click.core import ParameterSource
 from reducer.config.cluster import ClusterFile, ClusterSpec
 from reducer.config.settings import EMBED_BATCH, EMBED_MEAN, EMBED_SIZE, EMBED_STD, STORAGE_OPTIONS
 from reducer.errors import InputError, ReducerError
-from reducer.formatting import labels_text
+from reducer.formatting import format_labels
 
 Command = Callable[..., None]
 
@@ -60,7 +60,7 @@ def _as_flag(option: click.Parameter, value: Any) -> Any:
         pairs = {key: json.dumps(v) if isinstance(v, bool | dict) else str(v) for key, v in value.items()}
         return [f"{key}={v}" for key, v in pairs.items()]
     if isinstance(value, list) and name == "labels":
-        return labels_text(value)
+        return format_labels(value)
     if isinstance(value, list) and name in ("embed_mean", "embed_std"):
         return ",".join(map(str, value))
     expected = "keys with values" if name in STORAGE_OPTIONS else "one value"
@@ -116,10 +116,10 @@ def _stopped(kwargs: dict[str, Any]) -> str:
     if path is None:
         return "Stopped."
     from reducer.run.folder import REPORT, RunFolder
-    from reducer.storage.location import Place
+    from reducer.storage.location import Location
     from reducer.storage.remote import parse_options
 
-    folder = RunFolder(Place(path, parse_options("", kwargs.get("output_storage_options", ()))))
+    folder = RunFolder(Location(path, parse_options("", kwargs.get("output_storage_options", ()))))
     if not folder.is_run():
         return "Stopped before the first photo was hashed; nothing was written."
     found = folder.read_summary()
@@ -135,7 +135,7 @@ def _stopped(kwargs: dict[str, Any]) -> str:
     )
 
 
-def where_it_runs(command: Command) -> Command:
+def cluster_options(command: Command) -> Command:
     """The options of commands that need a cluster."""
     for option in (
         click.option("--threads", type=int, help="Threads a worker.  [default: 1]"),
@@ -164,7 +164,7 @@ def on_which_cluster(command: Command) -> Command:
 
 
 def spec_of(cluster: ClusterSpec | None, address: str | None, workers: int | None, threads: int | None) -> ClusterSpec:
-    """Where to run, from the options of `where_it_runs`."""
+    """Where to run, from the options of `cluster_options`."""
     if source_of("cluster") is ParameterSource.DEFAULT_MAP and (address, workers, threads) != (None, None, None):
         cluster = None  # scripts/run_cluster.py names a file for those who say nothing else
     if address is not None and cluster is not None:
@@ -174,7 +174,7 @@ def spec_of(cluster: ClusterSpec | None, address: str | None, workers: int | Non
     return cluster or ClusterSpec(workers=workers, threads=threads, address=address)
 
 
-def what_opens_photos(command: Command) -> Command:
+def photo_storage_options(command: Command) -> Command:
     """Storage options of IMAGES."""
     option = click.option(
         "--storage-option",
@@ -187,7 +187,7 @@ def what_opens_photos(command: Command) -> Command:
     return option(command)
 
 
-def what_opens_the_manifest(command: Command) -> Command:
+def manifest_storage_options(command: Command) -> Command:
     """Storage options of --manifest."""
     option = click.option(
         "--manifest-storage-option",
@@ -199,7 +199,7 @@ def what_opens_the_manifest(command: Command) -> Command:
     return option(command)
 
 
-def what_opens_the_run(command: Command) -> Command:
+def run_storage_options(command: Command) -> Command:
     """Storage options of the run folder."""
     option = click.option(
         "--output-storage-option",
@@ -222,7 +222,7 @@ def parsed_storage(given: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
-def how_much_is_told(command: Command) -> Command:
+def logging_options(command: Command) -> Command:
     """How much a command says."""
     for option in (
         click.option(
@@ -238,7 +238,7 @@ def how_much_is_told(command: Command) -> Command:
     return command
 
 
-def which_are_kept(command: Command) -> Command:
+def cut_options(command: Command) -> Command:
     """The filters and budgets."""
     for option in (
         click.option(
@@ -264,7 +264,7 @@ def which_are_kept(command: Command) -> Command:
     return command
 
 
-def how_photos_are_embedded(command: Command) -> Command:
+def embed_options(command: Command) -> Command:
     """What a model is given, and which of its outputs is taken."""
     for option in (
         click.option(

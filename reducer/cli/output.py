@@ -10,9 +10,9 @@ import click
 from reducer.config.cut_rules import CutRules
 from reducer.config.job import Job
 from reducer.errors import TooManyFailuresError
-from reducer.formatting import apart, as_duration, as_size, clip
+from reducer.formatting import clip, format_bytes, format_distance, format_duration
 from reducer.outputs.report.wording import certificate_line, quality_rows, quality_title, remarks
-from reducer.storage.location import Place
+from reducer.storage.location import Location
 
 if TYPE_CHECKING:
     from reducer.api.cut import CutResult
@@ -37,7 +37,7 @@ def print_forecast(found: Forecast, job: Job, sample: int) -> None:
     if found.bytes_to_read is None:
         size = "of unknown size"
     else:
-        size = f"{'about ' if found.bytes_estimated else ''}{as_size(found.bytes_to_read)}"
+        size = f"{'about ' if found.bytes_estimated else ''}{format_bytes(found.bytes_to_read)}"
     if found.photos:
         click.echo(f"labels:         {found.labels:,}, of which {found.labels_to_rank:,} are ranked")
         click.echo(f"photos:         {found.photos:,}, of which {found.photos_kept_unread:,} are kept unread")
@@ -69,11 +69,11 @@ def print_forecast(found: Forecast, job: Job, sample: int) -> None:
             where = "on one worker thread; divide by those of the cluster"
         else:
             where = f"on {found.threads} worker thread{'s' if found.threads > 1 else ''}"
-        click.echo(f"time:           about {as_duration(found.thread_seconds / (found.threads or 1))} {where}")
+        click.echo(f"time:           about {format_duration(found.thread_seconds / (found.threads or 1))} {where}")
     click.echo("Nothing was written.")
 
 
-def print_result(place: Place, quiet: bool) -> None:
+def print_result(place: Location, quiet: bool) -> None:
     """What a run has come to, if it is done."""
     from reducer.run.folder import REPORT, RunFolder
 
@@ -91,7 +91,7 @@ def print_result(place: Place, quiet: bool) -> None:
     )
     unknown = summary["photos_left_out_of_unknown_size"]
     click.echo(
-        f"Left out: {as_size(summary['bytes_left_out'])}"
+        f"Left out: {format_bytes(summary['bytes_left_out'])}"
         + (f" and {unknown:,} photos that were not read" if unknown else "")
     )
     job = summary["job"]
@@ -103,14 +103,14 @@ def print_result(place: Place, quiet: bool) -> None:
         now = summary["photos_read_this_time"]
         earlier = f", {now:,} of them now" if now < summary["photos_read"] else ""
         click.echo(
-            f"Read {summary['photos_read']:,} photos, {as_size(summary['bytes_read'])}{earlier}, in "
-            f"{as_duration(timings['hash_seconds'])} ({summary['photos_per_second'] or 0:,} photos/s); starting the "
-            f"cluster took {as_duration(timings['cluster_start_seconds'])}"
+            f"Read {summary['photos_read']:,} photos, {format_bytes(summary['bytes_read'])}{earlier}, in "
+            f"{format_duration(timings['hash_seconds'])} ({summary['photos_per_second'] or 0:,} photos/s); starting "
+            f"the cluster took {format_duration(timings['cluster_start_seconds'])}"
         )
     elif job["vectors"] is not None and "hash_seconds" in timings:
         click.echo(
-            f"Ranked by vectors in {as_duration(timings['hash_seconds'])}; starting the cluster took "
-            f"{as_duration(timings['cluster_start_seconds'])}"
+            f"Ranked by vectors in {format_duration(timings['hash_seconds'])}; starting the cluster took "
+            f"{format_duration(timings['cluster_start_seconds'])}"
         )
     for remark in remarks(summary, output):
         click.echo(remark)
@@ -123,8 +123,8 @@ def _print_budget(rules: CutRules, photos: int, size: int, reached: float | None
         return
     most = rules.total if rules.total is not None else int(rules.max_bytes or 0)
     used = photos if rules.total is not None else size
-    budget = f"{most:,} photos" if rules.total is not None else as_size(most)
-    went = "" if reached is None else f"; it went down to an effective distance of {apart(reached, unit)}"
+    budget = f"{most:,} photos" if rules.total is not None else format_bytes(most)
+    went = "" if reached is None else f"; it went down to an effective distance of {format_distance(reached, unit)}"
     click.echo(f"Of the budget of {budget}, {100 * used // most} % is used{went}")
 
 
@@ -132,11 +132,11 @@ def print_cut(result: CutResult, output: str) -> None:
     """What a cut has come to."""
     unknown = result.photos_of_unknown_size
     click.echo(
-        f"Kept {result.photos:,} photos of {result.labels:,} labels, {as_size(result.bytes)}"
+        f"Kept {result.photos:,} photos of {result.labels:,} labels, {format_bytes(result.bytes)}"
         + (f" without {unknown:,} of them that were not read" if unknown else "")
     )
     if result.smallest_distance is not None:
-        click.echo(f"The smallest insertion distance kept is {apart(result.smallest_distance, result.unit)}")
+        click.echo(f"The smallest insertion distance kept is {format_distance(result.smallest_distance, result.unit)}")
     _print_budget(result.rules, result.photos, result.bytes, result.reached, result.unit)
     left_out = ", ".join(f"{count:,} {why}" for why, count in result.reasons.items() if not why.startswith("kept"))
     click.echo(f"Left out: {left_out or 'none'}")
@@ -160,7 +160,7 @@ def print_export(result: ExportResult) -> None:
         f"Exported {result.photos:,} photos of {result.labels:,} labels"
         + (f"; {there:,} of them were there already" if there else "")
     )
-    click.echo(f"Before: {as_size(result.bytes_before)}, after: {as_size(result.bytes)}")
+    click.echo(f"Before: {format_bytes(result.bytes_before)}, after: {format_bytes(result.bytes)}")
     if result.renamed:
         click.echo(
             f"Elsewhere than the manifest says, which is not safe: {result.renamed:,} photos (see export.parquet)"
@@ -179,7 +179,7 @@ def print_story(story: Story) -> None:
     row = story.row
     click.echo(f"photo:        {row['id']} ({row['path']})")
     if row["width"] is not None:
-        what = f"{row['width']} x {row['height']} {row['format']}, {as_size(row['bytes'])}, hash {row['hash']}"
+        what = f"{row['width']} x {row['height']} {row['format']}, {format_bytes(row['bytes'])}, hash {row['hash']}"
         click.echo(f"file:         {what}")
     if row["shard"] is not None:
         click.echo(f"shard:        {row['shard']}, {row['bytes']:,} bytes from byte {row['offset']:,} on")
@@ -188,7 +188,7 @@ def print_story(story: Story) -> None:
         far = (
             ""
             if row["rank"] == 0
-            else f", {apart(row['insertion_distance'], story.unit)} from the nearest of those before it"
+            else f", {format_distance(row['insertion_distance'], story.unit)} from the nearest of those before it"
         )
         click.echo(f"rank:         {row['rank']} of {story.label_ranked:,} (the first is 0){far}")
     click.echo(f"kept:         {'yes' if row['kept'] else 'no'}, {row['reason']}: {story.why}")
@@ -197,7 +197,8 @@ def print_story(story: Story) -> None:
     if story.nearest is not None:
         near = story.nearest
         click.echo(
-            f"nearest kept: {near['id']} ({near['path']}), {apart(row['nearest_kept_distance'], story.unit)} away"
+            f"nearest kept: {near['id']} ({near['path']}), "
+            f"{format_distance(row['nearest_kept_distance'], story.unit)} away"
             + (
                 " (a near copy)"
                 if story.unit == "bits" and row["nearest_kept_distance"] <= story.near_copy_bits
@@ -215,7 +216,7 @@ def print_status(status: Status) -> None:
     shards = f"{status.shards_done:,} of {status.shards:,} shards read, " if status.shards else ""
     partitions = f"{status.partitions_done:,} of {status.partitions:,} partitions"
     click.echo(f"done:       {status.done:,}{whole} photos, {shards}{partitions}")
-    ahead = "" if status.seconds_left is None else f", about {as_duration(status.seconds_left)} at this rate"
+    ahead = "" if status.seconds_left is None else f", about {format_duration(status.seconds_left)} at this rate"
     left = "not known yet" if status.to_read is None else f"{max(0, status.to_read - status.done):,} photos"
     click.echo(f"left:       {left}{ahead}")
     if status.reused:

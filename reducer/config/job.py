@@ -27,7 +27,7 @@ from reducer.config.settings import (
     near_copy_bits,
 )
 from reducer.errors import InputError
-from reducer.storage.location import MemberKeys, PathRule, Place, absolute, is_url, template_fields
+from reducer.storage.location import Location, MemberKeys, PathRule, absolute, is_url, template_fields
 from reducer.storage.remote import check_obstore
 
 #: Photos kept a label, where nothing else bounds the reduced list.
@@ -226,16 +226,16 @@ class Job:
         choose("format", self.format, FORMATS)
         choose("reader", self.reader, READER_NAMES)
         for what, option, place in (
-            ("IMAGES", "--storage-option", self.images_place),
-            ("--manifest", "--manifest-storage-option", self.manifest_place),
-            ("--output", "--output-storage-option", self.output_place),
+            ("IMAGES", "--storage-option", self.images_location),
+            ("--manifest", "--manifest-storage-option", self.manifest_location),
+            ("--output", "--output-storage-option", self.output_location),
         ):
             others = {"IMAGES": (self.md5, self.vectors), "--output": (self.reuse,)}.get(what, ())
             if any(other is not None and is_url(other) for other in others):
                 continue  # they open that one
             if place.options and not place.remote:
                 raise InputError(f"{option} says how a URL is opened, and {what} is none: leave it out")
-        if self.reader == "obstore" and self.images_place.on_s3:
+        if self.reader == "obstore" and self.images_location.on_s3:
             check_obstore(self.storage_options)
         object.__setattr__(self, "max_bytes", self.cut_rules.max_bytes)
         if self.keep is None and not self.cut_rules.has_budget:
@@ -332,9 +332,9 @@ class Job:
         )
 
     @property
-    def vectors_place(self) -> Place:
+    def vectors_location(self) -> Location:
         """Where the vectors are; an empty path without any."""
-        return Place(self.vectors or "", self.storage_options)
+        return Location(self.vectors or "", self.storage_options)
 
     @property
     def cut_rules(self) -> CutRules:
@@ -352,24 +352,24 @@ class Job:
         return self.path_template or GLDV2_TEMPLATE
 
     @property
-    def images_place(self) -> Place:
+    def images_location(self) -> Location:
         """Where the photos are."""
-        return Place(self.images, self.storage_options)
+        return Location(self.images, self.storage_options)
 
     @property
-    def manifest_place(self) -> Place:
+    def manifest_location(self) -> Location:
         """Where the manifest is; an empty path without one."""
-        return Place(self.manifest or "", self.manifest_storage_options)
+        return Location(self.manifest or "", self.manifest_storage_options)
 
     @property
-    def output_place(self) -> Place:
+    def output_location(self) -> Location:
         """Where the run folder is."""
-        return Place(self.output, self.output_storage_options)
+        return Location(self.output, self.output_storage_options)
 
     @property
-    def reuse_place(self) -> Place:
+    def reuse_place(self) -> Location:
         """Where the run is whose hashes are taken; an empty path without one."""
-        return Place(self.reuse or "", self.output_storage_options)
+        return Location(self.reuse or "", self.output_storage_options)
 
     @property
     def source(self) -> Source:

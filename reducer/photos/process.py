@@ -17,7 +17,7 @@ from reducer.storage.location import PhotoRef
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class PhotoResult:
     """What one look at a photo gave: its hash, or why there is none."""
 
     hash: PhotoHash | None = None
@@ -33,11 +33,13 @@ class Look:
 
 #: Gives the vectors of photos by their ids, or what is wrong with each.
 VectorsOf = Callable[[Sequence[str]], Sequence[bytes | str]]
-#: Looks at photos in turn: `look_at_all`, or something that does so with more care.
-LookAtAll = Callable[[Sequence[PhotoRef], PhotoSettings, Source], Iterator[Look]]
+#: Looks at photos in turn: `process_photos`, or something that does so with more care.
+ProcessPhotos = Callable[[Sequence[PhotoRef], PhotoSettings, Source], Iterator[PhotoResult]]
 
 
-def look_at_all(refs: Sequence[PhotoRef], settings: PhotoSettings, source: Source | None = None) -> Iterator[Look]:
+def process_photos(
+    refs: Sequence[PhotoRef], settings: PhotoSettings, source: Source | None = None
+) -> Iterator[PhotoResult]:
     """Read and hash photos in turn; whatever is wrong with one is in its result."""
     with (
         pillow_settings(settings.max_pixels),
@@ -51,14 +53,14 @@ def look_at_all(refs: Sequence[PhotoRef], settings: PhotoSettings, source: Sourc
         ) as files,
     ):
         for file in files:
-            yield look_at(file, settings)
+            yield process_photo(file, settings)
 
 
-def look_at(file: PhotoFile | PhotoError, settings: PhotoSettings) -> Look:
+def process_photo(file: PhotoFile | PhotoError, settings: PhotoSettings) -> PhotoResult:
     """Hash a photo that was read; whatever is wrong with it is in the result."""
     if isinstance(file, PhotoError):
-        return Look(error=str(file))
-    seen = Look(bytes=file.bytes, mtime_ns=file.mtime_ns, etag=file.etag)
+        return PhotoResult(error=str(file))
+    seen = PhotoResult(bytes=file.bytes, mtime_ns=file.mtime_ns, etag=file.etag)
     try:
         found = hash_photo(file.content, settings)
         picture = None if settings.embed is None else picture_of(file.content, settings)
@@ -67,12 +69,12 @@ def look_at(file: PhotoFile | PhotoError, settings: PhotoSettings) -> Look:
         return replace(seen, error=str(error))
 
 
-def embedded(looks: Iterable[Look], settings: PhotoSettings) -> Iterator[Look]:
+def embedded(looks: Iterable[PhotoResult], settings: PhotoSettings) -> Iterator[PhotoResult]:
     """Put vectors in the place of pictures, a batch at a time; in the order of the looks."""
     if settings.embed is None:
         yield from looks
         return
-    waiting: list[Look] = []
+    waiting: list[PhotoResult] = []
     pictures = 0
     for look in looks:
         waiting.append(look)
@@ -83,13 +85,13 @@ def embedded(looks: Iterable[Look], settings: PhotoSettings) -> Iterator[Look]:
     yield from with_vectors(waiting, settings.embed)
 
 
-def with_vectors(looks: Sequence[Look], settings: EmbedSettings) -> list[Look]:
+def with_vectors(looks: Sequence[PhotoResult], settings: EmbedSettings) -> list[PhotoResult]:
     """Looks with vectors in the place of their pictures; where a model gives none, that is the photo's failure."""
     found = iter(vectors_of([look.picture for look in looks if look.picture is not None], settings))
     return [look if look.picture is None else _with_vector(look, next(found)) for look in looks]
 
 
-def _with_vector(look: Look, found: bytes | str) -> Look:
+def _with_vector(look: PhotoResult, found: bytes | str) -> PhotoResult:
     if isinstance(found, str):
         return replace(look, hash=None, picture=None, error=str(PhotoError(NO_VECTOR, found)))
     return replace(look, picture=None, vector=found)

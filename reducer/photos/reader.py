@@ -26,8 +26,8 @@ from reducer.photos.requests import (
     fetch_start,
     state_of,
 )
-from reducer.storage.location import ByteRange, PhotoRef, Place, Shard, file_of, is_url
-from reducer.storage.remote import RETRY_SECONDS, pauses
+from reducer.storage.location import ByteRange, Location, PhotoRef, Shard, file_of, is_url
+from reducer.storage.remote import RETRY_SECONDS, retry_pauses
 
 T = TypeVar("T")
 
@@ -231,7 +231,7 @@ def _read_ahead(
         try:
             if not is_url(file_of(ref)):
                 return await asyncio.to_thread(read_photo, ref, max_pixels=max_pixels)
-            if enough is not None and isinstance(ref, str) and Place(ref).on_s3:
+            if enough is not None and isinstance(ref, str) and Location(ref).on_s3:
                 return await _persistently(lambda: starts.fetch(ref, source, room, enough))
             file = await _persistently(lambda: fetch(ref, source, room))
             if isinstance(ref, ByteRange) and ref.etag is not None and file.etag not in (None, ref.etag):
@@ -407,7 +407,7 @@ def states_of(paths: Sequence[str], source: Source) -> list[FileState | None]:
 
 
 def copy_in_store(
-    paths: Sequence[str], targets: Sequence[Place], states: Sequence[FileState], source: Source, *, at_a_time: int
+    paths: Sequence[str], targets: Sequence[Location], states: Sequence[FileState], source: Source, *, at_a_time: int
 ) -> list[int | PhotoError | None]:
     """Let a store copy objects itself.
 
@@ -415,7 +415,7 @@ def copy_in_store(
     ----------
     paths : sequence of str, n
         URLs.
-    targets : sequence of Place, n
+    targets : sequence of Location, n
         Where to, in the same store.
     states : sequence of FileState, n
         Bytes and etags that they must have, as far as those are known.
@@ -434,7 +434,7 @@ def copy_in_store(
         gate = asyncio.Semaphore(at_a_time)
         can = True
 
-        async def copy(path: str, target: Place, state: FileState) -> int | PhotoError | None:
+        async def copy(path: str, target: Location, state: FileState) -> int | PhotoError | None:
             nonlocal can
             async with gate:
                 try:
@@ -460,7 +460,7 @@ def _state_here(path: str) -> FileState | None:
 
 async def _persistently(request: Callable[[], Awaitable[T]]) -> T:
     """Make a request again while it fails for reasons that may pass."""
-    for pause in pauses():
+    for pause in retry_pauses():
         try:
             return await request()
         except Transient:

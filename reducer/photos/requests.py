@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from reducer.config.settings import Source
 from reducer.photos.hashing import OUT_OF_MEMORY, PhotoError
-from reducer.storage.location import ByteRange, PhotoRef, Place, file_of
-from reducer.storage.remote import is_refused, nanoseconds, obstore_at
+from reducer.storage.location import ByteRange, Location, PhotoRef, file_of
+from reducer.storage.remote import is_access_refused, nanoseconds, obstore_at
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -90,7 +90,7 @@ class _Clients:
         self.connecting = asyncio.Lock()
         self._systems: dict[str, AbstractFileSystem] = {}
 
-    def open(self, place: Place) -> tuple[AbstractFileSystem, str]:
+    def open(self, place: Location) -> tuple[AbstractFileSystem, str]:
         """The file system, and the path in it."""
         key = json.dumps([place.path.partition("://")[0], place.options], sort_keys=True, default=repr)
         system = self._systems.get(key)
@@ -142,7 +142,7 @@ async def fetch_start(path: str, source: Source, room: Room, enough: Enough) -> 
         return await fetch(path, source, room)
     if start.size is None:  # the server does not tell how much there is
         return await fetch(path, source, room)
-    with _failures_of(Place(path, source.options)):  # no memory, say
+    with _failures_of(Location(path, source.options)):  # no memory, say
         await room(start.size)  # refuses what is too large
         content = start.content
         while len(content) < start.size:
@@ -164,7 +164,7 @@ async def _no_more_room(size: int) -> None:
 
 async def _fetch(ref: PhotoRef, source: Source, room: Room) -> PhotoFile:
     """The same as `fetch`, of a part with the size of the whole where that is told."""
-    place = Place(file_of(ref), source.options)
+    place = Location(file_of(ref), source.options)
     part = None if isinstance(ref, str) else ref
     if part is not None and not part.bytes:  # HTTP has no empty range
         return PhotoFile(b"", None)
@@ -179,7 +179,7 @@ async def _fetch(ref: PhotoRef, source: Source, room: Room) -> PhotoFile:
 
 
 @contextmanager
-def _failures_of(place: Place) -> Iterator[None]:
+def _failures_of(place: Location) -> Iterator[None]:
     """Turn what goes wrong with a request, and will not pass, into the photo's failure."""
     try:
         yield
@@ -190,13 +190,13 @@ def _failures_of(place: Place) -> Iterator[None]:
     except MemoryError:
         raise PhotoError(OUT_OF_MEMORY, "reading it takes more than there is") from None
     except Exception as error:
-        if is_refused(error):
+        if is_access_refused(error):
             raise PhotoError("unreadable", f"access is refused ({place.safe(error)})") from None
         raise PhotoError("unreadable", place.safe(error)) from None
 
 
 @contextmanager
-def _s3fs_failures(place: Place) -> Iterator[None]:
+def _s3fs_failures(place: Location) -> Iterator[None]:
     """Tell what may pass from what will not, where s3fs's own client fails."""
     import aiohttp
     import botocore.exceptions as botocore
@@ -215,7 +215,7 @@ def _s3fs_failures(place: Place) -> Iterator[None]:
         raise Transient(place.safe(error)) from None
 
 
-async def _s3fs_client(place: Place) -> tuple[Any, dict[str, str]]:
+async def _s3fs_client(place: Location) -> tuple[Any, dict[str, str]]:
     """s3fs's own client, and how it is told of an object."""
     system, path = _clients().open(place)
     bucket, key, _ = system.split_path(path)
@@ -224,7 +224,7 @@ async def _s3fs_client(place: Place) -> tuple[Any, dict[str, str]]:
     return await system.get_s3(bucket), {"Bucket": bucket, "Key": key}
 
 
-async def _fetch_s3fs(place: Place, room: Room, part: ByteRange | None) -> PhotoFile:
+async def _fetch_s3fs(place: Location, room: Room, part: ByteRange | None) -> PhotoFile:
     """One GET, by s3fs's own client: its ``cat_file`` asks for the size first, and has retries of its own."""
     with _s3fs_failures(place):
         client, where = await _s3fs_client(place)
@@ -241,7 +241,7 @@ async def _fetch_s3fs(place: Place, room: Room, part: ByteRange | None) -> Photo
     return PhotoFile(content, nanoseconds(answer["LastModified"]), answer["ETag"].strip('"'), size)
 
 
-async def _head_s3fs(place: Place) -> FileState:
+async def _head_s3fs(place: Location) -> FileState:
     with _s3fs_failures(place):
         client, where = await _s3fs_client(place)
         answer = await client.head_object(**where)
@@ -249,7 +249,7 @@ async def _head_s3fs(place: Place) -> FileState:
 
 
 @contextmanager
-def _obstore_failures(place: Place) -> Iterator[tuple[Any, str]]:
+def _obstore_failures(place: Location) -> Iterator[tuple[Any, str]]:
     """obstore's store and an object's key in it; what may pass is told from what will not."""
     from obstore.exceptions import GenericError
 
@@ -262,7 +262,7 @@ def _obstore_failures(place: Place) -> Iterator[tuple[Any, str]]:
         raise Transient(place.safe(error)) from None
 
 
-async def _fetch_obstore(place: Place, room: Room, part: ByteRange | None) -> PhotoFile:
+async def _fetch_obstore(place: Location, room: Room, part: ByteRange | None) -> PhotoFile:
     import obstore
 
     options: Any = {} if part is None else {"range": (part.offset, part.offset + part.bytes)}
@@ -275,7 +275,7 @@ async def _fetch_obstore(place: Place, room: Room, part: ByteRange | None) -> Ph
     return PhotoFile(content, state.mtime_ns, state.etag, None if part is None else state.bytes)
 
 
-async def _head_obstore(place: Place) -> FileState:
+async def _head_obstore(place: Location) -> FileState:
     import obstore
 
     with _obstore_failures(place) as (store, key):
@@ -287,7 +287,7 @@ def _obstore_state(meta: Mapping[str, Any]) -> FileState:
     return FileState(meta["size"], nanoseconds(meta["last_modified"]), etag and etag.strip('"'))
 
 
-async def _fetch_fsspec(place: Place, room: Room, part: ByteRange | None) -> PhotoFile:
+async def _fetch_fsspec(place: Location, room: Room, part: ByteRange | None) -> PhotoFile:
     """Any other file system that fsspec knows; only the bytes can be told alike of them all."""
     system, path = _clients().open(place)
     start, end = (None, None) if part is None else (part.offset, part.offset + part.bytes)
@@ -303,7 +303,7 @@ async def _fetch_fsspec(place: Place, room: Room, part: ByteRange | None) -> Pho
 
 async def state_of(path: str, source: Source) -> FileState | None:
     """One attempt to ask a store how a file is; None of other servers, not all of which tell."""
-    place = Place(path, source.options)
+    place = Location(path, source.options)
     if not place.on_s3:
         return None
     head = _head_obstore if source.reader == "obstore" else _head_s3fs
@@ -311,14 +311,14 @@ async def state_of(path: str, source: Source) -> FileState | None:
         return await head(place)
 
 
-async def copy_object(path: str, target: Place, state: FileState, source: Source) -> int:
+async def copy_object(path: str, target: Location, state: FileState, source: Source) -> int:
     """One attempt to let a store copy an object itself: none of its bytes comes here.
 
     Parameters
     ----------
     path : str
         Its URL.
-    target : Place
+    target : Location
         Where to, in the same store.
     state : FileState
         Bytes and etag that it must have, as far as those are known.
@@ -337,7 +337,7 @@ async def copy_object(path: str, target: Place, state: FileState, source: Source
     CannotCopy
         If the store does not do that, or not for us.
     """
-    place = Place(path, source.options)
+    place = Location(path, source.options)
     with _failures_of(place), _s3fs_failures(place):
         client, where = await _s3fs_client(place)
         head = await client.head_object(**where)

@@ -17,7 +17,7 @@ from typing import Any
 
 from reducer.config.settings import PhotoSettings, Source
 from reducer.photos.hashing import OUT_OF_MEMORY, PhotoError
-from reducer.photos.process import Look, look_at_all
+from reducer.photos.process import PhotoResult, process_photos
 from reducer.storage.location import PhotoRef
 
 #: What the process says when it comes to its photos.
@@ -55,7 +55,7 @@ class _Process:
         self.process = subprocess.Popen(
             [sys.executable, "-c", START], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
         )
-        self.looks: queue.SimpleQueue[Look | str | None] = queue.SimpleQueue()
+        self.looks: queue.SimpleQueue[PhotoResult | str | None] = queue.SimpleQueue()
         self.ready = False
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
@@ -74,7 +74,7 @@ class _Process:
         finally:
             self.looks.put(None)
 
-    def next(self, patience: float, beat: Callable[[], None]) -> Look:
+    def next(self, patience: float, beat: Callable[[], None]) -> PhotoResult:
         """The next photo's look.
 
         Raises
@@ -99,7 +99,7 @@ class _Process:
             if look is None:
                 how = _how_it_ended(self.process.wait())
                 raise Died(how) if self.ready else CannotStart(how)
-            if isinstance(look, Look):
+            if isinstance(look, PhotoResult):
                 return look
             self.ready = True
             stop = time.monotonic() + patience
@@ -133,7 +133,7 @@ def _how_it_ended(code: int) -> str:
     return f"the process that looked at it was ended by {name}"
 
 
-def look_apart(
+def process_in_sandbox(
     refs: Sequence[PhotoRef],
     settings: PhotoSettings,
     source: Source,
@@ -141,8 +141,8 @@ def look_apart(
     memory: int | None,
     patience: float,
     beat: Callable[[], None],
-) -> Iterator[Look]:
-    """Read and hash photos as `reducer.photos.process.look_at_all` does, in a process that a photo may kill.
+) -> Iterator[PhotoResult]:
+    """Read and hash photos as `reducer.photos.process.process_photos` does, in a process that a photo may kill.
 
     A photo at which the process dies, or which takes too long, is looked at once more, alone in a process of its own:
     only one at which that happens again is to blame.
@@ -164,7 +164,7 @@ def look_apart(
 
     Yields
     ------
-    Look
+    PhotoResult
         One a photo.
     """
     done = 0
@@ -174,17 +174,19 @@ def look_apart(
                 try:
                     look = process.next(patience, beat)
                 except (Died, TookTooLong):
-                    yield look_alone(refs[done], settings, source, memory=memory, patience=patience, beat=beat)
+                    yield process_one_in_sandbox(
+                        refs[done], settings, source, memory=memory, patience=patience, beat=beat
+                    )
                     done += 1
                     break
                 yield look
                 done += 1
 
 
-def refused_apart(
+def refused_in_sandbox(
     refs: Sequence[PhotoRef], settings: PhotoSettings, source: Source, *, memory: int | None, patience: float
 ) -> dict[PhotoRef, str]:
-    """What is wrong with photos that no one has decoded yet; parameters as for `look_apart`.
+    """What is wrong with photos that no one has decoded yet; parameters as for `process_in_sandbox`.
 
     Returns
     -------
@@ -192,14 +194,14 @@ def refused_apart(
         Of those that are not to be decoded in this process, why not, in one line.
     """
     refs = list(dict.fromkeys(refs))
-    looks = look_apart(refs, settings, source, memory=memory, patience=patience, beat=lambda: None)
+    looks = process_in_sandbox(refs, settings, source, memory=memory, patience=patience, beat=lambda: None)
     try:
         return {ref: look.error for ref, look in zip(refs, looks, strict=True) if look.error is not None}
     except CannotStart as error:
         return dict.fromkeys(refs, f"not decoded: it cannot be tried in a process of its own: {error}")
 
 
-def look_alone(
+def process_one_in_sandbox(
     ref: PhotoRef,
     settings: PhotoSettings,
     source: Source,
@@ -207,22 +209,22 @@ def look_alone(
     memory: int | None,
     patience: float,
     beat: Callable[[], None],
-) -> Look:
-    """Look at one photo, alone in a process of its own; parameters as for `look_apart`."""
+) -> PhotoResult:
+    """Look at one photo, alone in a process of its own; parameters as for `process_in_sandbox`."""
     with _process([ref], settings, source, memory) as process:
         try:
             return process.next(patience, beat)
         except TookTooLong:
             return _stalled(patience)
         except Died as error:
-            return Look(error=str(PhotoError(KILLED, str(error))))
+            return PhotoResult(error=str(PhotoError(KILLED, str(error))))
 
 
-def _stalled(patience: float) -> Look:
-    return Look(error=str(PhotoError(STALLED, f"no end after {patience:g} s")))
+def _stalled(patience: float) -> PhotoResult:
+    return PhotoResult(error=str(PhotoError(STALLED, f"no end after {patience:g} s")))
 
 
-def may_be_innocent(look: Look) -> bool:
+def may_be_innocent(look: PhotoResult) -> bool:
     """Whether a photo may have failed because others had taken the memory."""
     if look.error is None or look.error.startswith(("missing", "not a file", "too large", "empty")):
         return False
@@ -238,7 +240,7 @@ def serve() -> None:
     with memory_bound(memory):
         pickle.dump(READY, out)
         out.flush()
-        for look in look_at_all(refs, settings, source):
+        for look in process_photos(refs, settings, source):
             pickle.dump(look, out)
             out.flush()
     out.close()

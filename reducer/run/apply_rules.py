@@ -10,7 +10,7 @@ import pyarrow as pa
 from reducer.run.folder import RunFolder
 from reducer.run.plan.plan import Plan
 from reducer.run.tasks.messages import Tally
-from reducer.selection.quality import judge_again
+from reducer.selection.quality import reevaluate_ledger
 from reducer.selection.rules import DECIDING, select
 from reducer.storage.tables import with_column
 
@@ -48,7 +48,7 @@ def apply_filters(folder: RunFolder, plan: Plan) -> tuple[dict[str, Tally], floa
         chosen = with_column(chosen, "reason", selection.reason[own])
         settings = plan.job.settings_without_model
         vectors = folder.part_vectors(name, before.num_rows) if settings.by_vectors else None
-        rows, quality, by_hash = judge_again(chosen, vectors, always[own], settings)
+        rows, quality, by_hash = reevaluate_ledger(chosen, vectors, always[own], settings)
         tallies[name] = replace(tally, quality=quality, by_hash=by_hash)
         folder.replace_part(name, rows, tallies[name])
     return tallies, selection.reached

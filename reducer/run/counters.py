@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from reducer.run.tasks.messages import PartitionResult, PiecesResult, Tally
-from reducer.selection.quality import figures
+from reducer.selection.quality import quality_summary
 
 
 @dataclass
-class Session:
+class Counters:
     """How far a run has come, and what this process has done of it.
 
     Attributes
@@ -88,7 +88,7 @@ class Session:
     @property
     def total(self) -> Tally:
         """Of all that is done."""
-        return so_far(self.done, self.hashed, self.pieced)
+        return counters_so_far(self.done, self.hashed, self.pieced)
 
     @contextmanager
     def timing(self, what: str) -> Iterator[None]:
@@ -113,11 +113,11 @@ class Session:
             "timings": {name: round(seconds, 3) for name, seconds in self.timings.items()}
             | {"worker_seconds": round(self.worker_seconds, 3)},
             "worker_peak_memory_bytes": self.peak_memory,
-            "quality": figures(total.quality, self.bits, self.unit, total.by_hash),
+            "quality": quality_summary(total.quality, self.bits, self.unit, total.by_hash),
         }
 
 
-def so_far(done: Mapping[int, Tally], hashed: Mapping[int, Tally], pieced: frozenset[int] | None) -> Tally:
+def counters_so_far(done: Mapping[int, Tally], hashed: Mapping[int, Tally], pieced: frozenset[int] | None) -> Tally:
     """What a run has come to; a photo that is hashed and not yet ranked counts too.
 
     Parameters

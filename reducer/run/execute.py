@@ -19,19 +19,19 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from reducer.config.job import path_rule
 from reducer.errors import BudgetError, ListingError, LostLockError, ReducerError, TooManyFailuresError
 from reducer.run.apply_rules import apply_filters
-from reducer.run.counters import Session
+from reducer.run.counters import Counters
 from reducer.run.dask.dispatch import Dispatch
 from reducer.run.dask.workers import Workers
 from reducer.run.folder import RunFolder
 from reducer.run.join import as_ledger, merged
 from reducer.run.plan.plan import Plan
-from reducer.run.remaining import Todo
+from reducer.run.remaining import Remaining
 from reducer.run.summary import outcome, plan_figures, shard_figures
 from reducer.run.tasks.messages import PartitionResult, Piece, PiecesResult, Tally
 from reducer.run.tasks.serial import InProcess
-from reducer.run.tasks.tasks import Errand, ShardErrand
+from reducer.run.tasks.tasks import PartitionTasks, ShardTasks
 from reducer.selection.cross_label import cross_label_table
-from reducer.selection.quality import judge_again
+from reducer.selection.quality import reevaluate_ledger
 from reducer.storage.codecs import NO_VECTOR
 from reducer.storage.paths import with_paths
 from reducer.storage.schemas import FAILED, from_ipc
@@ -53,9 +53,9 @@ class Run:
 
     Attributes
     ----------
-    todo : Todo
+    todo : Remaining
         What is left to do, in a run folder that is locked by this process and holds the plan.
-    session : Session
+    session : Counters
         Counts.
     summary : dict
         What ``summary.json`` told before.
@@ -65,8 +65,8 @@ class Run:
         What goes with the plan.
     """
 
-    todo: Todo
-    session: Session
+    todo: Remaining
+    session: Counters
     summary: dict[str, Any]
     workers: Workers
     terms: dict[str, Any]
@@ -81,7 +81,7 @@ class Run:
         """The run folder."""
         return self.todo.folder
 
-    def carry_out(self, work: InProcess | Dispatch, open_cluster: ExitStack) -> Collection[str]:
+    def execute(self, work: InProcess | Dispatch, open_cluster: ExitStack) -> Collection[str]:
         """Do what is left to do, and write all that follows from the ledger, but for the report.
 
         Parameters
@@ -128,13 +128,13 @@ class Run:
         return work.left_out if isinstance(work, Dispatch) else ()
 
     def _hash_and_rank(self, work: InProcess | Dispatch) -> InProcess | Dispatch:
-        if isinstance(work.errand, ShardErrand) or work.errand.is_pieces:
-            self.hash_all(work)
+        if isinstance(work.errand, ShardTasks) or work.errand.is_pieces:
+            self.run_hash_stage(work)
             work = self._on_to_partitions(work)
         elif not self.plan.is_listed:
             work = self._on_to_partitions(work)
         errand = work.errand
-        assert isinstance(errand, Errand)
+        assert isinstance(errand, PartitionTasks)
         self._rank(errand, work)
         return work
 
@@ -149,11 +149,11 @@ class Run:
         errand = self.todo.partitions()
         return self.workers.take(errand, before) if errand.rows else InProcess(errand)
 
-    def hash_all(self, work: InProcess | Dispatch) -> None:
+    def run_hash_stage(self, work: InProcess | Dispatch) -> None:
         """Write what is found in each shard or piece as it comes."""
         errand, folder, session = work.errand, self.folder, self.session
-        in_shards, any_wrong = isinstance(errand, ShardErrand), False
-        size = errand.bytes if isinstance(errand, ShardErrand) else errand.photos
+        in_shards, any_wrong = isinstance(errand, ShardTasks), False
+        size = errand.bytes if isinstance(errand, ShardTasks) else errand.photos
         done, read = folder.done_pieces(), 0
         with self._working(work, size, "B" if in_shards else " photos") as (results, bar):
             for result in results:
@@ -169,7 +169,7 @@ class Run:
                     folder.write_piece(piece.number, found, piece.report)
                     self._warn(piece)
                 session.add_pieces(result)
-                if isinstance(errand, ShardErrand):
+                if isinstance(errand, ShardTasks):
                     own = sum(shard.bytes for shard in errand.groups[result.index])
                     self._warn_of_no_match(read / max(1, size), (read + own) / max(1, size), result)
                 else:
@@ -217,7 +217,7 @@ class Run:
                 looked_for,
             )
 
-    def _rank(self, errand: Errand, work: InProcess | Dispatch) -> None:
+    def _rank(self, errand: PartitionTasks, work: InProcess | Dispatch) -> None:
         """Write each part as it comes."""
         folder, session = self.folder, self.session
         with self._working(work, errand.photos, " photos") as (results, bar):
@@ -284,7 +284,7 @@ class Run:
         if its_vectors is not None:
             vectors = self.folder.part_vectors(name, before.num_rows).filter(same.combine_chunks())
         always = np.isin(others["row"].to_numpy(), self.plan.always_kept_rows)
-        others, quality, by_hash = judge_again(others, vectors, always, self.plan.job.settings_without_model)
+        others, quality, by_hash = reevaluate_ledger(others, vectors, always, self.plan.job.settings_without_model)
         ledger = pa.concat_tables([others, renewed])
         order = pc.sort_indices(ledger, [("label", "ascending"), ("id", "ascending")])
         if its_vectors is not None:
@@ -320,8 +320,8 @@ def _told_before(rows: pa.Table) -> Tally:
 
 
 @contextmanager
-def noting_a_stop(
-    folder: RunFolder, summary: dict[str, Any], session: Session, go_on: str | None = None
+def recording_stop(
+    folder: RunFolder, summary: dict[str, Any], session: Counters, go_on: str | None = None
 ) -> Iterator[None]:
     """Whatever stops the run meanwhile, ``summary.json`` tells how far it came, and the message how to go on.
 
@@ -331,7 +331,7 @@ def noting_a_stop(
         The run folder.
     summary : dict
         What ``summary.json`` told before.
-    session : Session
+    session : Counters
         Counts.
     go_on : str, optional
         How; default `reducer resume`.

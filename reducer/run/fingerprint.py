@@ -15,7 +15,7 @@ from reducer.errors import InputError
 from reducer.run.tasks.environment import Environment, compare_with
 from reducer.run.tasks.vector_files import find_vectors
 from reducer.storage.codecs import Hashes
-from reducer.storage.location import absolute, explained
+from reducer.storage.location import absolute, explaining_errors
 
 log = logging.getLogger("reducer")
 
@@ -174,7 +174,10 @@ def manifest_digest(job: Job) -> str | None:
     if job.manifest is None:
         return None
     digest = hashlib.sha256()
-    with explained(job.manifest_place, f"--manifest {job.manifest}"), job.manifest_place.open_file() as file:
+    with (
+        explaining_errors(job.manifest_location, f"--manifest {job.manifest}"),
+        job.manifest_location.open_file() as file,
+    ):
         while block := file.read(BLOCK):
             digest.update(block)
     return digest.hexdigest()

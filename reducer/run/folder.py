@@ -19,19 +19,19 @@ import pyarrow.parquet as pq
 from reducer.errors import InputError, ReducerError
 from reducer.run.tasks.messages import PieceReport, Tally
 from reducer.storage.atomic import Files, temporary_name
-from reducer.storage.codecs import Aside, Hashes, from_lists, placed, vectors_table
-from reducer.storage.location import Place, Shard, explained
+from reducer.storage.codecs import Hashes, VectorSpool, from_lists, spooled, vectors_table
+from reducer.storage.location import Location, Shard, explaining_errors
 from reducer.storage.lock import check_unlocked, is_of_lock
 from reducer.storage.schemas import (
     HASHES_SCHEMA,
     LEDGER_SCHEMA,
-    PLACED_SCHEMA,
     PLAN_SCHEMA,
     REDUCED_COLUMNS,
     SHARDS_SCHEMA,
+    SPOOLED_SCHEMA,
     VECTORS_SCHEMA,
-    in_unit,
     reduced_schema,
+    with_distance_unit,
 )
 
 FORMAT = "reducer-run"
@@ -58,11 +58,11 @@ class RunFolder(Files):
 
     Parameters
     ----------
-    place : Place or str
+    place : Location or str
         Where it is, or will be.
     """
 
-    def __init__(self, place: Place | str) -> None:
+    def __init__(self, place: Location | str) -> None:
         super().__init__(place)
         #: Path or URL, to show.
         self.images = self.place.below(IMAGES).path
@@ -85,7 +85,7 @@ class RunFolder(Files):
         InputError
             If it may not be written.
         """
-        with explained(self.place, f"--output {self.path} cannot be used"):
+        with explaining_errors(self.place, f"--output {self.path} cannot be used"):
             if not self.place.remote:
                 self._check_local()
             if not self.place.holds_something() or all(map(_is_of_the_start, self._names())):
@@ -126,7 +126,7 @@ class RunFolder(Files):
         """
         if self.place.on_s3:
             return
-        with explained(self.place, f"--output {self.path} cannot be used"):
+        with explaining_errors(self.place, f"--output {self.path} cannot be used"):
             system, root = self.place.open()
             system.makedirs(root, exist_ok=True)
 
@@ -262,18 +262,18 @@ class RunFolder(Files):
             found = pool.map(lambda name: _report(self._metadata(f"{HASHES}/{name}").metadata), names.values())
             return dict(zip(names, found, strict=True))
 
-    def hashes(self, aside: Aside) -> pa.Table:
+    def hashes(self, aside: VectorSpool) -> pa.Table:
         """What was found in all shards and pieces that are done, in the order of their numbers.
 
         Parameters
         ----------
-        aside : Aside
+        aside : VectorSpool
             Gets the vectors.
 
         Returns
         -------
         pyarrow.Table
-            `PLACED_SCHEMA`.
+            `SPOOLED_SCHEMA`.
         """
         names = sorted(self.done_pieces().items())
         with ThreadPoolExecutor(FOOTERS_AT_A_TIME) as pool:
@@ -281,8 +281,8 @@ class RunFolder(Files):
             for start in range(0, len(names), FOOTERS_AT_A_TIME):  # no more of them than their vectors have room
                 some = names[start : start + FOOTERS_AT_A_TIME]
                 for table in pool.map(lambda named: self._read_parquet(f"{HASHES}/{named[1]}"), some):
-                    rows.append(placed(table.replace_schema_metadata(None).cast(HASHES_SCHEMA), aside))
-        return pa.concat_tables([PLACED_SCHEMA.empty_table(), *rows])
+                    rows.append(spooled(table.replace_schema_metadata(None).cast(HASHES_SCHEMA), aside))
+        return pa.concat_tables([SPOOLED_SCHEMA.empty_table(), *rows])
 
     def read_avoid(self) -> Hashes | None:
         """The hashes to avoid that the plan goes with, packed; None where there are none."""
@@ -330,7 +330,9 @@ class RunFolder(Files):
         if table is not None:  # first: the part is what tells that it is there
             self._make_folder(VECTORS)
             self._write(f"{VECTORS}/{name}", parquet_file(table))
-        self._write(f"{IMAGES}/{name}", parquet_file(_with_metadata(in_unit(ledger, self.unit), tally.as_dict())))
+        self._write(
+            f"{IMAGES}/{name}", parquet_file(_with_metadata(with_distance_unit(ledger, self.unit), tally.as_dict()))
+        )
 
     def vector_parts(self) -> list[str]:
         """Names of the files of vectors that are there now: those of the part files."""
@@ -350,7 +352,7 @@ class RunFolder(Files):
             return pa.nulls(rows, pa.binary())
         return from_lists(self._read_parquet(f"{VECTORS}/{name}")["vector"])
 
-    def placed_vectors(self, aside: Aside) -> pa.Table:
+    def placed_vectors(self, aside: VectorSpool) -> pa.Table:
         """All vectors kept aside: ``id``, ``label`` and, as ``vector``, the place of each there."""
         schema = pa.schema([*VECTORS_SCHEMA, pa.field("vector", pa.int64())])
         tables = [schema.empty_table()]
@@ -467,7 +469,7 @@ class RunFolder(Files):
         formats : {"csv", "parquet", "both"}
             Which files.
         """
-        reduced = in_unit(self.reduced(id_column, label_column), self.unit)
+        reduced = with_distance_unit(self.reduced(id_column, label_column), self.unit)
         for kind, name in (("parquet", PARQUET), ("csv", CSV)):
             if formats in (kind, "both"):
                 self._write(name, reduced_file(reduced, kind))
@@ -528,7 +530,7 @@ class RunFolder(Files):
         InputError
             If it is none.
         """
-        with explained(self.place, f"{self.path} cannot be read"):
+        with explaining_errors(self.place, f"{self.path} cannot be read"):
             if not self.is_run():
                 raise InputError(f"{self.path} is no run folder: it has no summary.json of ours")
             found = self.read_summary()

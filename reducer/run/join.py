@@ -13,7 +13,7 @@ from reducer.run.plan.plan import Plan, as_unread
 from reducer.run.tasks.hash_stage import WRONG_MD5
 from reducer.run.tasks.messages import PieceReport
 from reducer.storage.location import MemberKeys
-from reducer.storage.schemas import FAILED, KNOWN_SCHEMA, LEDGER_SCHEMA, PLACE_SCHEMA, TASK_SCHEMA
+from reducer.storage.schemas import FAILED, KNOWN_SCHEMA, LEDGER_SCHEMA, SHARD_POSITION_SCHEMA, TASK_SCHEMA
 from reducer.storage.tables import with_column
 
 
@@ -23,7 +23,7 @@ def as_ledger(rows: pa.Table, found: pa.Table) -> pa.Table:
     Parameters
     ----------
     rows : pyarrow.Table
-        `TASK_SCHEMA` rows of the partition; `PLACE_SCHEMA` where they lie in shards.
+        `TASK_SCHEMA` rows of the partition; `SHARD_POSITION_SCHEMA` where they lie in shards.
     found : pyarrow.Table
         What came of them, row by row.
 
@@ -43,7 +43,7 @@ def as_ledger(rows: pa.Table, found: pa.Table) -> pa.Table:
 MISSING = "missing"
 
 
-def beside_plan(plan: Plan, found: pa.Table, keys: MemberKeys | None) -> pa.Table:
+def join_plan(plan: Plan, found: pa.Table, keys: MemberKeys | None) -> pa.Table:
     """Find for each row of a plan what was found of its photo.
 
     Parameters
@@ -76,7 +76,7 @@ def _texts(table: pa.Table, names: tuple[str, ...]) -> pa.Array:
     return joined.combine_chunks() if isinstance(joined, pa.ChunkedArray) else joined
 
 
-def rows_with(plan: Plan, found: pa.Table, missing: str) -> pa.Table:
+def with_results(plan: Plan, found: pa.Table, missing: str) -> pa.Table:
     """The rows to read with what was found of them.
 
     Parameters
@@ -84,15 +84,15 @@ def rows_with(plan: Plan, found: pa.Table, missing: str) -> pa.Table:
     plan : Plan
         The plan.
     found : pyarrow.Table
-        From `beside_plan`.
+        From `join_plan`.
     missing : str
         The error of photos that were not found.
 
     Returns
     -------
     pyarrow.Table
-        `TASK_SCHEMA`, `KNOWN_SCHEMA` and `PLACE_SCHEMA` columns, a row for each of ``plan.read``. What has neither a
-        hash nor an error is to be read from its place.
+        `TASK_SCHEMA`, `KNOWN_SCHEMA` and `SHARD_POSITION_SCHEMA` columns, a row for each of ``plan.read``. What has
+        neither a hash nor an error is to be read from its place.
     """
     own = found.filter(pa.array(plan.is_read))
     columns = {name: plan.read[name] for name in TASK_SCHEMA.names}
@@ -103,13 +103,13 @@ def rows_with(plan: Plan, found: pa.Table, missing: str) -> pa.Table:
     nowhere = pc.is_null(own["key"])
     columns["known_error"] = pc.if_else(nowhere, pa.scalar(missing, pa.string()), columns["known_error"])
     columns["known_reused"] = pc.fill_null(columns["known_reused"], False)
-    for name in PLACE_SCHEMA.names:
+    for name in SHARD_POSITION_SCHEMA.names:
         columns[name] = own[name]
     return pa.table(columns)
 
 
 def without_errors(rows: pa.Table) -> pa.Table:
-    """Rows of `rows_with` that are tried again where there is something to read that may be taken."""
+    """Rows of `with_results` that are tried again where there is something to read that may be taken."""
     refused = pc.starts_with(rows["known_error"], f"{WRONG_MD5}:")
     somewhere = pc.fill_null(pc.greater(rows["bytes"], 0), False)
     again = pc.and_not(pc.and_(somewhere, pc.is_valid(rows["shard"])), pc.fill_null(refused, False))
@@ -117,14 +117,14 @@ def without_errors(rows: pa.Table) -> pa.Table:
     return with_column(rows, "known_error", error)
 
 
-def unread_ledger(plan: Plan, found: pa.Table, missing: str) -> pa.Table:
+def unread_rows(plan: Plan, found: pa.Table, missing: str) -> pa.Table:
     """`LEDGER_SCHEMA` rows of the photos in shards that are not read: where they lie, or that they are nowhere."""
     rows = as_unread(plan.unread)
     own = found.filter(pa.array(~plan.is_read))
     error = pc.if_else(pc.is_null(own["key"]), pa.scalar(missing, pa.string()), own["error"])
     failed = pc.is_valid(error)
     no_text = pa.scalar(None, pa.string())
-    known = {name: own[name] for name in (*PLACE_SCHEMA.names, "bytes", "mtime", "etag")}
+    known = {name: own[name] for name in (*SHARD_POSITION_SCHEMA.names, "bytes", "mtime", "etag")}
     known |= {
         "path": pc.coalesce(own["path"], rows["path"]),
         "kept": pc.and_(rows["kept"], pc.invert(failed)),

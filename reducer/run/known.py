@@ -19,10 +19,10 @@ from reducer.run.folder import RunFolder
 from reducer.run.plan.keep_avoid import _column_or_lines, _no_column
 from reducer.run.tasks.environment import Environment, compare_with, without_model
 from reducer.run.tasks.messages import PieceReport, Tally
-from reducer.storage.codecs import Aside, Hashes, from_hex
+from reducer.storage.codecs import Hashes, VectorSpool, from_hex
 from reducer.storage.location import MemberKeys, Shard, stem_of
 from reducer.storage.paths import with_paths
-from reducer.storage.schemas import FLAT, KNOWN_SCHEMA, PLACE_SCHEMA
+from reducer.storage.schemas import FLAT, KNOWN_SCHEMA, SHARD_POSITION_SCHEMA
 from reducer.storage.tables import with_column
 
 log = logging.getLogger("reducer")
@@ -48,7 +48,7 @@ class Reuse:
     ----------
     known : pyarrow.Table
         From `as_known`.
-    aside : Aside
+    aside : VectorSpool
         Holds its vectors.
 
     Raises
@@ -77,7 +77,7 @@ class Reuse:
                     f"{where} has {flag(name)} {theirs[name]}, this run {getattr(job, name)}: its hashes would not be "
                     f"this run's. Give {flag(name)} {theirs[name]}, or leave --reuse out"
                 )
-        self.aside = Aside()
+        self.aside = VectorSpool()
         ours = settings_of(job)
         if job.embed is not None and any(theirs.get(name) != ours[name] for name in EMBED_SETTINGS):
             raise InputError(
@@ -86,7 +86,7 @@ class Reuse:
             )
         if job.drop_flat and not theirs["drop_flat"]:
             raise InputError(f"{where} was run without --drop-flat: which photos are flat is not known. Leave it out")
-        ledger = folder.ledger([*ledger_columns(), "label", *PLACE_SCHEMA.names])
+        ledger = folder.ledger([*ledger_columns(), "label", *SHARD_POSITION_SCHEMA.names])
         if job.embed is not None:
             vectors = folder.placed_vectors(self.aside)
             own = pc.index_in(_keys(ledger, OF_VECTOR), value_set=_keys(vectors, OF_VECTOR))
@@ -189,7 +189,7 @@ class Reuse:
             raise InputError(f"{differs}, or leave --reuse out")
 
 
-def _with_ledger(rows: pa.Table, ledger: pa.Table, aside: Aside) -> pa.Table:
+def _with_ledger(rows: pa.Table, ledger: pa.Table, aside: VectorSpool) -> pa.Table:
     """What was found in a shard, with the hashes and vectors of photos that were read from it later."""
     place = pc.index_in(_places(rows), value_set=_places(ledger))
     late = pc.and_(pc.is_null(rows["hash"]), pc.is_valid(place))
@@ -238,7 +238,7 @@ def as_known(ledger: pa.Table) -> pa.Table:
     return pa.table(columns)
 
 
-def beside(rows: pa.Table, known: pa.Table, job: Job) -> pa.Table:
+def join_known(rows: pa.Table, known: pa.Table, job: Job) -> pa.Table:
     """Put what is known of photos, by their id and path, beside rows of a plan.
 
     Parameters

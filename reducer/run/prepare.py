@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from reducer.config.cluster import ClusterSpec
 from reducer.config.job import Job
 from reducer.photos.model import PATHS, loaded
-from reducer.run.counters import Session
+from reducer.run.counters import Counters
 from reducer.run.dask.check import model_everywhere
 from reducer.run.dask.connect import connect, dashboard, expected_threads
 from reducer.run.fingerprint import Fingerprint
@@ -48,7 +48,7 @@ def check_vectors(job: Job) -> VectorFiles | None:
     return find_vectors(job)
 
 
-def connected(spec: ClusterSpec, session: Session, open_cluster: ExitStack, job: Job | None) -> Client | None:
+def open_client(spec: ClusterSpec, session: Counters, open_cluster: ExitStack, job: Job | None) -> Client | None:
     """A client, whose workers have the model of the job; None where there is nothing to do, or no cluster."""
     with session.timing("cluster_start"):
         client = open_cluster.enter_context(connect(spec)) if job is not None and not spec.serial else None
@@ -59,12 +59,12 @@ def connected(spec: ClusterSpec, session: Session, open_cluster: ExitStack, job:
     return client
 
 
-def worker_threads_of(client: Client | None, spec: ClusterSpec) -> int:
+def thread_count(client: Client | None, spec: ClusterSpec) -> int:
     """Worker threads that there are, or will be."""
     return 1 if client is None else expected_threads(client, spec)
 
 
-def terms_of(summary: dict[str, Any], plan: Plan, fingerprint: Fingerprint) -> dict[str, Any]:
+def plan_terms(summary: dict[str, Any], plan: Plan, fingerprint: Fingerprint) -> dict[str, Any]:
     """What goes with the plan."""
     return {
         "run": summary["run"],

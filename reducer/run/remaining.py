@@ -13,23 +13,23 @@ import pyarrow.compute as pc
 from reducer.config.job import member_keys, path_rule
 from reducer.errors import InputError, ListingError
 from reducer.run.folder import ROW_GROUP, RunFolder
-from reducer.run.join import beside_plan, missing_error, rows_with, unread_ledger, without_errors
-from reducer.run.known import Reuse, as_known, beside
+from reducer.run.join import join_plan, missing_error, unread_rows, with_results, without_errors
+from reducer.run.known import Reuse, as_known, join_known
 from reducer.run.plan.manifest import samples
 from reducer.run.plan.plan import Plan, as_unread, plan_of
 from reducer.run.tasks.given_vectors import Routing
 from reducer.run.tasks.messages import PieceReport, wanted_keys
-from reducer.run.tasks.tasks import Division, Errand, ShardErrand
+from reducer.run.tasks.tasks import Division, PartitionTasks, ShardTasks
 from reducer.run.tasks.vector_files import VectorFiles
-from reducer.storage.codecs import Aside, Hashes, placed
+from reducer.storage.codecs import Hashes, VectorSpool, spooled
 from reducer.storage.location import MemberKeys
 from reducer.storage.paths import with_paths
-from reducer.storage.schemas import FAILED, KNOWN_SCHEMA, PLACED_SCHEMA, TASK_SCHEMA
+from reducer.storage.schemas import FAILED, KNOWN_SCHEMA, SPOOLED_SCHEMA, TASK_SCHEMA
 from reducer.storage.tables import with_column
 
 
 @dataclass(frozen=True)
-class Todo:
+class Remaining:
     """What is left to do of a plan.
 
     Attributes
@@ -65,9 +65,9 @@ class Todo:
     vectors: VectorFiles | None = None
 
     @cached_property
-    def aside(self) -> Aside:
+    def aside(self) -> VectorSpool:
         """Holds the vectors that are known."""
-        return Aside() if self.reuse is None else self.reuse.aside
+        return VectorSpool() if self.reuse is None else self.reuse.aside
 
     @property
     def keys(self) -> MemberKeys | None:
@@ -89,8 +89,8 @@ class Todo:
     @cached_property
     def _known(self) -> pa.Table:
         """What an earlier run tells of the photos of the plan."""
-        tables = [placed(rows, self.aside) for rows, _ in self.reused.values()]
-        return beside_plan(self.plan, pa.concat_tables(tables), self.keys)
+        tables = [spooled(rows, self.aside) for rows, _ in self.reused.values()]
+        return join_plan(self.plan, pa.concat_tables(tables), self.keys)
 
     @cached_property
     def spared(self) -> frozenset[int]:
@@ -101,11 +101,11 @@ class Todo:
                 return frozenset()
         return frozenset(self.reused)
 
-    def first(self) -> Errand | ShardErrand:
+    def first(self) -> PartitionTasks | ShardTasks:
         """What is to be done first."""
         return self.pieces() or self.partitions()
 
-    def pieces(self) -> Errand | ShardErrand | None:
+    def pieces(self) -> PartitionTasks | ShardTasks | None:
         """The shards and pieces that are left; None where there are none."""
         done = self.folder.done_pieces() if self.is_begun else {}
         job = self.plan.job
@@ -113,7 +113,7 @@ class Todo:
             if not self.plan.pieced:
                 return None
             rows = self.plan.pieces(self._read_with_known).without(done)
-            return Errand(job, rows, is_pieces=True, aside=self.aside) if rows else None
+            return PartitionTasks(job, rows, is_pieces=True, aside=self.aside) if rows else None
         left = [shard for shard in self.plan.shards if shard.number not in done and shard.number not in self.spared]
         left += [shard for shard in self.plan.shards if shard.number in self.again & done.keys()]
         if not left:
@@ -124,13 +124,13 @@ class Todo:
             if self.reused:
                 hashed = hashed & pc.is_null(self._known["hash"]).to_numpy()
             wanted = wanted_keys(self.plan.rows["path"].to_pylist(), hashed)
-        return ShardErrand.of(job, left, wanted, self.threads)
+        return ShardTasks.of(job, left, wanted, self.threads)
 
     def found(self) -> pa.Table:
         """All that was found in shards and pieces, and that an earlier run tells of shards that are spared."""
         done = self.folder.done_pieces() if self.is_begun else {}
-        tables = [self.folder.hashes(self.aside)] if done else [PLACED_SCHEMA.empty_table()]
-        tables += [placed(self.reused[number][0], self.aside) for number in self.spared - done.keys()]
+        tables = [self.folder.hashes(self.aside)] if done else [SPOOLED_SCHEMA.empty_table()]
+        tables += [spooled(self.reused[number][0], self.aside) for number in self.spared - done.keys()]
         rows = pa.concat_tables(tables)
         if len(tables) == 1:
             return rows
@@ -151,13 +151,13 @@ class Todo:
         except InputError as error:
             raise ListingError(str(error)) from None
 
-    def partitions(self) -> Errand:
+    def partitions(self) -> PartitionTasks:
         """The partitions that are left, and of those with failures the labels that have them."""
         plan = self.plan
         names = self.folder.done_partitions() if self.is_begun and not self.again else {}
         pieced = plan.pieced if plan.is_listed else frozenset()
         if plan.shards is not None:
-            rows = rows_with(plan, self._found_beside, self.missing) if plan.is_listed else None
+            rows = with_results(plan, self._found_beside, self.missing) if plan.is_listed else None
             partitions = plan.partitions(without_errors(rows) if rows is not None and self.is_retry else rows)
         else:
             partitions = plan.partitions(self._read_with_known)
@@ -172,29 +172,29 @@ class Todo:
             if plan.job.embed is not None:
                 vectors = self.folder.part_vectors(names[number], ledger.num_rows)
                 ledger = ledger.append_column("vector", self.aside.put(vectors))
-            before = beside(own.select(TASK_SCHEMA.names), as_known(ledger), plan.job)
+            before = join_known(own.select(TASK_SCHEMA.names), as_known(ledger), plan.job)
             own = own if plan.shards is not None else own.select(TASK_SCHEMA.names)
             left |= {number: _with_known(own, before, pc.is_valid(before["known_hash"]))}
         routing = None if self.vectors is None or not left else Routing.of(self.vectors, plan.job.source, left)
         trusted = pieced | frozenset(self.failed)
-        return Errand(plan.job, left, trusted, avoid=self.avoid, aside=self.aside, routing=routing)
+        return PartitionTasks(plan.job, left, trusted, avoid=self.avoid, aside=self.aside, routing=routing)
 
     @property
     def _read_with_known(self) -> pa.Table | None:
         """The single files to read with what an earlier run tells of them; None where there is none."""
-        return None if self.reuse is None else beside(self.plan.read, self.reuse.known, self.plan.job)
+        return None if self.reuse is None else join_known(self.plan.read, self.reuse.known, self.plan.job)
 
     def _hashed_in_pieces(self) -> Division:
         """The partitions of single files that were hashed in pieces, with what was found of them."""
         rows = self.plan.rows
         plan = replace(self.plan, rows=with_paths(path_rule(self.plan.job), rows.filter(pc.is_valid(rows["piece"]))))
-        rows = rows_with(plan, beside_plan(plan, self.found(), self.keys), self.missing)
+        rows = with_results(plan, join_plan(plan, self.found(), self.keys), self.missing)
         return plan.partitions(rows.select([*TASK_SCHEMA.names, *KNOWN_SCHEMA.names]))
 
     @cached_property
     def _found_beside(self) -> pa.Table:
         """What was found in shards of each row of the plan; asked for only when all of them are done."""
-        return beside_plan(self.plan, self.found(), self.keys)
+        return join_plan(self.plan, self.found(), self.keys)
 
     @cached_property
     def missing(self) -> str:
@@ -204,7 +204,7 @@ class Todo:
     def unread(self) -> Iterator[pa.Table]:
         """`LEDGER_SCHEMA` rows of the photos that are not read, those of one part file at a time."""
         plan, in_shards = self.plan, self.plan.shards is not None
-        rows = unread_ledger(plan, self._found_beside, self.missing) if in_shards else plan.unread
+        rows = unread_rows(plan, self._found_beside, self.missing) if in_shards else plan.unread
         for start in range(0, rows.num_rows, ROW_GROUP):
             own = rows.slice(start, ROW_GROUP)
             yield own if in_shards else as_unread(with_paths(path_rule(plan.job), own))

@@ -92,7 +92,7 @@ def cross_label_pairs(
     starts = np.flatnonzero(is_new(*words))
     words = np.ascontiguousarray(words[:, starts])
 
-    taken = _Taken(photos, labels[photos], starts, most)
+    taken = _PairLimit(photos, labels[photos], starts, most)
     taken.within()
     found = [len(taken.pairs)]
     for distance in range(1, min(CROSS_LABEL_BITS, CROSS_LABEL_BITS * bits // 64) + 1):
@@ -174,11 +174,11 @@ def _as_numbers(hashes: Hashes) -> Words:
     return np.ascontiguousarray(padded.view(">u8").T.astype(np.uint64))
 
 
-#: In `_Taken.sole`: no photo of the group can be in any more pairs.
+#: In `_PairLimit.sole`: no photo of the group can be in any more pairs.
 FULL = -1
 
 
-class _Taken:
+class _PairLimit:
     """The pairs taken so far, and which photos can still be in more.
 
     The photos stand in groups of equal hashes, sorted by label within each. A full photo is passed over by a pointer to

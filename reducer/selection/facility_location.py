@@ -11,7 +11,7 @@ import numpy as np
 from reducer.selection.distance import Points, Steps, as_words, distances_to
 from reducer.storage.codecs import Hashes, Positions
 
-#: Of labels with more candidates, so many at a time are chosen from first (`cover`).
+#: Of labels with more candidates, so many at a time are chosen from first (`facility_location_order`).
 FACILITY_LOCATION_CANDIDATES = 20_000
 #: Bytes that the distances of all pairs may take; where they take more they are computed when they are needed, those of
 #: so many photos at a time.
@@ -19,7 +19,7 @@ MATRIX_BYTES, ASKED_TOGETHER = 2**29, 64
 
 
 @dataclass(frozen=True)
-class Copies:
+class NearCopies:
     """What tells near copies among the photos of a label.
 
     Attributes
@@ -33,34 +33,34 @@ class Copies:
     hashes: Hashes
     near: int
 
-    def among(self, positions: Positions) -> Copies:
+    def among(self, positions: Positions) -> NearCopies:
         """Of some of the photos."""
-        return Copies(self.hashes[positions], self.near)
+        return NearCopies(self.hashes[positions], self.near)
 
 
-class Distinct:
+class NearCopyFilter:
     """Which photos may be taken now: near copies of those taken wait until none else is left.
 
     Parameters
     ----------
-    copies : Copies or None
+    copies : NearCopies or None
         None where no photo waits.
     order : ndarray of int64, shape (n,)
         The order in which positions are told here, as positions in ``copies``.
     """
 
-    def __init__(self, copies: Copies | None, order: Positions) -> None:
+    def __init__(self, copies: NearCopies | None, order: Positions) -> None:
         self._copies = None if copies is None else copies.among(order)
         self._words = None if self._copies is None else as_words(self._copies.hashes)
         self._waits = np.zeros(len(order), dtype=bool)
 
-    def anew(self) -> Distinct:
+    def anew(self) -> NearCopyFilter:
         """The same, where nothing is taken yet."""
-        return Distinct(self._copies, np.arange(len(self._waits)))
+        return NearCopyFilter(self._copies, np.arange(len(self._waits)))
 
-    def of(self, positions: Positions) -> Distinct:
+    def of(self, positions: Positions) -> NearCopyFilter:
         """Of some of the photos, where nothing is taken yet."""
-        return Distinct(self._copies, positions) if self._copies is not None else Distinct(None, positions)
+        return NearCopyFilter(self._copies, positions) if self._copies is not None else NearCopyFilter(None, positions)
 
     def take(self, position: int) -> None:
         """A photo is taken: its near copies wait."""
@@ -92,8 +92,8 @@ class Distinct:
         return np.array(now + later, dtype=np.int64)
 
 
-def cover(
-    points: Points, picked: Positions, count: int, distinct: Distinct, draw: Callable[[], Positions]
+def facility_location_order(
+    points: Points, picked: Positions, count: int, distinct: NearCopyFilter, draw: Callable[[], Positions]
 ) -> Positions:
     """The first photos of a label by greedy facility location.
 
@@ -111,7 +111,7 @@ def cover(
         Positions of photos that are taken already.
     count : int
         So many are to be taken, with those.
-    distinct : Distinct
+    distinct : NearCopyFilter
         Of the same photos, where nothing is taken yet; it is used up.
     draw : callable
         Gives the photos in an order drawn at random.
@@ -157,7 +157,9 @@ class _Rows:
         return self.points.rows(own) if self.held is None else self.held[self.place[own]]
 
 
-def _greedy(points: Points, candidates: Positions, picked: Positions, count: int, distinct: Distinct) -> Positions:
+def _greedy(
+    points: Points, candidates: Positions, picked: Positions, count: int, distinct: NearCopyFilter
+) -> Positions:
     """Picks of the greedy rule among some photos, for the good of all; positions are in id order."""
     picks: list[int] = picked.tolist()
     if len(candidates) == 0 or len(picks) >= count:
@@ -187,7 +189,7 @@ def _greedy(points: Points, candidates: Positions, picked: Positions, count: int
     waiting: list[tuple[int, int, int]] = []
     while len(picks) < count and (heap or waiting):
         if not heap:  # only near copies of those taken are left
-            heap, waiting, distinct = waiting, [], Distinct(None, np.arange(len(points)))
+            heap, waiting, distinct = waiting, [], NearCopyFilter(None, np.arange(len(points)))
             heapq.heapify(heap)
         stale: list[int] = []
         while heap and len(stale) < rows.together:

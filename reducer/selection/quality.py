@@ -168,7 +168,7 @@ def certificate(hashes: Hashes, bits: int, insertion_distance: NDArray[np.float6
 
 
 @dataclass(frozen=True)
-class Judgement:
+class Evaluation:
     """How near the photos of a label are to the kept ones, and what their choice is worth.
 
     Attributes
@@ -197,7 +197,7 @@ def points_of(hashes: Hashes | None, units: Vectors | None) -> Points:
     return Hamming(hashes)
 
 
-def judge(
+def evaluate(
     label: str,
     points: Points,
     hashes: Hashes | None,
@@ -207,7 +207,7 @@ def judge(
     insertion_distance: NDArray[np.float64],
     some_always_kept: bool,
     settings: PhotoSettings,
-) -> Judgement:
+) -> Evaluation:
     """How near every photo of a label is to the kept ones, and what their choice is worth.
 
     Parameters
@@ -249,10 +249,10 @@ def judge(
         # Farthest-first promises something of its own choice only.
         promised = certificate(hashes[candidates], settings.bits, insertion_distance)
         quality += Quality(certificate=promised)
-    return Judgement(nearest, steps * points.step, quality, by_hash)
+    return Evaluation(nearest, steps * points.step, quality, by_hash)
 
 
-def judge_again(
+def reevaluate_ledger(
     rows: pa.Table, vectors: pa.Array | pa.ChunkedArray | None, always_keep: NDArray[np.bool_], settings: PhotoSettings
 ) -> tuple[pa.Table, Quality, Quality]:
     """Tell anew of rows of the ledger, of which others are kept now, how near they are to the kept ones.
@@ -275,7 +275,7 @@ def judge_again(
     Quality
         Of all labels.
     Quality
-        The same by hashes, as for `Judgement`.
+        The same by hashes, as for `Evaluation`.
     """
     columns = ("label", "id", "hash", "rank", "insertion_distance", "kept")
     photos = list(zip(*(rows[name].to_pylist() for name in columns), always_keep.tolist(), strict=True))
@@ -296,7 +296,7 @@ def judge_again(
             packed = b"".join(from_hex(text, settings.bits) for text in texts)
             hashes = np.frombuffer(packed, dtype=np.uint8).reshape(len(own), -1)
         units = None if vectors is None else units_of(vectors.take(pa.array(own)))
-        found = judge(
+        found = evaluate(
             label,
             points_of(hashes, units),
             hashes,
@@ -315,7 +315,7 @@ def judge_again(
     return rows, quality, by_hash
 
 
-def figures(quality: Quality, bits: int, unit: str = "bits", by_hash: Quality | None = None) -> dict[str, Any]:
+def quality_summary(quality: Quality, bits: int, unit: str = "bits", by_hash: Quality | None = None) -> dict[str, Any]:
     """What ``summary.json`` tells of it.
 
     Parameters
@@ -336,7 +336,7 @@ def figures(quality: Quality, bits: int, unit: str = "bits", by_hash: Quality | 
         "selection": _spread_figures(quality.selection, unit),
         "random": _spread_figures(quality.random, unit),
         "certificate": _certificate_figures(quality.certificate),
-        "by_hash": None if by_hash is None or not by_hash.selection.labels else figures(by_hash, bits),
+        "by_hash": None if by_hash is None or not by_hash.selection.labels else quality_summary(by_hash, bits),
     }
 
 

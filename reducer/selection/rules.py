@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from reducer.config.cut_rules import CutRules
 from reducer.errors import BudgetError, InputError
 from reducer.storage.schemas import BEYOND_KEEP, BUDGET, KEPT, KEPT_SMALL_LABEL, MIN_DISTANCE
-from reducer.storage.sorting import place_in_group, text_ranks
+from reducer.storage.sorting import position_in_group, text_ranks
 
 #: Columns of the ledger that decide.
 DECIDING = ("label", "rank", "insertion_distance", "bytes", "reason")
@@ -111,7 +111,7 @@ def select(ledger: pa.Table, rules: CutRules, always_keep: NDArray[np.bool_]) ->
         code[candidates[~far]] = _MIN_DISTANCE
         candidates = candidates[far]
     if rules.keep is not None:
-        beyond = place_in_group(label[candidates]) >= rules.keep
+        beyond = position_in_group(label[candidates]) >= rules.keep
         code[candidates[beyond]] = _BEYOND_KEEP
         candidates = candidates[~beyond]
     reached = None
@@ -175,7 +175,7 @@ def _fit(
     """Which photos a budget has room for; photos are sorted by (label, rank)."""
     budget = rules.total if rules.total is not None else rules.max_bytes
     assert isinstance(budget, int)
-    fits = (place_in_group(label) < rules.guaranteed) | always_keep
+    fits = (position_in_group(label) < rules.guaranteed) | always_keep
     least = int(size[fits].sum())
     if least > budget:
         flag = "--total" if rules.total is not None else "--max-bytes"
@@ -201,7 +201,7 @@ def _running_minimum(group: NDArray[np.int64], values: NDArray[np.float64]) -> N
     it.
     """
     found = values.copy()
-    place = place_in_group(group)
+    place = position_in_group(group)
     step = 1
     while step <= (place.max() if len(place) else 0):
         earlier = np.flatnonzero(place >= step)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from reducer.draw import RANDOM_ORDER, draw_order
 from reducer.selection.distance import Points, Steps
-from reducer.selection.facility_location import Copies, Distinct, cover
+from reducer.selection.facility_location import NearCopies, NearCopyFilter, facility_location_order
 from reducer.storage.codecs import Positions
 
 #: Facility location chooses so many photos of a label at least (or as many as are kept); the others follow by
@@ -75,7 +75,7 @@ class Strategy(Protocol):
         keep: int = 1,
         label: str = "",
         seed: int = 0,
-        copies: Copies | None = None,
+        copies: NearCopies | None = None,
     ) -> Ranking:
         """Rank them.
 
@@ -93,7 +93,7 @@ class Strategy(Protocol):
             Part of the key of what is drawn.
         seed : int
             The job's seed, part of that key too.
-        copies : Copies, optional
+        copies : NearCopies, optional
             Which photos are near copies: one of a photo with a smaller rank comes behind all that are none.
         """
 
@@ -106,7 +106,7 @@ def farthest_first(
     keep: int = 1,
     label: str = "",
     seed: int = 0,
-    copies: Copies | None = None,
+    copies: NearCopies | None = None,
 ) -> Ranking:
     """Start at the medoid, then always take the photo farthest from those taken.
 
@@ -120,10 +120,10 @@ def farthest_first(
         As for every `Strategy`; ``keep``, ``label`` and ``seed`` are not used.
     """
     by_id, picked = _in_id_order(ids, first)
-    return _farthest_behind(points.take(by_id), picked, by_id, Distinct(copies, by_id))
+    return _farthest_behind(points.take(by_id), picked, by_id, NearCopyFilter(copies, by_id))
 
 
-class _Taken:
+class _EagerNearest:
     """Which photos are taken, and how near each of the others is to the nearest of them.
 
     Attributes
@@ -140,12 +140,12 @@ class _Taken:
         np.minimum(self.nearest, self.points.to(pick), out=self.nearest)
         self.nearest[pick] = -1
 
-    def farthest(self, distinct: Distinct) -> int:
+    def farthest(self, distinct: NearCopyFilter) -> int:
         """The photo farthest from those taken, of equals the first, of those that may be taken now."""
         return int(np.argmax(distinct.only_ready(self.nearest)))
 
 
-class _Lazily(_Taken):
+class _LazyNearest(_EagerNearest):
     """The same, where distances are told only for photos that come to the top: what is nearest never grows.
 
     The picks are the same. Each photo is compared with all picks since the last time at once, many photos together.
@@ -161,7 +161,7 @@ class _Lazily(_Taken):
         self.picks.append(pick)
         self.nearest[pick] = -1
 
-    def farthest(self, distinct: Distinct) -> int:
+    def farthest(self, distinct: NearCopyFilter) -> int:
         while True:
             worth = distinct.only_ready(self.nearest)
             pick = int(np.argmax(worth))
@@ -174,14 +174,14 @@ class _Lazily(_Taken):
             self.compared[top] = len(self.picks)
 
 
-def _farthest_behind(points: Points, picked: Positions, by_id: Positions, distinct: Distinct) -> Ranking:
+def _farthest_behind(points: Points, picked: Positions, by_id: Positions, distinct: NearCopyFilter) -> Ranking:
     """Farthest-first behind what is picked already; points and picks are in id order."""
     count = len(picked)
     order = np.empty(len(points), dtype=np.int64)
     order[:count] = picked
     insertion = np.zeros(len(points))
     insertion[:count] = _insertion_distances(points, picked)
-    taken = (_Lazily if points.is_costly else _Taken)(points)
+    taken = (_LazyNearest if points.is_costly else _EagerNearest)(points)
     for pick in picked.tolist():
         taken.add(pick)
         distinct.take(pick)
@@ -210,7 +210,7 @@ def facility_location(
     keep: int = 1,
     label: str = "",
     seed: int = 0,
-    copies: Copies | None = None,
+    copies: NearCopies | None = None,
 ) -> Ranking:
     """Always take the photo that brings the label's photos nearest to those taken, all in all.
 
@@ -225,9 +225,11 @@ def facility_location(
         As for every `Strategy`.
     """
     by_id, picked = _in_id_order(ids, first)
-    points, distinct = points.take(by_id), Distinct(copies, by_id)
+    points, distinct = points.take(by_id), NearCopyFilter(copies, by_id)
     most = max(keep, FACILITY_LOCATION_RANKS)
-    picks = cover(points, picked, most, distinct, draw=lambda: _drawn(label, seed, [ids[i] for i in by_id.tolist()]))
+    picks = facility_location_order(
+        points, picked, most, distinct, draw=lambda: _drawn(label, seed, [ids[i] for i in by_id.tolist()])
+    )
     return _farthest_behind(points, picks, by_id, distinct.anew())
 
 
@@ -239,7 +241,7 @@ def pairs(
     keep: int = 1,
     label: str = "",
     seed: int = 0,
-    copies: Copies | None = None,
+    copies: NearCopies | None = None,
 ) -> Ranking:
     """The notebook's rule, its defects mended: the most distant pairs first, both ends of each in turn.
 
@@ -268,7 +270,7 @@ def pairs(
         farthest[i] = distance[partner[i]]
     own = np.arange(n)
     order = np.lexsort((own, np.maximum(own, partner), np.minimum(own, partner), -farthest))
-    order = _behind(picked, order, Distinct(copies, by_id))
+    order = _behind(picked, order, NearCopyFilter(copies, by_id))
     return Ranking(by_id[order], _insertion_distances(points, order))
 
 
@@ -280,7 +282,7 @@ def random(
     keep: int = 1,
     label: str = "",
     seed: int = 0,
-    copies: Copies | None = None,
+    copies: NearCopies | None = None,
 ) -> Ranking:
     """The baseline: the order of a keyed draw (`reducer.draw`), whatever the photos are.
 
@@ -290,7 +292,7 @@ def random(
         As for every `Strategy`; ``keep`` is not used.
     """
     picked = np.empty(0, dtype=np.int64) if first is None else first
-    order = _behind(picked, _drawn(label, seed, ids), Distinct(copies, np.arange(len(ids))))
+    order = _behind(picked, _drawn(label, seed, ids), NearCopyFilter(copies, np.arange(len(ids))))
     return Ranking(order, _insertion_distances(points, order))
 
 
@@ -298,7 +300,7 @@ def _drawn(label: str, seed: int, ids: Sequence[str]) -> Positions:
     return np.array(draw_order(RANDOM_ORDER, seed, label, ids), dtype=np.int64)
 
 
-def _behind(first: Positions, order: Positions, distinct: Distinct) -> Positions:
+def _behind(first: Positions, order: Positions, distinct: NearCopyFilter) -> Positions:
     """An order of all, but with some of them first, and near copies last."""
     for pick in first.tolist():
         distinct.take(pick)
@@ -322,7 +324,7 @@ def rank(
     keep: int,
     label: str,
     seed: int,
-    copies: Copies | None = None,
+    copies: NearCopies | None = None,
 ) -> Ranking:
     """Rank the photos of one label, those that are always kept before all others.
 

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from reducer.errors import InputError, ReducerError
-from reducer.storage.location import Place
-from reducer.storage.remote import persistently
+from reducer.storage.location import Location
+from reducer.storage.remote import with_retries
 
 #: Bytes of a part of an object that is sent in parts; S3 takes 10,000 parts of 5 MiB or more.
 PART = 32 * 2**20
@@ -24,12 +24,12 @@ class Files:
 
     Parameters
     ----------
-    place : Place or str
+    place : Location or str
         Where it is, or will be.
     """
 
-    def __init__(self, place: Place | str) -> None:
-        self.place = Place(place) if isinstance(place, str) else place
+    def __init__(self, place: Location | str) -> None:
+        self.place = Location(place) if isinstance(place, str) else place
         #: Path or URL, to show.
         self.path = self.place.path
         #: Called before each write; raises if another run has taken the folder meanwhile.
@@ -93,7 +93,7 @@ class Files:
         write_file(self.place.below(name), content)
 
 
-def write_file(place: Place, content: bytes) -> None:
+def write_file(place: Location, content: bytes) -> None:
     """Write a file so that it is whole, or as it was, whenever this is cut off.
 
     Raises
@@ -105,7 +105,7 @@ def write_file(place: Place, content: bytes) -> None:
         if place.remote:
             # One put, or an upload of parts that shows when it is completed.
             system, path = place.open()
-            persistently(lambda: system.pipe_file(path, content))
+            with_retries(lambda: system.pipe_file(path, content))
         else:
             with whole_file(Path(place.path)) as file:
                 file.write(content)
@@ -155,7 +155,7 @@ def whole_file(path: Path, *, synced: bool = True, mtime_ns: int | None = None) 
 
 
 @contextmanager
-def whole_object(place: Place) -> Iterator[IO[bytes]]:
+def whole_object(place: Location) -> Iterator[IO[bytes]]:
     """An object of any size to write to a store, which shows there once it is whole; sent in parts meanwhile."""
     system, path = place.open()
     file = system.open(path, "wb", block_size=PART, autocommit=False)

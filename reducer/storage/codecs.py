@@ -1,4 +1,4 @@
-"""Unit vectors as they are kept: made alike from whatever is given, packed, put aside. Pure but for `Aside`."""
+"""Unit vectors as they are kept: made alike from whatever is given, packed, put aside. Pure but for `VectorSpool`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from reducer.storage.schemas import PLACED_SCHEMA, VECTORS_SCHEMA
+from reducer.storage.schemas import SPOOLED_SCHEMA, VECTORS_SCHEMA
 
 #: Kind of the failure of photos without a vector that can be ranked.
 NO_VECTOR = "no vector"
@@ -138,13 +138,13 @@ def from_lists(lists: pa.ChunkedArray) -> pa.Array:
     return pc.replace_with_mask(pa.nulls(len(units), pa.binary()), pa.array(there), packed(units[there]))
 
 
-def placed(rows: pa.Table, aside: Aside) -> pa.Table:
-    """`HASHES_SCHEMA` rows as `PLACED_SCHEMA`: their vectors are kept aside."""
+def spooled(rows: pa.Table, aside: VectorSpool) -> pa.Table:
+    """`HASHES_SCHEMA` rows as `SPOOLED_SCHEMA`: their vectors are kept aside."""
     place = rows.schema.get_field_index("vector")
-    return rows.set_column(place, PLACED_SCHEMA.field(place), aside.put(rows["vector"])).cast(PLACED_SCHEMA)
+    return rows.set_column(place, SPOOLED_SCHEMA.field(place), aside.put(rows["vector"])).cast(SPOOLED_SCHEMA)
 
 
-class Aside:
+class VectorSpool:
     """Vectors kept aside in a file of no name, in the order in which they come; memory holds those in use only.
 
     Attributes

@@ -16,7 +16,7 @@ from enum import StrEnum
 from typing import IO, TYPE_CHECKING, Any
 
 from reducer.errors import InputError
-from reducer.storage.remote import _secrets, fsspec_options, is_refused
+from reducer.storage.remote import _secrets, fsspec_options, is_access_refused
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -33,7 +33,7 @@ def absolute(path: str) -> str:
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """A folder or file.
 
     Attributes
@@ -57,9 +57,11 @@ class Place:
         """Whether it is an object store that speaks S3."""
         return self.path.startswith(("s3://", "s3a://"))
 
-    def below(self, name: str) -> Place:
+    def below(self, name: str) -> Location:
         """A place in this folder."""
-        return Place(f"{self.path.rstrip('/')}/{name}" if self.remote else os.path.join(self.path, name), self.options)
+        return Location(
+            f"{self.path.rstrip('/')}/{name}" if self.remote else os.path.join(self.path, name), self.options
+        )
 
     def open(self, attempts: int = 5) -> tuple[AbstractFileSystem, str]:
         """The fsspec file system, one a process, and the path in it.
@@ -154,12 +156,12 @@ def ref_of(row: Mapping[str, Any]) -> PhotoRef:
 
 
 @contextmanager
-def explained(place: Place, what: str) -> Iterator[None]:
+def explaining_errors(place: Location, what: str) -> Iterator[None]:
     """Turn whatever goes wrong at a place into an InputError that says what to look at.
 
     Parameters
     ----------
-    place : Place
+    place : Location
         Where.
     what : str
         The beginning of the message, such as ``IMAGES s3://bucket/photos cannot be listed``.
@@ -176,11 +178,11 @@ def explained(place: Place, what: str) -> Iterator[None]:
         raise InputError(f"{what}: {place.safe(error).rstrip('.')}{_advice(error, place)}") from None
 
 
-def _advice(error: Exception, place: Place) -> str:
+def _advice(error: Exception, place: Location) -> str:
     """What to look at when a remote place cannot be used."""
     if isinstance(error, TypeError):
         return ". Check the names of the storage options"
-    if is_refused(error):
+    if is_access_refused(error):
         return (
             ". Access is refused: check the credentials (key and secret, profile, or the usual AWS chain; anon=true "
             "for a public bucket), and that they may use this bucket"

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from reducer.errors import InputError, LostLockError
-from reducer.storage.location import Place, explained
+from reducer.storage.location import Location, explaining_errors
 
 log = logging.getLogger("reducer")
 
@@ -99,12 +99,12 @@ class Holder:
         return f"host {self.host}, process {self.pid}, since {self.since}"
 
 
-def holder(place: Place) -> Holder | None:
+def holder(place: Location) -> Holder | None:
     """Who has the lock of a run folder.
 
     Parameters
     ----------
-    place : Place
+    place : Location
         The run folder; need not be there.
 
     Returns
@@ -127,12 +127,12 @@ def holder(place: Place) -> Holder | None:
     return held
 
 
-def check_unlocked(place: Place, *, break_lock: bool = False) -> None:
+def check_unlocked(place: Location, *, break_lock: bool = False) -> None:
     """Refuse a run folder that another run has locked; takes no lock.
 
     Parameters
     ----------
-    place : Place
+    place : Location
         The run folder; need not be there.
     break_lock : bool
         Whether its lock will be broken: then nothing is refused.
@@ -150,12 +150,12 @@ def check_unlocked(place: Place, *, break_lock: bool = False) -> None:
 
 
 @contextmanager
-def locked(place: Place, *, break_lock: bool = False) -> Iterator[Callable[[], None]]:
+def locked(place: Location, *, break_lock: bool = False) -> Iterator[Callable[[], None]]:
     """Keep other runs out of a run folder.
 
     Parameters
     ----------
-    place : Place
+    place : Location
         The run folder, which must be there (on S3 there are no folders).
     break_lock : bool
         Whether to take the lock whoever has it now.
@@ -233,11 +233,11 @@ def _parse(content: bytes) -> Holder | None:
     return held if 0 < held.pid < 2**31 else None
 
 
-def _explained(place: Place) -> AbstractContextManager[None]:
-    return explained(place, f"the run folder {place.path} cannot be used")
+def _explained(place: Location) -> AbstractContextManager[None]:
+    return explaining_errors(place, f"the run folder {place.path} cannot be used")
 
 
-def _refusal(place: Place, held: Holder | None) -> InputError:
+def _refusal(place: Location, held: Holder | None) -> InputError:
     if held is None:
         return InputError(
             f"{place.path} holds a {LOCK} that cannot be read: another run may be at work there. Wait until "
@@ -320,7 +320,7 @@ def _give_back(lock: _Lock, own: Holder, *, taken: bool) -> None:
         log.warning("%s: the lock (%s) could not be removed: %s", path, LOCK, reason)
 
 
-def _lock_of(place: Place) -> _Lock:
+def _lock_of(place: Location) -> _Lock:
     if place.on_s3:
         return _S3Lock(place)
     return _RemoteLock(place) if place.remote else _LocalLock(place)
@@ -331,7 +331,7 @@ class _Lock(ABC):
 
     Attributes
     ----------
-    place : Place
+    place : Location
         The run folder.
     of_this_host : bool
         Whether a lock of this host is surely of a process that would show here.
@@ -341,7 +341,7 @@ class _Lock(ABC):
 
     of_this_host = False
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Location) -> None:
         self.place = place
         self.written = False
 
@@ -369,7 +369,7 @@ class _Lock(ABC):
 class _LocalLock(_Lock):
     of_this_host = True
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Location) -> None:
         super().__init__(place)
         self._path = Path(place.path, LOCK)
 

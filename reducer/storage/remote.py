@@ -164,7 +164,7 @@ def _botocore_credentials(profile: str | None) -> Callable[[], dict[str, Any]]:
     return credentials
 
 
-def is_refused(error: BaseException) -> bool:
+def is_access_refused(error: BaseException) -> bool:
     """Whether a store refuses access: asking again would not help."""
     kinds = ("PermissionDeniedError", "UnauthenticatedError", "NoCredentialsError")
     return isinstance(error, PermissionError) or type(error).__name__ in kinds
@@ -178,7 +178,7 @@ def _secrets(options: Mapping[str, Any]) -> Iterator[str]:
             yield value
 
 
-def pauses() -> Iterator[float]:
+def retry_pauses() -> Iterator[float]:
     """Seconds to wait before each further attempt at a request that may yet succeed; ends when that takes too long."""
     started, pause = time.monotonic(), FIRST_PAUSE
     while time.monotonic() - started < RETRY_SECONDS:
@@ -187,13 +187,13 @@ def pauses() -> Iterator[float]:
         pause = min(2 * pause, LONGEST_PAUSE)
 
 
-def persistently(request: Callable[[], T]) -> T:
+def with_retries(request: Callable[[], T]) -> T:
     """Make a request again while it fails for reasons that may pass."""
-    for pause in pauses():
+    for pause in retry_pauses():
         try:
             return request()
         except Exception as error:
-            if is_refused(error) or isinstance(error, FileNotFoundError | ValueError):
+            if is_access_refused(error) or isinstance(error, FileNotFoundError | ValueError):
                 raise
         time.sleep(pause)
     return request()

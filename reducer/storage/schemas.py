@@ -46,7 +46,7 @@ KNOWN_SCHEMA = pa.schema(
 )
 
 #: Where photos of shards lie, in columns behind the others of a row; null for single files.
-PLACE_SCHEMA = pa.schema(
+SHARD_POSITION_SCHEMA = pa.schema(
     [
         _field("shard", pa.string(), "tar shard that holds the photo; null for single files"),
         _field("offset", pa.int64(), "where the photo starts in its shard", "bytes"),
@@ -59,7 +59,7 @@ HASHES_SCHEMA = pa.schema(
         _field("key", pa.string(), "what the plan's column path calls the photo"),
         _field("label", pa.string(), "label that stands beside it in its shard; null where the manifest tells it"),
         _field("path", pa.string(), "where the photo lies: in its shard, where it is in one"),
-        *PLACE_SCHEMA,
+        *SHARD_POSITION_SCHEMA,
         _field("bytes", pa.int64(), "file size", "bytes"),
         _field("mtime", pa.timestamp("ns", tz="UTC"), "time of the last change, of the shard where it is in one"),
         _field("etag", pa.string(), "entity tag of an object in a store, of the shard where it is in one"),
@@ -75,7 +75,7 @@ HASHES_SCHEMA = pa.schema(
 )
 
 #: The same in the memory of the client, which keeps vectors aside: where each stands there.
-PLACED_SCHEMA = pa.schema(
+SPOOLED_SCHEMA = pa.schema(
     [f if f.name != "vector" else f.with_type(pa.int64()).with_metadata(None) for f in HASHES_SCHEMA]
 )
 
@@ -111,14 +111,14 @@ LEDGER_SCHEMA = pa.schema(
         _field("format", pa.string(), "file format that Pillow found, whatever the file's name says"),
         _field("mtime", pa.timestamp("ns", tz="UTC"), "time of the last change of the file, or of the shard"),
         _field("etag", pa.string(), "entity tag of an object in a store, or of the shard; null for local files"),
-        *PLACE_SCHEMA,
+        *SHARD_POSITION_SCHEMA,
         _field("hash", pa.string(), "perceptual hash in hex, as str() of imagehash's; null if not hashed"),
         _field("rank", pa.int32(), "place in the order of its label, the first is 0; null if not ranked"),
         _field(
             "insertion_distance",
             pa.float64(),
             "distance to the nearest photo of the label with a smaller rank; null for rank 0",
-            "bits",  # or cosine: `in_unit`
+            "bits",  # or cosine: `with_distance_unit`
         ),
         _field("nearest_kept", pa.string(), "id of the nearest kept photo of the label; itself if kept"),
         _field("nearest_kept_distance", pa.float64(), "distance to nearest_kept", "bits"),
@@ -171,8 +171,8 @@ EXPORT_SCHEMA = pa.schema(
 )
 
 #: What a worker finds out; the other columns of the ledger never leave the client.
-FOUND_SCHEMA = pa.schema(
-    [field for field in LEDGER_SCHEMA if field.name not in ("row", "id", "label", "path", *PLACE_SCHEMA.names)]
+RESULT_SCHEMA = pa.schema(
+    [field for field in LEDGER_SCHEMA if field.name not in ("row", "id", "label", "path", *SHARD_POSITION_SCHEMA.names)]
 )
 
 KEPT = "kept"
@@ -210,7 +210,7 @@ def reduced_schema(id_column: str, label_column: str) -> pa.Schema:
     )
 
 
-def in_unit(table: pa.Table, unit: str) -> pa.Table:
+def with_distance_unit(table: pa.Table, unit: str) -> pa.Table:
     """A table whose distances between photos of a label are said to be in a unit, ``bits`` or ``cosine``."""
     schema = table.schema
     for name in ("insertion_distance", "nearest_kept_distance"):

@@ -31,7 +31,7 @@ def in_groups(new: NDArray[np.bool_]) -> NDArray[np.intp]:
     return np.flatnonzero(equal)
 
 
-def place_in_group(group: NDArray[np.int64]) -> NDArray[np.int64]:
+def position_in_group(group: NDArray[np.int64]) -> NDArray[np.int64]:
     """Place of each row in its group, the first is 0; equal groups stand together."""
     starts = np.flatnonzero(is_new(group))
     return np.arange(len(group)) - np.repeat(starts, np.diff(starts, append=len(group)))

@@ -17,7 +17,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from reducer.errors import InputError, nearest
-from reducer.storage.location import Place, explained
+from reducer.storage.location import Location, explaining_errors
 
 #: How many rows or ids an error message or a report names.
 EXAMPLES = 5
@@ -27,14 +27,14 @@ CSV_BLOCKS = pa.csv.ReadOptions(block_size=2**26)
 CSV_FORM = pa.csv.ParseOptions(newlines_in_values=True)
 
 
-def column_names(where: str, place: Place) -> list[str]:
+def column_names(where: str, place: Location) -> list[str]:
     """Names of a file's columns.
 
     Parameters
     ----------
     where : str
         What error messages call the file, such as ``--manifest train.csv``.
-    place : Place
+    place : Location
         A CSV file with a header, gzipped or not, or a Parquet file, whatever its name.
 
     Raises
@@ -53,7 +53,7 @@ def column_names(where: str, place: Place) -> list[str]:
     return names
 
 
-def read_columns(where: str, place: Place, wanted: Sequence[str], hint: str) -> pa.Table:
+def read_columns(where: str, place: Location, wanted: Sequence[str], hint: str) -> pa.Table:
     """Read columns of a file as text.
 
     Parameters
@@ -86,13 +86,13 @@ def read_columns(where: str, place: Place, wanted: Sequence[str], hint: str) -> 
     return pa.table(columns)
 
 
-def is_parquet(where: str, place: Place) -> bool:
+def is_parquet(where: str, place: Location) -> bool:
     """Whether a file begins as Parquet files do."""
     with _opened(where, place) as (_, parquet):
         return parquet
 
 
-def read_lines(where: str, place: Place) -> list[str]:
+def read_lines(where: str, place: Location) -> list[str]:
     """The lines of a text file, gzipped or not, without blank ones and the blanks around them.
 
     Raises
@@ -109,10 +109,10 @@ def read_lines(where: str, place: Place) -> list[str]:
 
 
 @contextmanager
-def _opened(where: str, place: Place) -> Iterator[tuple[IO[bytes] | gzip.GzipFile, bool]]:
+def _opened(where: str, place: Location) -> Iterator[tuple[IO[bytes] | gzip.GzipFile, bool]]:
     """The file, unzipped, and whether it is a Parquet file; whatever is wrong with it names it."""
     try:
-        with explained(place, where), place.open_file() as raw:
+        with explaining_errors(place, where), place.open_file() as raw:
             start = raw.read(len(PARQUET_MAGIC))
             raw.seek(0)
             if not start:

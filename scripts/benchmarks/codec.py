@@ -18,7 +18,7 @@ from PIL import Image
 from reducer import Job
 from reducer.config.settings import DECODE_NAMES, HASH_NAMES, PhotoSettings, near_copy_bits
 from reducer.photos.hashing import DRAFT_FLOOR, FLAT_DEVIATION, JPEG_FORMATS, enough_of, grey_deviation, hash_photo
-from reducer.photos.process import Look
+from reducer.photos.process import PhotoResult
 from reducer.photos.progressive import first_scan_only
 from reducer.photos.reader import read_photo
 
@@ -110,9 +110,11 @@ def fidelity(photos: str, repetitions: int) -> None:
     rows = []
     for name in HASH_NAMES:
         for size in (8, 16):
-            looks: dict[str, list[Look]] = {}
+            looks: dict[str, list[PhotoResult]] = {}
 
-            def look(decode: str, name: str = name, size: int = size, looks: dict[str, list[Look]] = looks) -> float:
+            def look(
+                decode: str, name: str = name, size: int = size, looks: dict[str, list[PhotoResult]] = looks
+            ) -> float:
                 start = time.perf_counter()
                 looks[decode] = looks_at(paths, decode=decode, hash=name, hash_size=size)
                 return 1000 * (time.perf_counter() - start) / len(paths)
@@ -139,13 +141,18 @@ def fidelity(photos: str, repetitions: int) -> None:
     for (folder, kind), contents in sorted(kinds.items()):
         hashes: dict[str, list[bytes]] = {}
 
-        def hash_all(decode: str, contents: list[bytes] = contents, hashes: dict[str, list[bytes]] = hashes) -> float:
+        def run_hash_stage(
+            decode: str, contents: list[bytes] = contents, hashes: dict[str, list[bytes]] = hashes
+        ) -> float:
             settings = Job("-", "-", decode=decode).photo_settings
             start = time.perf_counter()
             hashes[decode] = [hash_photo(content, settings).bits for content in contents]
             return 1000 * (time.perf_counter() - start) / len(contents)
 
-        ways = {decode: (lambda decode=decode, hash_all=hash_all: hash_all(decode)) for decode in DECODE_NAMES}
+        ways = {
+            decode: (lambda decode=decode, run_hash_stage=run_hash_stage: run_hash_stage(decode))
+            for decode in DECODE_NAMES
+        }
         milliseconds = measured(ways, repetitions, warm_up=False)
         settings = Job("-", "-", decode="fastest").photo_settings
         enough = enough_of(settings) or len
@@ -174,7 +181,7 @@ def differing(one: bytes, other: bytes) -> int:
     return (int.from_bytes(one) ^ int.from_bytes(other)).bit_count()
 
 
-def bits_apart(exact: Look, fast: Look) -> int | None:
+def bits_apart(exact: PhotoResult, fast: PhotoResult) -> int | None:
     """The same of what two looks at a JPEG gave; None for other files."""
     if fast.hash is None or exact.hash is None or exact.hash.format not in JPEG_FORMATS:
         return None

@@ -27,7 +27,7 @@ from PIL import Image
 
 from reducer import ClusterSpec, Job, reduce_images
 from reducer.api.sample import label_sizes, write_sample
-from reducer.photos.process import Look, look_at_all
+from reducer.photos.process import PhotoResult, process_photos
 from reducer.run.plan.manifest import read_manifest
 from reducer.run.tasks.environment import versions
 
@@ -267,9 +267,9 @@ def run_job(folder: Path, manifest: Path, name: str, workers: int = PROCESSES, *
     return reduced(job, workers)
 
 
-def looks_at(paths: list[str], **options: object) -> list[Look]:
+def looks_at(paths: list[str], **options: object) -> list[PhotoResult]:
     """Look at photos in this process."""
-    return list(look_at_all(paths, Job("-", "-", **options).photo_settings))
+    return list(process_photos(paths, Job("-", "-", **options).photo_settings))
 
 
 def photos_by_label(photos: str) -> dict[str, list[tuple[str, str]]]:

@@ -25,7 +25,7 @@ from reducer import ClusterSpec, Job, reduce_images
 from reducer.api.sample import label_sizes
 from reducer.run.plan.plan import make_plan
 from reducer.run.tasks.rank_stage import peak_memory
-from reducer.run.tasks.tasks import Errand
+from reducer.run.tasks.tasks import PartitionTasks
 
 #: Runs a function of this module in a process of its own, whose peak memory is its own too.
 ALONE = """
@@ -78,7 +78,7 @@ def plan_one(folder: str, name: str) -> tuple[int, int, float, float]:
     """Plan a manifest: photos to read, partitions, seconds, peak memory in MiB."""
     start = time.perf_counter()
     planned = make_plan(Job(f"{folder}/train", f"{folder}/run", manifest=f"{folder}/{name}"))
-    errand = Errand(planned.job, planned.numbered(PROCESSES).partitions())
+    errand = PartitionTasks(planned.job, planned.numbered(PROCESSES).partitions())
     for index in errand.rows:
         errand.task(index)
     return int(planned.is_read.sum()), len(errand.rows), time.perf_counter() - start, peak_memory() / 2**20

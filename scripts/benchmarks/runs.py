@@ -30,7 +30,7 @@ from reducer.run.summary import failure_kinds
 from reducer.run.tasks.environment import versions
 from reducer.run.tasks.rank_stage import peak_memory
 from reducer.selection.cross_label import cross_label_table
-from reducer.selection.quality import figures, judge_again
+from reducer.selection.quality import quality_summary, reevaluate_ledger
 from reducer.selection.quality_sums import Quality
 from reducer.storage.paths import paths_by_rule
 from reducer.storage.schemas import BEYOND_KEEP, FAILED, KEPT, LEDGER_SCHEMA, NOT_SAMPLED
@@ -179,7 +179,7 @@ def complete_run(folder: Path, photos: list[str]) -> None:
             rows = with_column(rows, "reason", pc.if_else(broken, FAILED, rows["reason"]))
             rows = with_column(rows, "error", pc.if_else(broken, "broken: OSError: image file is truncated", None))
         else:
-            rows, found, _ = judge_again(rows, None, np.zeros(rows.num_rows, dtype=bool), settings)
+            rows, found, _ = reevaluate_ledger(rows, None, np.zeros(rows.num_rows, dtype=bool), settings)
             total += found
         run.replace_part(name, rows, tally)
     run.write_cross_label(cross_label_table(run.ledger(["id", "label", "path", "hash"]), settings.bits))
@@ -199,7 +199,7 @@ def complete_run(folder: Path, photos: list[str]) -> None:
             "bytes_read": pc.sum(ledger["bytes"]).as_py() or 0,
             "photos_per_second": None,
             "photos_reused": 0,
-            "quality": figures(total, settings.bits),
+            "quality": quality_summary(total, settings.bits),
             "cross_label_pairs": 0 if pairs is None else pairs.num_rows,
             "timings": {"cross_label_seconds": 0.0},
             "versions": versions(),

@@ -28,7 +28,7 @@ from reducer.run.dask.dispatch import Dispatch
 from reducer.run.plan.manifest import Manifest
 from reducer.run.plan.plan import Plan, plan_of
 from reducer.run.tasks.messages import PartitionResult, PartitionTask, Piece, PieceReport, PiecesResult, Tally
-from reducer.run.tasks.tasks import Errand
+from reducer.run.tasks.tasks import PartitionTasks
 from reducer.storage.schemas import MANIFEST_SCHEMA
 
 #: A header and its rows, or a line of text.
@@ -77,13 +77,13 @@ class Phase:
 
     Attributes
     ----------
-    errand : Errand
+    errand : PartitionTasks
         What is dispatched.
     seconds : dict of int to float
         Of each task by its number, as on a real core.
     """
 
-    errand: Errand
+    errand: PartitionTasks
     seconds: dict[int, float]
 
 
@@ -170,7 +170,7 @@ def record(photos: int) -> Recorded:
     results = Dispatch.results
 
     def watched(self: Dispatch) -> Iterator[PartitionResult | PiecesResult]:
-        assert isinstance(self.errand, Errand)
+        assert isinstance(self.errand, PartitionTasks)
         for result in results(self):
             note(recorded, self.errand, result)
             start = time.perf_counter()
@@ -184,7 +184,7 @@ def record(photos: int) -> Recorded:
     return recorded
 
 
-def note(recorded: Recorded, errand: Errand, result: PartitionResult | PiecesResult) -> None:
+def note(recorded: Recorded, errand: PartitionTasks, result: PartitionResult | PiecesResult) -> None:
     """Add what one task of a real run took."""
     rows = errand.rows[result.index].num_rows
     recorded.worker_seconds += result.seconds
@@ -235,7 +235,7 @@ def phases_of(plan: Plan, recorded: Recorded) -> list[Phase]:
                 rates = (recorded.ranking or [0.0]) if only_ranked else recorded.hashing
                 seconds[number] = rows.num_rows * float(generator.choice(rates))
             # All are trusted, so that nobody looks whether photos can be read: there are none.
-            phases.append(Phase(Errand(plan.job, tasks, frozenset(tasks), is_pieces=is_pieces), seconds))
+            phases.append(Phase(PartitionTasks(plan.job, tasks, frozenset(tasks), is_pieces=is_pieces), seconds))
     return phases
 
 

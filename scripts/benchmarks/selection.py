@@ -14,7 +14,7 @@ from benchmarks.notebook import notebook_choice
 
 from reducer.config.settings import near_copy_bits
 from reducer.selection.distance import Hamming
-from reducer.selection.quality import certificate, figures, spread
+from reducer.selection.quality import certificate, quality_summary, spread
 from reducer.selection.quality_sums import Certificate, Quality, Spread
 from reducer.selection.strategies import STRATEGIES, nearest_kept
 
@@ -56,7 +56,7 @@ def quality(photos: str) -> None:
     say(f"{len(certificates)} labels of {photos} with more than {keep} photos, K = {keep}, dHash-64, {machine()}")
     header = ["smallest pair distance", "mean pair distance", f"near-copy pairs (<= {near_copy_bits(64)} bits)"]
     table(["strategy", *header, "coverage radius", "mean distance to nearest kept"], rows)
-    worst = figures(Quality(certificate=sum(certificates, Certificate())), 64)["certificate"]
+    worst = quality_summary(Quality(certificate=sum(certificates, Certificate())), 64)["certificate"]
     say(
         f"farthest-first's smallest pair distance is at least {worst['mean']:.1%} of what any choice could reach "
         f"(mean over labels; the worst {worst['worst']:.1%})."

@@ -20,13 +20,13 @@ def dask_setup(worker: object) -> None:
     import reducer.run.dask.worker
     from reducer.config.settings import PhotoSettings, Source
     from reducer.photos.hashing import PhotoHash
-    from reducer.photos.process import Look
+    from reducer.photos.process import PhotoResult
 
     stored = np.load(os.environ[VARIABLE], mmap_mode="r")
 
-    def look_up(paths: Sequence[str], settings: PhotoSettings, source: Source) -> Iterator[Look]:
+    def look_up(paths: Sequence[str], settings: PhotoSettings, source: Source) -> Iterator[PhotoResult]:
         for path in paths:
             number = int(path.rpartition(".")[0][-DIGITS:], 16)
-            yield Look(PhotoHash(stored[number].tobytes(), 800, 600, "JPEG"), 142_000, 1_600_000_000 * 10**9)
+            yield PhotoResult(PhotoHash(stored[number].tobytes(), 800, 600, "JPEG"), 142_000, 1_600_000_000 * 10**9)
 
-    reducer.run.dask.worker.look = look_up
+    reducer.run.dask.worker.process_here = look_up

@@ -19,16 +19,16 @@ from reducer.config.cluster import ClusterSpec
 from reducer.config.job import Job
 from reducer.config.settings import SHARD_BYTES
 from reducer.errors import InputError, ReducerError
-from reducer.formatting import as_size
+from reducer.formatting import format_bytes
 from reducer.outputs.export.layout import BY_LABEL, FAILURES, LABELS, LIST, PLAN, SAME, ExportOptions, index_name
 from reducer.outputs.export.send import write_here, write_on
 from reducer.outputs.export.target import Exported, same_photos
 from reducer.outputs.export.transfer import COLUMNS, Transfer
-from reducer.outputs.export.write import PUTS, Way
+from reducer.outputs.export.write import PUTS, CopySettings
 from reducer.run.dask.connect import CPU_COUNT
 from reducer.run.folder import RunFolder
 from reducer.run.summary import check_storage_options, job_of
-from reducer.storage.location import Place, absolute
+from reducer.storage.location import Location, absolute
 from reducer.storage.schemas import EXPORT_SCHEMA
 from reducer.storage.tables import EXAMPLES, in_nanoseconds, read_columns
 
@@ -140,14 +140,14 @@ def export(
     >>> export("run", "photos", layout="by-label", resize=512)  # doctest: +SKIP
     """
     options = ExportOptions(layout, link, resize, shard_bytes)
-    folder = RunFolder(Place(str(run), output_storage_options or {}))
+    folder = RunFolder(Location(str(run), output_storage_options or {}))
     summary = folder.finished()
     job = job_of(summary, {"output": str(run), "storage_options": storage_options or {}})
     check_storage_options(summary, job)
-    exported = Exported(Place(str(target), target_storage_options or {}))
+    exported = Exported(Location(str(target), target_storage_options or {}))
     spec = _where(job, exported.place, options, cluster)
     every = in_nanoseconds(folder.whole_ledger(summary, COLUMNS))
-    rows = _wanted(every, job, None if list_file is None else Place(str(list_file), folder.place.options))
+    rows = _wanted(every, job, None if list_file is None else Location(str(list_file), folder.place.options))
     if options.link and pc.any(pc.is_valid(every["shard"])).as_py():
         raise InputError("--link cannot be: the photos lie in tar shards, and are no files of their own. Leave it out")
     transfer = Transfer.of(rows, every, job, options, exported.place)
@@ -179,7 +179,7 @@ def export(
         except ReducerError as error:
             raise InputError(f"TARGET {exported.path} may not be written: {error}") from None
         exported.write_plan(transfer.plan)
-        way = Way(
+        way = CopySettings(
             source=job.source,
             target=exported.place,
             settings=job.settings_without_model,
@@ -197,11 +197,11 @@ def export(
             way = replace(way, decoders=spec.threads or CPU_COUNT)
         groups = transfer.groups(GROUP_HERE if client is None else GROUP)
         done = write_here(groups, way) if client is None else write_on(client, groups, way, wait=spec.rules.wait)
-        of_all = as_size(transfer.bytes_to_do)
+        of_all = format_bytes(transfer.bytes_to_do)
         with closing(done), _bar(transfer, progress) as bar:
             for numbers, found in done:
                 transfer.note(numbers, found, exported)
-                bar.set_postfix_str(f"{as_size(transfer.bytes_done)} of {of_all}", refresh=False)
+                bar.set_postfix_str(f"{format_bytes(transfer.bytes_done)} of {of_all}", refresh=False)
                 bar.update(len(numbers))
         _finish(exported, transfer, job)
         result = _result(exported, transfer, options)
@@ -210,12 +210,12 @@ def export(
     return result
 
 
-def _on_cluster(job: Job, target: Place) -> bool:
+def _on_cluster(job: Job, target: Location) -> bool:
     """Whether photos go from a URL to a URL: only then all workers can do it."""
-    return job.images_place.remote and target.remote
+    return job.images_location.remote and target.remote
 
 
-def _where(job: Job, target: Place, options: ExportOptions, cluster: ClusterSpec | None) -> ClusterSpec:
+def _where(job: Job, target: Location, options: ExportOptions, cluster: ClusterSpec | None) -> ClusterSpec:
     """Where the work is done, checked before anything is written.
 
     Raises
@@ -229,18 +229,18 @@ def _where(job: Job, target: Place, options: ExportOptions, cluster: ClusterSpec
             "--cluster, --address and --workers are for photos of a URL that go to a URL: a folder is read and written "
             "by this process. Leave them out"
         )
-    if options.link and (job.images_place.remote or target.remote):
+    if options.link and (job.images_location.remote or target.remote):
         raise InputError("--link cannot be: hard links are of files of one disk, and a URL is none. Leave it out")
     if target.options and not target.remote:
         raise InputError("--target-storage-option says how a URL is opened, and TARGET is none: leave it out")
     images = absolute(job.images)
     inside = absolute(target.path) if target.remote else os.path.realpath(target.path)
-    if f"{inside}/".startswith(f"{images if job.images_place.remote else os.path.realpath(images)}/"):
+    if f"{inside}/".startswith(f"{images if job.images_location.remote else os.path.realpath(images)}/"):
         raise InputError(f"TARGET {target.path} is in IMAGES {job.images}: give another folder")
     return spec
 
 
-def _wanted(every: pa.Table, job: Job, list_place: Place | None) -> pa.Table:
+def _wanted(every: pa.Table, job: Job, list_place: Location | None) -> pa.Table:
     """The rows of the ledger that are exported.
 
     Raises
@@ -303,7 +303,7 @@ def _files_of(old: pa.Table) -> list[str]:
     return [LIST, LABELS, FAILURES, *single, *shards, *map(index_name, shards)]
 
 
-def _on_one_disk(job: Job, target: Place) -> bool:
+def _on_one_disk(job: Job, target: Location) -> bool:
     """Whether links can be made from IMAGES to TARGET, as far as can be told beforehand."""
     try:
         return os.stat(job.images).st_dev == os.stat(target.path).st_dev
@@ -311,7 +311,7 @@ def _on_one_disk(job: Job, target: Place) -> bool:
         return False
 
 
-def _check_room(target: Place, transfer: Transfer, freed: int) -> None:
+def _check_room(target: Location, transfer: Transfer, freed: int) -> None:
     """Refuse what the disk has no room for.
 
     Raises
@@ -322,8 +322,9 @@ def _check_room(target: Place, transfer: Transfer, freed: int) -> None:
     free, needed = shutil.disk_usage(target.path).free + freed, transfer.room_needed()
     if needed > free:
         raise InputError(
-            f"TARGET {target.path}: the disk has {as_size(free)} free, and the {transfer.left:,} photos to be written "
-            f"take about {as_size(needed)}. Make room, cut a shorter list (reducer cut, --list), or use --resize"
+            f"TARGET {target.path}: the disk has {format_bytes(free)} free, and the {transfer.left:,} photos to be "
+            f"written take about {format_bytes(needed)}. Make room, cut a shorter list (reducer cut, --list), or use "
+            "--resize"
         )
 
 

@@ -35,7 +35,7 @@ JPEG_EXTENSION = ".jpg"
 #: WebDataset's reader takes what is behind a name's first dot for its extension.
 NOT_IN_KEYS = "."
 #: Extensions and contents of files that go with a photo into a shard.
-Beside = tuple[tuple[str, bytes], ...]
+SideFiles = tuple[tuple[str, bytes], ...]
 WHOLE_NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")
 
 
@@ -228,7 +228,7 @@ def in_shard(path: str, ending: str) -> str:
     return path.rpartition(".")[0] + ending
 
 
-def beside(photo: str, label: str, number: int) -> Beside:
+def side_files(photo: str, label: str, number: int) -> SideFiles:
     """What goes with a photo into its shard: extensions and contents.
 
     Parameters

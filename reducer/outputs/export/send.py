@@ -13,7 +13,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from reducer.errors import ClusterError, ReducerError, one_line
-from reducer.outputs.export.write import Copied, Group, Way, write_group
+from reducer.outputs.export.write import Batch, CopyResult, CopySettings, write_group
 from reducer.photos.sandbox import memory_bound
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ MOST_LOSSES = 5
 KILLED = "not written: workers died with it, or with photos beside it"
 
 
-def write_here(groups: Iterable[Group], way: Way) -> Generator[tuple[tuple[int, ...], list[Copied]]]:
+def write_here(groups: Iterable[Batch], way: CopySettings) -> Generator[tuple[tuple[int, ...], list[CopyResult]]]:
     """Write photos in this process; results as from `write_on`, but a photo at a time where there are no shards."""
     for group in groups:
         with closing(write_group(group, way)) as results:
@@ -40,17 +40,17 @@ def write_here(groups: Iterable[Group], way: Way) -> Generator[tuple[tuple[int, 
 
 
 def write_on(
-    client: Client, groups: Iterable[Group], way: Way, *, wait: float
-) -> Generator[tuple[tuple[int, ...], list[Copied]]]:
+    client: Client, groups: Iterable[Batch], way: CopySettings, *, wait: float
+) -> Generator[tuple[tuple[int, ...], list[CopyResult]]]:
     """Write photos on a cluster. A group that is lost with its worker is written once more: that does no harm.
 
     Parameters
     ----------
     client : distributed.Client
         Of the cluster.
-    groups : iterable of Group
+    groups : iterable of Batch
         The photos. Few are with the cluster at a time.
-    way : Way
+    way : CopySettings
         How.
     wait : float
         Seconds without any worker after which it is given up.
@@ -69,8 +69,8 @@ def write_on(
         If the cluster is gone.
     """
     done: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
-    sent: dict[Any, tuple[Future[Any], Group]] = {}
-    waiting, again = iter(groups), deque[Group]()
+    sent: dict[Any, tuple[Future[Any], Batch]] = {}
+    waiting, again = iter(groups), deque[Batch]()
     losses = Counter[tuple[int, ...]]()
     keys = (f"export-{uuid.uuid4().hex}-{number}" for number in count())
     scheduler: Any = client.scheduler
@@ -107,13 +107,13 @@ def write_on(
                     again.append(group)
                     continue
                 found = KILLED
-            yield group.numbers, [Copied(error=found)] * len(group.copies) if isinstance(found, str) else found
+            yield group.numbers, [CopyResult(error=found)] * len(group.copies) if isinstance(found, str) else found
     finally:
         with suppress(Exception):
             client.cancel([future for future, _ in sent.values()], force=True)
 
 
-def _outcome(future: Future[Any]) -> list[Copied] | str | None:
+def _outcome(future: Future[Any]) -> list[CopyResult] | str | None:
     """What came of photos, or why all of them have failed; None if that is lost.
 
     Raises
@@ -125,7 +125,7 @@ def _outcome(future: Future[Any]) -> list[Copied] | str | None:
     """
     try:
         if future.status == "finished":
-            found: list[Copied] | str = future.result(timeout=ANSWER)
+            found: list[CopyResult] | str = future.result(timeout=ANSWER)
             if isinstance(found, str):
                 raise ReducerError(found)
             return found
@@ -141,7 +141,7 @@ def _outcome(future: Future[Any]) -> list[Copied] | str | None:
     raise ClusterError(f"a worker failed: {one_line(error)}")
 
 
-def _write_group_there(group: Group, way: Way) -> list[Copied] | str:
+def _write_group_there(group: Batch, way: CopySettings) -> list[CopyResult] | str:
     """What runs on a worker: what came of the photos, or why the target cannot be written."""
     from distributed import get_worker
 

@@ -22,8 +22,8 @@ from reducer.photos.reader import read_photo
 from reducer.photos.requests import FileState
 from reducer.run.folder import parquet_file
 from reducer.storage.atomic import Files, temporary_name
-from reducer.storage.location import PhotoRef, Place, explained, file_of, is_url
-from reducer.storage.remote import nanoseconds, persistently
+from reducer.storage.location import Location, PhotoRef, explaining_errors, file_of, is_url
+from reducer.storage.remote import nanoseconds, with_retries
 from reducer.storage.schemas import EXPORT_SCHEMA
 
 FORMAT, FORMAT_VERSION = "reducer-export", 1
@@ -48,7 +48,7 @@ class Exported(Files):
 
     Parameters
     ----------
-    place : Place
+    place : Location
         Where it is, or will be.
     """
 
@@ -60,7 +60,7 @@ class Exported(Files):
         InputError
             If it holds something else.
         """
-        with explained(self.place, f"TARGET {self.path} cannot be used"):
+        with explaining_errors(self.place, f"TARGET {self.path} cannot be used"):
             if not self.place.remote:
                 self._check_local()
             if not self.place.holds_something():
@@ -89,7 +89,7 @@ class Exported(Files):
         """``export.parquet`` of the earlier export; empty where it is not there."""
         if PLAN not in self._names():
             return EXPORT_SCHEMA.empty_table()
-        with explained(self.place, f"{self.place.below(PLAN).path} cannot be read"):
+        with explaining_errors(self.place, f"{self.place.below(PLAN).path} cannot be read"):
             return self._read_parquet(PLAN).replace_schema_metadata(None).cast(EXPORT_SCHEMA)
 
     @contextmanager
@@ -106,7 +106,7 @@ class Exported(Files):
             return
         path = Path(self.path)
         new = not path.exists()
-        with explained(self.place, f"TARGET {self.path} cannot be made"):
+        with explaining_errors(self.place, f"TARGET {self.path} cannot be made"):
             path.mkdir(parents=True, exist_ok=True)
             handle = os.open(path, os.O_RDONLY) if os.name == "posix" else None
         try:
@@ -134,7 +134,7 @@ class Exported(Files):
             return self._state_here
         system, root = self.place.open()
         system.invalidate_cache(root)
-        with explained(self.place, f"TARGET {self.path} cannot be listed"):
+        with explaining_errors(self.place, f"TARGET {self.path} cannot be listed"):
             found = system.find(root, detail=True)
         start = len(root.rstrip("/")) + 1
         states = {path[start:]: _state_there(details) for path, details in found.items()}
@@ -160,7 +160,7 @@ class Exported(Files):
         names = [name for name in names if "\0" not in name and not {"", ".", ".."} & set(name.split("/"))]
         if not names:
             return
-        with explained(self.place, f"TARGET {self.path} cannot be cleared"):
+        with explaining_errors(self.place, f"TARGET {self.path} cannot be cleared"):
             if self.place.remote:
                 self._remove_there(names)
             else:
@@ -178,7 +178,7 @@ class Exported(Files):
                 delete = partial(
                     system.call_s3, "delete_objects", Bucket=system.split_path(root)[0], Delete={"Objects": objects}
                 )
-                persistently(delete)
+                with_retries(delete)
         else:
             for path in paths:
                 system.rm_file(path)
@@ -223,8 +223,8 @@ class Exported(Files):
 
     def write_index(self, shard: str, rows: pa.Table) -> None:
         """Write which photos a shard holds, which is whole: from then on it is done."""
-        with explained(self.place, f"{self.place.below(shard).path} cannot be looked at"):
-            state = persistently(lambda: self._state_of(shard))
+        with explaining_errors(self.place, f"{self.place.below(shard).path} cannot be looked at"):
+            state = with_retries(lambda: self._state_of(shard))
         told = {"bytes": state.bytes, "mtime_ns": state.mtime_ns, "etag": state.etag}
         self._write(index_name(shard), parquet_file(rows.replace_schema_metadata({METADATA: json.dumps(told)})))
 
@@ -267,7 +267,7 @@ def _filled(table: pa.Table) -> pa.Table:
     return pa.table({name: pc.fill_null(table[name], "") for name in table.column_names})
 
 
-def is_equal(there: FileState, source: FileState | None, ref: PhotoRef, target: Place, *, resized: bool) -> bool:
+def is_equal(there: FileState, source: FileState | None, ref: PhotoRef, target: Location, *, resized: bool) -> bool:
     """Whether a file in TARGET is what a photo was made into.
 
     On a disk a copy has the time of its photo. A store tells the MD5 sum of what was put in one piece; where the

@@ -17,23 +17,23 @@ from reducer.config.job import Job
 from reducer.outputs.export.layout import (
     SAME,
     TAR,
-    Beside,
     ExportOptions,
     Layout,
+    SideFiles,
     as_in_manifest,
-    beside,
     by_label,
     in_shard,
     into_shards,
     numbers,
     shard_name,
+    side_files,
     size_in_shard,
 )
 from reducer.outputs.export.target import IDENTITY, Exported, Listing, is_equal
-from reducer.outputs.export.write import Copied, Copy, Group
+from reducer.outputs.export.write import Batch, CopyRequest, CopyResult
 from reducer.photos.reader import states_of
 from reducer.photos.requests import FileState
-from reducer.storage.location import ByteRange, PhotoRef, Place, absolute, ref_of
+from reducer.storage.location import ByteRange, Location, PhotoRef, absolute, ref_of
 from reducer.storage.schemas import EXPORT_SCHEMA
 
 #: Columns of the ledger that an export goes by.
@@ -90,7 +90,7 @@ class Transfer:
     copied_not_linked: int = 0
 
     @classmethod
-    def of(cls, rows: pa.Table, every: pa.Table, job: Job, options: ExportOptions, target: Place) -> Transfer:
+    def of(cls, rows: pa.Table, every: pa.Table, job: Job, options: ExportOptions, target: Location) -> Transfer:
         """Plan an export.
 
         Parameters
@@ -103,7 +103,7 @@ class Transfer:
             Of the run.
         options : ExportOptions
             How they are exported.
-        target : Place
+        target : Location
             Where to.
         """
         rows = rows.sort_by([("shard", "ascending"), ("offset", "ascending"), ("row", "ascending")])
@@ -116,7 +116,7 @@ class Transfer:
             errors = dict.fromkeys(np.flatnonzero(pc.is_null(rows["shard"])).tolist(), "missing: it is in no shard")
         sizes = pc.fill_null(rows["bytes"], -1).to_numpy().copy()
         unknown = [number for number in np.flatnonzero(sizes < 0).tolist() if number not in errors]
-        if options.layout != TAR and job.images_place.remote:
+        if options.layout != TAR and job.images_location.remote:
             # Each takes a request. What is read tells its size; to see whether there is room a few will do.
             unknown = [] if target.remote else unknown[:: -(-len(unknown) // FEW) or 1]
         paths = rows["path"].take(pa.array(unknown, pa.int64())).to_pylist()
@@ -191,8 +191,8 @@ class Transfer:
     def _numbers(self) -> list[int]:
         return numbers(self._labels, self.layout.classes)
 
-    def _beside(self, number: int) -> Beside:
-        return beside(self._ids[number], self._labels[number], self._numbers[number])
+    def _beside(self, number: int) -> SideFiles:
+        return side_files(self._ids[number], self._labels[number], self._numbers[number])
 
     @property
     def plan(self) -> pa.Table:
@@ -325,7 +325,7 @@ class Transfer:
         assert self.shards is not None
         return slice(*np.searchsorted(self.shards, [shard, shard + 1]).tolist())
 
-    def groups(self, size: int) -> Generator[Group]:
+    def groups(self, size: int) -> Generator[Batch]:
         """The photos that are to be written, so many at a time, or a shard."""
         left = np.flatnonzero(self.is_left)
         if self.shards is None:
@@ -336,24 +336,24 @@ class Transfer:
         for part in parts:
             rows = self.rows.take(pa.array(part)).to_pylist()
             own = tuple(part.tolist())
-            yield Group(
+            yield Batch(
                 numbers=own,
                 copies=tuple(self._copy(number, row) for number, row in zip(own, rows, strict=True)),
                 shard=None if self.shards is None else shard_name(int(self.shards[own[0]])),
             )
 
-    def _copy(self, number: int, row: dict[str, Any]) -> Copy:
+    def _copy(self, number: int, row: dict[str, Any]) -> CopyRequest:
         size = int(self.sizes[number])
-        return Copy(
+        return CopyRequest(
             ref=ref_of(row),
             path=self.layout.paths[number],
             bytes=None if size < 0 else size,
             is_known=row["hash"] is not None,
             etag=row["etag"] if row["shard"] is None else None,
-            beside=() if self.shards is None else self._beside(number),
+            side_files=() if self.shards is None else self._beside(number),
         )
 
-    def note(self, numbers: Sequence[int], found: Sequence[Copied], exported: Exported) -> None:
+    def note(self, numbers: Sequence[int], found: Sequence[CopyResult], exported: Exported) -> None:
         """Note what came of photos; of a shard, that it is done."""
         for number, one in zip(numbers, found, strict=True):
             if one.error is not None:

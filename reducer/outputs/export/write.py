@@ -19,14 +19,14 @@ from typing import IO, TypeVar
 
 from reducer.config.settings import PhotoSettings, Source
 from reducer.errors import ReducerError
-from reducer.outputs.export.layout import Beside, in_shard
+from reducer.outputs.export.layout import SideFiles, in_shard
 from reducer.photos.hashing import PhotoError, pillow_settings
 from reducer.photos.reader import copy_in_store, read_all, read_photo
 from reducer.photos.requests import FileState, PhotoFile, another_object, another_size
 from reducer.photos.resize import resized
-from reducer.photos.sandbox import refused_apart
+from reducer.photos.sandbox import refused_in_sandbox
 from reducer.storage.atomic import whole_file, whole_object, write_file
-from reducer.storage.location import ByteRange, PhotoRef, Place, file_of, is_url
+from reducer.storage.location import ByteRange, Location, PhotoRef, file_of, is_url
 
 T = TypeVar("T")
 
@@ -54,7 +54,7 @@ ATTEMPTS = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Copy:
+class CopyRequest:
     """A photo to be written.
 
     Attributes
@@ -67,7 +67,7 @@ class Copy:
         The size that it must have; None where that is not known.
     is_known : bool
         Whether it was decoded before: then it is not tried in a process of its own first.
-    beside : tuple of (str, bytes)
+    side_files : tuple of (str, bytes)
         In a shard, files that go with it: extensions and contents.
     etag : str or None
         Entity tag that it must have; None where that is not known.
@@ -77,12 +77,12 @@ class Copy:
     path: str
     bytes: int | None
     is_known: bool = True
-    beside: Beside = ()
+    side_files: SideFiles = ()
     etag: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Copied:
+class CopyResult:
     """What came of it.
 
     Attributes
@@ -102,7 +102,7 @@ class Copied:
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
+class Encoded:
     """What is written for a photo.
 
     Attributes
@@ -120,14 +120,14 @@ class Made:
 
 
 @dataclass(frozen=True)
-class Way:
+class CopySettings:
     """How photos are written; travels to the workers.
 
     Attributes
     ----------
     source : Source
         How they are read.
-    target : Place
+    target : Location
         The folder to write to.
     settings : PhotoSettings
         ``max_pixels`` bounds what is read; by the others photos are tried.
@@ -142,53 +142,53 @@ class Way:
     """
 
     source: Source
-    target: Place
+    target: Location
     settings: PhotoSettings
     resize: int | None = None
     link: bool = False
     threads: int = PUTS
     decoders: int = 1
 
-    def in_store(self, copy: Copy) -> bool:
+    def in_store(self, copy: CopyRequest) -> bool:
         """Whether the store may copy a photo itself: it is one store, as far as can be told, and the bytes stay."""
-        place = Place(copy.ref) if isinstance(copy.ref, str) else None
+        place = Location(copy.ref) if isinstance(copy.ref, str) else None
         both = place is not None and place.on_s3 and self.target.on_s3
         return both and self.resize is None and self.source.options == self.target.options
 
 
 @dataclass(frozen=True)
-class Group:
+class Batch:
     """Photos that are written together; travels inside a Dask task, which may be printed.
 
     Attributes
     ----------
     numbers : tuple of int
         What who sends them calls them.
-    copies : tuple of Copy
+    copies : tuple of CopyRequest
     shard : str or None
         The shard that all of them are written into.
     """
 
     numbers: tuple[int, ...] = field(repr=False)
-    copies: tuple[Copy, ...] = field(repr=False)
+    copies: tuple[CopyRequest, ...] = field(repr=False)
     shard: str | None = None
 
 
-def write_group(group: Group, way: Way, *, memory_beside: int | None = None) -> Generator[Copied]:
+def write_group(group: Batch, way: CopySettings, *, memory_beside: int | None = None) -> Generator[CopyResult]:
     """Write photos in this process.
 
     Parameters
     ----------
-    group : Group
+    group : Batch
         Which.
-    way : Way
+    way : CopySettings
         How.
     memory_beside : int, optional
         Bytes that a process may take in which photos are tried that no one has decoded yet.
 
     Yields
     ------
-    Copied
+    CopyResult
         One a photo, in their order; of a shard, when it is whole.
 
     Raises
@@ -197,7 +197,9 @@ def write_group(group: Group, way: Way, *, memory_beside: int | None = None) -> 
         If the target cannot be written.
     """
     unknown = [copy.ref for copy in group.copies if not copy.is_known] if way.resize else []
-    refused = refused_apart(unknown, way.settings, way.source, memory=memory_beside, patience=TRIED) if unknown else {}
+    refused = (
+        refused_in_sandbox(unknown, way.settings, way.source, memory=memory_beside, patience=TRIED) if unknown else {}
+    )
     make = _Maker(way, refused)
     if group.shard is None:
         own = _copied_in_store(group.copies, way)
@@ -209,7 +211,7 @@ def write_group(group: Group, way: Way, *, memory_beside: int | None = None) -> 
         yield from _write_shard(group.shard, group.copies, way, make)
 
 
-def _copied_in_store(copies: Sequence[Copy], way: Way) -> list[Copied | None]:
+def _copied_in_store(copies: Sequence[CopyRequest], way: CopySettings) -> list[CopyResult | None]:
     """What has come of the photos that the store has copied itself; None of others."""
     own = [copy for copy in copies if way.in_store(copy)]
     found = iter(
@@ -225,15 +227,15 @@ def _copied_in_store(copies: Sequence[Copy], way: Way) -> list[Copied | None]:
     )
     results = [next(found) if way.in_store(copy) else None for copy in copies]
     return [
-        Copied(error=str(one)) if isinstance(one, PhotoError) else None if one is None else Copied(one, one)
+        CopyResult(error=str(one)) if isinstance(one, PhotoError) else None if one is None else CopyResult(one, one)
         for one in results
     ]
 
 
-Act = Callable[[Copy, PhotoFile | PhotoError | None], T]
+Act = Callable[[CopyRequest, PhotoFile | PhotoError | None], T]
 
 
-def _each(copies: Sequence[Copy], way: Way, act: Act[T]) -> Generator[T]:
+def _each(copies: Sequence[CopyRequest], way: CopySettings, act: Act[T]) -> Generator[T]:
     """Do something with each photo, in threads; gives the results in their order.
 
     Photos of a disk are read by the threads themselves: then None is what they are given.
@@ -270,17 +272,17 @@ class _Maker:
 
     Parameters
     ----------
-    way : Way
+    way : CopySettings
         How.
     refused : dict
         Why photos are not to be decoded.
     """
 
-    def __init__(self, way: Way, refused: dict[PhotoRef, str]) -> None:
+    def __init__(self, way: CopySettings, refused: dict[PhotoRef, str]) -> None:
         self.way, self.refused = way, refused
         self.gate = threading.BoundedSemaphore(way.decoders)
 
-    def __call__(self, copy: Copy, file: PhotoFile | PhotoError | None) -> Made | str:
+    def __call__(self, copy: CopyRequest, file: PhotoFile | PhotoError | None) -> Encoded | str:
         """What is to be written, or in one line why not."""
         if copy.ref in self.refused:
             return self.refused[copy.ref]
@@ -300,10 +302,10 @@ class _Maker:
         except PhotoError as error:
             return str(error)
         mtime_ns = copy.ref.mtime_ns if isinstance(copy.ref, ByteRange) else None
-        return Made(content, size, file.mtime_ns if mtime_ns is None else mtime_ns)
+        return Encoded(content, size, file.mtime_ns if mtime_ns is None else mtime_ns)
 
 
-def check_size(size: int, copy: Copy) -> None:
+def check_size(size: int, copy: CopyRequest) -> None:
     """Refuse a photo that is not the one that was listed.
 
     Raises
@@ -315,12 +317,12 @@ def check_size(size: int, copy: Copy) -> None:
         raise another_size(size, copy.bytes)
 
 
-def _write_file(copy: Copy, file: PhotoFile | PhotoError | None, way: Way, make: _Maker) -> Copied:
+def _write_file(copy: CopyRequest, file: PhotoFile | PhotoError | None, way: CopySettings, make: _Maker) -> CopyResult:
     if way.link and (linked := _link(copy, way)) is not None:
         return linked
     made = make(copy, file)
     if isinstance(made, str):
-        return Copied(error=made)
+        return CopyResult(error=made)
     place = way.target.below(copy.path)
     if place.remote:
         write_file(place, made.content)
@@ -329,10 +331,10 @@ def _write_file(copy: Copy, file: PhotoFile | PhotoError | None, way: Way, make:
             _put(Path(place.path), made.content, made.mtime_ns)
         except OSError as error:
             return _refusal(way.target, error)
-    return Copied(made.read, len(made.content), copied_not_linked=way.link)
+    return CopyResult(made.read, len(made.content), copied_not_linked=way.link)
 
 
-def _refusal(target: Place, error: OSError) -> Copied:
+def _refusal(target: Location, error: OSError) -> CopyResult:
     """What comes of a photo that cannot be written.
 
     Raises
@@ -341,7 +343,7 @@ def _refusal(target: Place, error: OSError) -> Copied:
         If nothing else could be either.
     """
     if error.errno in OF_THE_NAME:
-        return Copied(error=f"not written: {error.strerror}")
+        return CopyResult(error=f"not written: {error.strerror}")
     raise disk_failure(target, error) from None
 
 
@@ -359,7 +361,7 @@ def _put(path: Path, content: bytes, mtime_ns: int | None) -> None:
             return
 
 
-def _link(copy: Copy, way: Way) -> Copied | None:
+def _link(copy: CopyRequest, way: CopySettings) -> CopyResult | None:
     """Make a hard link; None where that cannot be done here."""
     source, path = os.path.realpath(file_of(copy.ref)), Path(way.target.below(copy.path).path)
     if not os.path.isfile(source):  # reading it tells what is wrong
@@ -371,13 +373,13 @@ def _link(copy: Copy, way: Way) -> Copied | None:
         path.unlink(missing_ok=True)
         os.link(source, path)
     except PhotoError as error:
-        return Copied(error=str(error))
+        return CopyResult(error=str(error))
     except OSError as error:
         return None if error.errno in NO_LINK else _refusal(way.target, error)
-    return Copied(size, size)
+    return CopyResult(size, size)
 
 
-def disk_failure(target: Place, error: OSError) -> ReducerError:
+def disk_failure(target: Location, error: OSError) -> ReducerError:
     """That of a target which cannot be written any more."""
     if error.errno in FULL:
         return ReducerError(
@@ -387,7 +389,7 @@ def disk_failure(target: Place, error: OSError) -> ReducerError:
     return ReducerError(f"{target.path} cannot be written: {error.strerror or error}")
 
 
-def _write_shard(name: str, copies: Sequence[Copy], way: Way, make: _Maker) -> list[Copied]:
+def _write_shard(name: str, copies: Sequence[CopyRequest], way: CopySettings, make: _Maker) -> list[CopyResult]:
     place = way.target.below(name)
     for attempt in range(1, ATTEMPTS + 1):
         try:
@@ -404,7 +406,9 @@ def _write_shard(name: str, copies: Sequence[Copy], way: Way, make: _Maker) -> l
     raise AssertionError
 
 
-def _write_shard_once(place: Place, copies: Sequence[Copy], way: Way, make: _Maker) -> list[Copied]:
+def _write_shard_once(
+    place: Location, copies: Sequence[CopyRequest], way: CopySettings, make: _Maker
+) -> list[CopyResult]:
     """A tar whose bytes depend on its photos only."""
     done = []
     with (
@@ -414,16 +418,16 @@ def _write_shard_once(place: Place, copies: Sequence[Copy], way: Way, make: _Mak
     ):
         for copy, made in zip(copies, files, strict=True):
             if isinstance(made, str):
-                done.append(Copied(error=made))
+                done.append(CopyResult(error=made))
                 continue
-            with_it = ((in_shard(copy.path, ending), part) for ending, part in copy.beside)
+            with_it = ((in_shard(copy.path, ending), part) for ending, part in copy.side_files)
             for path, part in ((copy.path, made.content), *with_it):
                 member = tarfile.TarInfo(path)
                 member.size = len(part)
                 tar.addfile(member, io.BytesIO(part))
-            done.append(Copied(made.read, len(made.content)))
+            done.append(CopyResult(made.read, len(made.content)))
     return done
 
 
-def _sink(place: Place) -> AbstractContextManager[IO[bytes]]:
+def _sink(place: Location) -> AbstractContextManager[IO[bytes]]:
     return whole_object(place) if place.remote else whole_file(Path(place.path))

@@ -15,7 +15,7 @@ from reducer.selection.distance import Cosine, Hamming, Points
 from reducer.storage.codecs import all_from_hex, units_of
 from reducer.storage.location import PhotoRef, ref_of
 from reducer.storage.schemas import BEYOND_KEEP, BUDGET, FAILED, MIN_DISTANCE
-from reducer.storage.sorting import numbered, place_in_group
+from reducer.storage.sorting import numbered, position_in_group
 from reducer.storage.tables import counts
 
 #: Columns of the ledger that decide which labels are shown.
@@ -220,7 +220,7 @@ def gallery(rows: pa.Table, why: list[str], pictures: int, bits: int) -> Gallery
     all_of = np.bincount([place for place in places if place is not None], minlength=len(first))
     mine = [number for number, place in enumerate(places) if place is not None]
     # One under each kept photo, then another one under each, while there are pictures.
-    turn = place_in_group(np.array([places[number] for number in mine], dtype=np.int64))
+    turn = position_in_group(np.array([places[number] for number in mine], dtype=np.int64))
     chosen = [mine[i] for i in np.argsort(turn, kind="stable")[:left].tolist() if turn[i] < MOST_DROPPED]
     for row in dropped.take(pa.array(sorted(chosen), pa.int64())).to_pylist():
         under[own[row["nearest_kept"]]].append(as_photo(row, DROPPED_SIDE))

@@ -25,7 +25,7 @@ from reducer.config.cluster import ClusterSpec
 from reducer.config.job import Job
 from reducer.config.settings import GALLERY_PHOTOS, STORAGE_OPTIONS, default_strategy, unit_of
 from reducer.errors import InputError
-from reducer.formatting import SHOWN_CHARACTERS, as_duration, as_size, clip, labels_text
+from reducer.formatting import SHOWN_CHARACTERS, clip, format_bytes, format_duration, format_labels
 from reducer.outputs.report.figures import LARGEST, as_svg, counts_plot, insertion_plot, pairs_plot
 from reducer.outputs.report.galleries import (
     LABEL_COLUMNS,
@@ -46,12 +46,12 @@ from reducer.outputs.report.statistics import (
     labels_to_compare,
     pair_distances,
 )
-from reducer.outputs.report.thumbnails import NO_WORKER, Wanted, draw, draw_on
+from reducer.outputs.report.thumbnails import NO_WORKER, PictureRequest, draw, draw_on
 from reducer.outputs.report.wording import certificate_line, quality_rows, quality_title, remarks
 from reducer.photos.resize import Thumbnail
 from reducer.run.folder import RunFolder
 from reducer.run.summary import check_storage_options, job_of
-from reducer.storage.location import PhotoRef, Place, file_of
+from reducer.storage.location import Location, PhotoRef, file_of
 from reducer.storage.schemas import FAILED
 from reducer.storage.tables import in_nanoseconds
 
@@ -126,7 +126,7 @@ def write_report(
     asked = list(dict.fromkeys(map(str, labels)))
     if len(asked) > MOST_LABELS:
         raise InputError(f"--labels names {len(asked)} labels: a report shows at most {MOST_LABELS}")
-    folder = RunFolder(Place(str(run), output_storage_options or {}))
+    folder = RunFolder(Location(str(run), output_storage_options or {}))
     summary = folder.finished()
     job = job_of(summary, {"output": str(run), "storage_options": storage_options or {}})
     if gallery_photos:
@@ -230,7 +230,7 @@ def command_of(job: Mapping[str, Any]) -> list[str]:
             parts.append([flag(field.name)])
         else:
             several = isinstance(value, list | tuple)
-            shown = labels_text(value) if several else "all" if value is None else str(value)
+            shown = format_labels(value) if several else "all" if value is None else str(value)
             parts.append([flag(field.name), shown])
     return [shlex.join(part) for part in parts]
 
@@ -239,8 +239,8 @@ def _bytes(ledger: pa.Table) -> dict[str, Any]:
     """Bytes of all photos and of the kept ones, as far as they are known."""
     kept = ledger.filter(ledger["kept"])["bytes"]
     return {
-        "before": as_size(pc.sum(ledger["bytes"]).as_py() or 0),
-        "after": as_size(pc.sum(kept).as_py() or 0),
+        "before": format_bytes(pc.sum(ledger["bytes"]).as_py() or 0),
+        "after": format_bytes(pc.sum(kept).as_py() or 0),
         "unknown_before": ledger["bytes"].null_count,
         "unknown_after": kept.null_count,
     }
@@ -377,7 +377,7 @@ def _pictures(
     with tqdm(total=len(keys), unit=" pictures", disable=not progress, file=sys.stderr) as bar:
         for cluster in (client, None):  # whose workers may be gone by now, as those of an adaptive one
             left = [key for key in keys if found.get(key, NO_WORKER) == NO_WORKER]
-            wanted = [Wanted(*key, is_known=photo_of[key].is_known) for key in left]
+            wanted = [PictureRequest(*key, is_known=photo_of[key].is_known) for key in left]
             with closing(
                 draw(wanted, job.source, job.settings_without_model, most_bytes=most_bytes)
                 if cluster is None
@@ -411,8 +411,8 @@ def as_html(template: str, **context: Any) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {
-        "size": as_size,
-        "duration": as_duration,
+        "size": format_bytes,
+        "duration": format_duration,
         "clip": clip,
         "number": _number,
         "of": _of,

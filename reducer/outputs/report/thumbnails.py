@@ -15,7 +15,7 @@ from reducer.errors import one_line
 from reducer.photos.hashing import PhotoError, pillow_settings
 from reducer.photos.reader import read_all
 from reducer.photos.resize import Thumbnail, thumbnail
-from reducer.photos.sandbox import memory_bound, refused_apart
+from reducer.photos.sandbox import memory_bound, refused_in_sandbox
 from reducer.storage.location import PhotoRef
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ PATIENCE, ANSWER, HAND_OVER = 60.0, 10.0, 30.0
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class PictureRequest:
     """A picture to draw.
 
     Attributes
@@ -53,7 +53,7 @@ class Wanted:
 
 
 def draw(
-    wanted: Sequence[Wanted],
+    wanted: Sequence[PictureRequest],
     source: Source,
     settings: PhotoSettings,
     *,
@@ -65,7 +65,7 @@ def draw(
 
     Parameters
     ----------
-    wanted : sequence of Wanted
+    wanted : sequence of PictureRequest
         Which.
     source : Source
         How they are read.
@@ -85,7 +85,7 @@ def draw(
     """
     max_pixels = settings.max_pixels
     unknown = [one.ref for one in wanted if not one.is_known]
-    refused = refused_apart(unknown, settings, source, memory=memory_beside, patience=TRIED)
+    refused = refused_in_sandbox(unknown, settings, source, memory=memory_beside, patience=TRIED)
     refs = [one.ref for one in wanted if one.ref not in refused]
     with (
         memory_bound(memory),
@@ -110,7 +110,7 @@ def draw(
 class _Group:
     """Some of the photos; travels inside a Dask task, which may be printed."""
 
-    wanted: tuple[Wanted, ...] = field(repr=False)
+    wanted: tuple[PictureRequest, ...] = field(repr=False)
     source: Source = field(repr=False)
     settings: PhotoSettings
     most_bytes: int
@@ -136,7 +136,7 @@ def _draw_group(group: _Group) -> list[Thumbnail | str]:
 
 def draw_on(
     client: Client,
-    wanted: Sequence[Wanted],
+    wanted: Sequence[PictureRequest],
     source: Source,
     settings: PhotoSettings,
     *,
@@ -198,7 +198,7 @@ def draw_on(
         yield number, why
 
 
-def _groups(wanted: Sequence[Wanted]) -> Iterator[list[int]]:
+def _groups(wanted: Sequence[PictureRequest]) -> Iterator[list[int]]:
     """Which photos a task draws; those that may hang come last and have tasks of their own."""
     for is_known, size in ((True, GROUP), (False, UNKNOWN_GROUP)):
         own = [number for number, one in enumerate(wanted) if one.is_known == is_known]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from reducer.formatting import as_duration
+from reducer.formatting import format_duration
 
 
 def remarks(summary: dict[str, Any], output: str) -> list[str]:
@@ -62,7 +62,7 @@ def remarks(summary: dict[str, Any], output: str) -> list[str]:
     if "cross_label_pairs" in summary:
         said.append(
             f"Near copies under different labels: {summary['cross_label_pairs']:,} pairs (cross_label.parquet), in "
-            f"{as_duration(summary['timings']['cross_label_seconds'])}"
+            f"{format_duration(summary['timings']['cross_label_seconds'])}"
         )
     return said
 

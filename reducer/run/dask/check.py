@@ -16,12 +16,12 @@ from reducer.config.settings import PhotoSettings
 from reducer.errors import ClusterError, InputError, ReducerError, one_line
 from reducer.photos.model import PATHS
 from reducer.run.dask.connect import TICK, log
-from reducer.run.dask.worker import sees
+from reducer.run.dask.worker import read_failure
 from reducer.run.tasks.environment import Environment, differences, environment
 from reducer.storage.location import PhotoRef
 
 
-def check_alike(client: Client, settings: PhotoSettings) -> Environment:
+def check_same_environment(client: Client, settings: PhotoSettings) -> Environment:
     """What all workers have in common that decides a hash.
 
     Parameters
@@ -103,7 +103,7 @@ def model_everywhere(client: Client | None, job: Job) -> Iterator[None]:
             client.unregister_worker_plugin(plugin.name)
 
 
-def check_sight(client: Client, job: Job, photos: Sequence[PhotoRef], wait: float) -> PhotoRef | None:
+def check_photo_access(client: Client, job: Job, photos: Sequence[PhotoRef], wait: float) -> PhotoRef | None:
     """Let one worker of each host read a photo.
 
     Parameters
@@ -137,13 +137,13 @@ def check_sight(client: Client, job: Job, photos: Sequence[PhotoRef], wait: floa
         workers_on.setdefault(get_address_host(worker), []).append(worker)
     stop = time.monotonic() + wait
     for photo in photos:
-        found = _on_hosts(client, workers_on, stop, sees, photo, job.photo_settings, job.source)
+        found = _on_hosts(client, workers_on, stop, read_failure, photo, job.photo_settings, job.source)
         blind = {host: failure for host, failure in sorted(found.items()) if failure is not None}
         if not found:  # all of them have gone meanwhile
             return None
         if not blind:
             return photo
-        if len(blind) < len(found) or sees(photo, job.photo_settings, job.source) is None:
+        if len(blind) < len(found) or read_failure(photo, job.photo_settings, job.source) is None:
             raise InputError(_blind(job, photo, blind))
         if time.monotonic() > stop:
             break
@@ -153,7 +153,7 @@ def check_sight(client: Client, job: Job, photos: Sequence[PhotoRef], wait: floa
 def _blind(job: Job, photo: PhotoRef, blind: Mapping[str, str]) -> str:
     what = f"worker host{'s' if len(blind) > 1 else ''} {', '.join(blind)}"
     reason = f"the photo {photo} is {next(iter(blind.values()))} there"
-    if job.images_place.remote:
+    if job.images_location.remote:
         return f"{what} cannot read {job.images} ({reason}): check that it reaches the storage, and may use it"
     return f"{what} cannot see {os.path.abspath(job.images)}: use a shared folder or S3 ({reason})"
 

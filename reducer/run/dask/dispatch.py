@@ -18,14 +18,14 @@ import numpy as np
 
 from reducer.config.cluster import ClusterSpec
 from reducer.errors import ClusterError, InputError, ReducerError
-from reducer.run.dask.check import check_alike, check_sight
+from reducer.run.dask.check import check_photo_access, check_same_environment
 from reducer.run.dask.code import code_digest
-from reducer.run.dask.messages import Terms, Unfit, Work
+from reducer.run.dask.messages import RunContext, WorkerRejected, WorkItem
 from reducer.run.dask.worker import as_partition, routed, topic, unpacked
 from reducer.run.tasks.environment import compare_with
 from reducer.run.tasks.messages import PartitionResult, PiecesResult
 from reducer.run.tasks.serial import reading
-from reducer.run.tasks.tasks import Errand, ShardErrand
+from reducer.run.tasks.tasks import PartitionTasks, ShardTasks
 from reducer.run.tasks.vector_files import VectorFiles
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ TICK, ANSWER, HAND_OVER = 1.0, 10.0, 30.0
 class _Sent:
     """A partition that is with the scheduler."""
 
-    work: Work
+    work: WorkItem
     future: Future[Any]
     #: When it was sent, as `time.monotonic` tells it; later, when it last had no worker to wait for.
     since: float
@@ -66,7 +66,7 @@ class Dispatch:
     ----------
     client : distributed.Client
         Of the cluster.
-    errand : Errand or ShardErrand
+    errand : PartitionTasks or ShardTasks
         The partitions, pieces or shards; there are some.
     spec : ClusterSpec
         Of the cluster. Workers that hang are restarted where it is ours.
@@ -90,7 +90,7 @@ class Dispatch:
     def __init__(
         self,
         client: Client,
-        errand: Errand | ShardErrand,
+        errand: PartitionTasks | ShardTasks,
         spec: ClusterSpec,
         before: Dispatch | None = None,
         progress: bool = False,
@@ -98,11 +98,11 @@ class Dispatch:
         self.client, self.errand, self.rules, self.progress = client, errand, spec.rules, progress
         self.may_restart = spec.address is None
         if before is None:
-            self.environment = check_alike(client, errand.job.photo_settings)
-            seen = check_sight(client, errand.job, errand.probes(), self.rules.wait)
+            self.environment = check_same_environment(client, errand.job.photo_settings)
+            seen = check_photo_access(client, errand.job, errand.probes(), self.rules.wait)
         else:
             self.environment, seen = before.environment, before.terms.seen
-        self.terms: Terms = Terms(
+        self.terms: RunContext = RunContext(
             run_token=uuid.uuid4().hex,
             code=code_digest(),
             environment=self.environment.digest,
@@ -167,7 +167,7 @@ class Dispatch:
 
     def _route(self) -> None:
         """Have vectors that are given read, before partitions ask for them."""
-        routing = None if isinstance(self.errand, ShardErrand) else self.errand.routing
+        routing = None if isinstance(self.errand, ShardTasks) else self.errand.routing
         if routing is None:
             return
         from dask.delayed import delayed
@@ -209,10 +209,10 @@ class Dispatch:
             return
         window = []
         for index, attempt, apart in [self.waiting.popleft() for _ in range(min(room, len(self.waiting)))]:
-            window.append(Work(self.errand.task(index), self.terms, attempt, apart))
+            window.append(WorkItem(self.errand.task(index), self.terms, attempt, apart))
         self._send(window, usable if self.left_out else None)
 
-    def _send(self, window: list[Work], workers: list[str] | None) -> None:
+    def _send(self, window: list[WorkItem], workers: list[str] | None) -> None:
         from distributed.client import futures_of
 
         self.windows += 1
@@ -224,9 +224,9 @@ class Dispatch:
             self.sent[key] = _Sent(work, futures[key], now, allowed)
             futures[key].add_done_callback(self.wake.put)
 
-    def _given(self, window: Sequence[Work]) -> tuple[VectorFiles, list[list[Future[Any]]]] | None:
+    def _given(self, window: Sequence[WorkItem]) -> tuple[VectorFiles, list[list[Future[Any]]]] | None:
         """The vectors of each partition of a window, where these are given."""
-        routing = None if isinstance(self.errand, ShardErrand) else self.errand.routing
+        routing = None if isinstance(self.errand, ShardTasks) else self.errand.routing
         if routing is None:
             return None
         buckets = (routing.bucket_of[work.task.index] for work in window)
@@ -262,7 +262,7 @@ class Dispatch:
             self._again_or_give_up(key, error or RuntimeError(f"the scheduler has {status} it"))
             return None
         try:
-            found: PartitionResult | PiecesResult | Unfit = sent.future.result(timeout=HAND_OVER)[0]
+            found: PartitionResult | PiecesResult | WorkerRejected = sent.future.result(timeout=HAND_OVER)[0]
         except TimeoutError:  # the worker that holds it is out of reach
             self._lost(key)
             return None
@@ -270,7 +270,7 @@ class Dispatch:
             self._again_or_give_up(key, failure)
             return None
         self.last_sign = time.monotonic()
-        if isinstance(found, Unfit):
+        if isinstance(found, WorkerRejected):
             reason = found.reason
             if found.environment is not None:
                 reason = compare_with(self.environment, found.environment, f"worker {found.worker}") or reason
@@ -403,7 +403,7 @@ def _routing_failed(future: Future[Any]) -> ReducerError:
 
 
 def as_bag(
-    name: str, window: Sequence[Work], shared: Any = None, given: tuple[VectorFiles, list[list[Any]]] | None = None
+    name: str, window: Sequence[WorkItem], shared: Any = None, given: tuple[VectorFiles, list[list[Any]]] | None = None
 ) -> Bag:
     """Partitions as a Dask bag, one element each, and one task each.
 
@@ -414,7 +414,7 @@ def as_bag(
     ----------
     name : str
         Begins the names of the tasks; no other bag may have it.
-    window : sequence of Work
+    window : sequence of WorkItem
         The partitions.
     shared : dask.delayed.Delayed, optional
         What all of them need.

@@ -10,7 +10,7 @@ from reducer.storage.location import PhotoRef
 
 
 @dataclass(frozen=True)
-class Terms:
+class RunContext:
     """What all workers of a run must meet, and how they report; the same for all of its tasks.
 
     Attributes
@@ -38,14 +38,14 @@ class Terms:
 
 
 @dataclass(frozen=True)
-class Work:
+class WorkItem:
     """One element of the Dask bag: a partition, sent to a worker.
 
     Attributes
     ----------
     task : PartitionTask or ShardTask
         The partition, or the shards.
-    terms : Terms
+    terms : RunContext
         Of the run.
     attempt : int
         How often it was sent before.
@@ -54,7 +54,7 @@ class Work:
     """
 
     task: PartitionTask | ShardTask
-    terms: Terms
+    terms: RunContext
     attempt: int = 0
     apart: bool = False
 
@@ -63,7 +63,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Unfit:
+class WorkerRejected:
     """A worker's answer when it cannot do its part as the others do.
 
     Attributes

@@ -13,21 +13,21 @@ from numpy.typing import NDArray
 
 from reducer.config.settings import PhotoSettings, Source
 from reducer.errors import InputError
-from reducer.photos.process import Look, LookAtAll, VectorsOf, look_at_all
+from reducer.photos.process import PhotoResult, ProcessPhotos, VectorsOf, process_photos
 from reducer.photos.sandbox import (
     MEMORY_SHARE,
     CannotStart,
-    look_alone,
-    look_apart,
     may_be_innocent,
     memory_bound,
     memory_left,
+    process_in_sandbox,
+    process_one_in_sandbox,
 )
 from reducer.run.dask.code import code_digest
-from reducer.run.dask.messages import Terms, Unfit, Work
+from reducer.run.dask.messages import RunContext, WorkerRejected, WorkItem
 from reducer.run.tasks.environment import environment
 from reducer.run.tasks.given_vectors import Given, RouteTask, Slice, route
-from reducer.run.tasks.hash_stage import PlainLooker, run_piece, run_shards
+from reducer.run.tasks.hash_stage import InProcessProcessor, run_piece, run_shards
 from reducer.run.tasks.messages import PartitionResult, PiecesResult, ShardTask
 from reducer.run.tasks.rank_stage import run_partition
 from reducer.run.tasks.vector_files import VectorFiles
@@ -38,12 +38,12 @@ if TYPE_CHECKING:
 
 #: What reads and hashes photos on a worker, where nothing goes wrong. It is the seam for runs without photos: a Dask
 #: preload may put here something that knows the hashes (`scripts/benchmarks/stored.py`); all else stays as it is.
-look: LookAtAll = look_at_all
+process_here: ProcessPhotos = process_photos
 
 
-def work_off(
-    work: Work, shared: NDArray[np.uint8] | None = None, vectors_of: VectorsOf | None = None
-) -> PartitionResult | PiecesResult | Unfit:
+def run_item(
+    work: WorkItem, shared: NDArray[np.uint8] | None = None, vectors_of: VectorsOf | None = None
+) -> PartitionResult | PiecesResult | WorkerRejected:
     """Run one partition, one piece or a few shards on the Dask worker that this is called on.
 
     Photos are looked at in the worker's own process, under its memory limit. Where a worker has died with this very
@@ -51,7 +51,7 @@ def work_off(
 
     Parameters
     ----------
-    work : Work
+    work : WorkItem
         The work.
     shared : ndarray of uint8, optional
         What all work of a run needs: for partitions the hashes to avoid, for shards the keys that are wanted.
@@ -66,12 +66,12 @@ def work_off(
     from distributed import get_worker
 
     worker = get_worker()
-    beat = _Beat(worker, work)
+    beat = _Heartbeat(worker, work)
     task = work.task
-    unfit = _unfit(worker.address, work.terms, task.settings, task.source)
+    unfit = _rejection(worker.address, work.terms, task.settings, task.source)
     if unfit is not None:
         return unfit
-    looker = _CarefulLooker(worker, work, beat)
+    looker = _GuardedProcessor(worker, work, beat)
     try:
         if isinstance(task, ShardTask):
             with memory_bound(None if looker.apart else looker.bound):  # once, and not for each photo
@@ -80,51 +80,53 @@ def work_off(
             return run_piece(task, looker)
         return run_partition(task, shared, looker.at_all, vectors_of, beat.steadily())
     except CannotStart as error:
-        return Unfit(worker.address, f"it cannot look at photos in a process of their own: {error}")
+        return WorkerRejected(worker.address, f"it cannot look at photos in a process of their own: {error}")
 
 
-class _CarefulLooker:
+class _GuardedProcessor:
     """Looks at photos under a worker's memory limit, or where a worker has died with them in a process of their own."""
 
-    def __init__(self, worker: Worker, work: Work, beat: _Beat) -> None:
+    def __init__(self, worker: Worker, work: WorkItem, beat: _Heartbeat) -> None:
         self.worker = worker
         self.apart = work.apart or _deaths(worker) > 0
         self.patience, self.alive = work.terms.patience, beat.alive
         self.bound = memory_for_photos(worker)
 
-    def at_all(self, refs: Sequence[PhotoRef], settings: PhotoSettings, source: Source) -> Iterator[Look]:
+    def at_all(self, refs: Sequence[PhotoRef], settings: PhotoSettings, source: Source) -> Iterator[PhotoResult]:
         if self.apart:
             left = memory_beside(self.worker)
-            for seen in look_apart(refs, settings, source, memory=left, patience=self.patience, beat=self.alive):
+            for seen in process_in_sandbox(
+                refs, settings, source, memory=left, patience=self.patience, beat=self.alive
+            ):
                 self.alive()
                 yield seen
             return
         with memory_bound(self.bound):
-            for ref, seen in zip(refs, look(refs, settings, source), strict=True):
+            for ref, seen in zip(refs, process_here(refs, settings, source), strict=True):
                 self.alive()
                 yield self._alone(ref, settings, source) if _may_be_innocent(seen) else seen
 
-    def at_content(self, ref: ByteRange, content: Callable[[], bytes], settings: PhotoSettings) -> Look | None:
+    def at_content(self, ref: ByteRange, content: Callable[[], bytes], settings: PhotoSettings) -> PhotoResult | None:
         if self.apart:
             return None
         with memory_bound(self.bound):
-            seen = PlainLooker().at_content(ref, content, settings)
+            seen = InProcessProcessor().at_content(ref, content, settings)
         return None if seen is None or _may_be_innocent(seen) else seen
 
-    def _alone(self, ref: PhotoRef, settings: PhotoSettings, source: Source) -> Look:
+    def _alone(self, ref: PhotoRef, settings: PhotoSettings, source: Source) -> PhotoResult:
         left = memory_beside(self.worker)
-        return look_alone(ref, settings, source, memory=left, patience=self.patience, beat=self.alive)
+        return process_one_in_sandbox(ref, settings, source, memory=left, patience=self.patience, beat=self.alive)
 
 
-def _may_be_innocent(look: Look) -> bool:
+def _may_be_innocent(process_here: PhotoResult) -> bool:
     """What failed while others took the memory is no fault of its own."""
-    return look.error is not None and may_be_innocent(look)
+    return process_here.error is not None and may_be_innocent(process_here)
 
 
-class _Beat:
+class _Heartbeat:
     """Tells the client that a partition goes on, at most every so many seconds."""
 
-    def __init__(self, worker: Worker, work: Work) -> None:
+    def __init__(self, worker: Worker, work: WorkItem) -> None:
         self.worker, self.terms = worker, work.terms
         self.sign = {"index": work.task.index, "attempt": work.attempt, "worker": worker.address}
         self.last = float("-inf")
@@ -196,34 +198,34 @@ def memory_beside(worker: Worker) -> int | None:
     return memory_left(_memory_limit(worker))
 
 
-_fitness: dict[str, Unfit | None] = {}
+_rejections: dict[str, WorkerRejected | None] = {}
 
 
-def _unfit(worker: str, terms: Terms, settings: PhotoSettings, source: Source) -> Unfit | None:
+def _rejection(worker: str, terms: RunContext, settings: PhotoSettings, source: Source) -> WorkerRejected | None:
     """Why this worker process must not take part, or None; looked into once a run."""
-    if terms.run_token in _fitness:
-        return _fitness[terms.run_token]
-    found = _look_into_fitness(worker, terms, settings, source)
-    _fitness[terms.run_token] = found
+    if terms.run_token in _rejections:
+        return _rejections[terms.run_token]
+    found = _check_worker(worker, terms, settings, source)
+    _rejections[terms.run_token] = found
     return found
 
 
-def _look_into_fitness(worker: str, terms: Terms, settings: PhotoSettings, source: Source) -> Unfit | None:
+def _check_worker(worker: str, terms: RunContext, settings: PhotoSettings, source: Source) -> WorkerRejected | None:
     if code_digest() != terms.code:
-        return Unfit(worker, "it has another version of reducer")
+        return WorkerRejected(worker, "it has another version of reducer")
     try:
         own = environment(settings)
     except InputError as error:
-        return Unfit(worker, f"it cannot embed photos: {error}")
+        return WorkerRejected(worker, f"it cannot embed photos: {error}")
     if own.digest != terms.environment:
-        return Unfit(worker, "it hashes differently from the first workers", own)
-    failure = None if terms.seen is None else sees(terms.seen, settings, source)
+        return WorkerRejected(worker, "it hashes differently from the first workers", own)
+    failure = None if terms.seen is None else read_failure(terms.seen, settings, source)
     if failure is not None:
-        return Unfit(worker, f"it cannot read {terms.seen} ({failure}), which others can")
+        return WorkerRejected(worker, f"it cannot read {terms.seen} ({failure}), which others can")
     return None
 
 
-def sees(ref: PhotoRef, settings: PhotoSettings, source: Source) -> str | None:
+def read_failure(ref: PhotoRef, settings: PhotoSettings, source: Source) -> str | None:
     """Why a photo cannot be read from this process, or None."""
     from reducer.photos.hashing import PhotoError
     from reducer.photos.reader import read_all
@@ -234,13 +236,13 @@ def sees(ref: PhotoRef, settings: PhotoSettings, source: Source) -> str | None:
 
 
 def as_partition(
-    work: Work,
+    work: WorkItem,
     shared: NDArray[np.uint8] | None,
     files: VectorFiles | None = None,
     slices: Sequence[Slice] = (),
-) -> list[PartitionResult | PiecesResult | Unfit]:
-    """`work_off` as one partition of a Dask bag, which holds one element."""
-    return [work_off(work, shared, None if files is None else Given(files, slices))]
+) -> list[PartitionResult | PiecesResult | WorkerRejected]:
+    """`run_item` as one partition of a Dask bag, which holds one element."""
+    return [run_item(work, shared, None if files is None else Given(files, slices))]
 
 
 def routed(task: RouteTask, routes: NDArray[np.uint8]) -> list[Slice]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from reducer.config.cluster import ClusterSpec
 from reducer.run.dask.dispatch import Dispatch
 from reducer.run.tasks.serial import InProcess
-from reducer.run.tasks.tasks import Errand, ShardErrand
+from reducer.run.tasks.tasks import PartitionTasks, ShardTasks
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -32,12 +32,14 @@ class Workers:
     spec: ClusterSpec
     progress: bool = False
 
-    def take(self, errand: Errand | ShardErrand, before: InProcess | Dispatch | None = None) -> InProcess | Dispatch:
+    def take(
+        self, errand: PartitionTasks | ShardTasks, before: InProcess | Dispatch | None = None
+    ) -> InProcess | Dispatch:
         """Get ready to do something.
 
         Parameters
         ----------
-        errand : Errand or ShardErrand
+        errand : PartitionTasks or ShardTasks
             What is to be done.
         before : InProcess or Dispatch, optional
             What this goes on from.

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from reducer.config.job import Job
 from reducer.errors import InputError
-from reducer.storage.location import Place
+from reducer.storage.location import Location
 from reducer.storage.tables import EXAMPLES, column_names, is_parquet, read_columns, read_lines
 
 
@@ -51,7 +51,7 @@ def find_always_keep(job: Job, ids: pa.ChunkedArray) -> NDArray[np.bool_]:
 
 def _column_or_lines(where: str, path: str, name: str) -> tuple[pa.Array, bool]:
     """A named column of a CSV or Parquet file, or else a text file's lines; and whether it is lines."""
-    place = Place(path)
+    place = Location(path)
     names = column_names(where, place)
     if name in names or is_parquet(where, place):
         return read_columns(where, place, [name], "Give that column, or a text file")[name].combine_chunks(), False

@@ -11,7 +11,7 @@ import pyarrow as pa
 from reducer.config.job import Job
 from reducer.errors import InputError
 from reducer.photos.formats import is_photo
-from reducer.storage.location import Place, explained
+from reducer.storage.location import Location, explaining_errors
 from reducer.storage.schemas import MANIFEST_SCHEMA
 
 
@@ -25,8 +25,8 @@ def check_images(job: Job) -> None:
     """
     if job.manifest is not None and not job.hashes_photos:
         return  # no photo is read
-    if job.images_place.remote:
-        _check_remote(job.images_place)
+    if job.images_location.remote:
+        _check_remote(job.images_location)
         return
     try:
         is_folder = stat.S_ISDIR(os.stat(job.images).st_mode)
@@ -40,16 +40,16 @@ def check_images(job: Job) -> None:
         raise InputError(f"IMAGES {os.fsencode(job.images)!r} is not UTF-8 text: rename the folder")
 
 
-def _check_remote(place: Place) -> None:
+def _check_remote(place: Location) -> None:
     """Ask once whether there is such a place and it may be listed."""
-    with explained(place, f"IMAGES {place.path} cannot be listed"):
+    with explaining_errors(place, f"IMAGES {place.path} cannot be listed"):
         if not place.holds_something():
             raise InputError(f"IMAGES {place.path} holds nothing: give the folder that holds the photos")
 
 
-def _list_remote(place: Place) -> tuple[pa.Table, dict[str, int]]:
+def _list_remote(place: Location) -> tuple[pa.Table, dict[str, int]]:
     """Every photo file below a URL, by the extensions that Pillow knows."""
-    with explained(place, f"IMAGES {place.path} cannot be listed"):
+    with explaining_errors(place, f"IMAGES {place.path} cannot be listed"):
         system, root = place.open()
         found = system.find(root, detail=True)
     start = len(root.rstrip("/")) + 1

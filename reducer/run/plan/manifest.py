@@ -68,7 +68,7 @@ def read_manifest(job: Job, keys: MemberKeys | None = None) -> Manifest:
         check_images(job)
     if job.manifest is not None:
         return check(_read_table(job, keys), {})
-    return check(*(_list_remote(job.images_place) if job.images_place.remote else _list_folder(job.images)))
+    return check(*(_list_remote(job.images_location) if job.images_location.remote else _list_folder(job.images)))
 
 
 def check(table: pa.Table, skipped_files: dict[str, int]) -> Manifest:
@@ -139,7 +139,7 @@ def _without_duplicates(
 
 
 def _read_table(job: Job, keys: MemberKeys | None) -> pa.Table:
-    where, manifest = f"--manifest {job.manifest}", job.manifest_place
+    where, manifest = f"--manifest {job.manifest}", job.manifest_location
     hint = "Say which to use with --id-column, --label-column and --path-column"
     names = column_names(where, manifest)
     lists = job.id_column not in names and ID_LISTS in names

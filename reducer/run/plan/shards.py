@@ -16,7 +16,7 @@ from typing import Any
 from reducer.config.job import Job
 from reducer.errors import InputError
 from reducer.photos.formats import is_photo
-from reducer.storage.location import Place, Shard, absolute, explained, is_url
+from reducer.storage.location import Location, Shard, absolute, explaining_errors, is_url
 from reducer.storage.remote import nanoseconds
 from reducer.storage.tables import EXAMPLES, read_lines
 
@@ -52,8 +52,8 @@ def find_shards(job: Job) -> list[Shard] | None:
         If there are none where there should be some, they are compressed, IMAGES cannot be listed, or a published MD5
         sum is missing.
     """
-    place = job.images_place
-    with explained(place, f"IMAGES {place.path} cannot be listed"):
+    place = job.images_location
+    with explaining_errors(place, f"IMAGES {place.path} cannot be listed"):
         files = _remote_files(place) if place.remote else _local_files(place.path)
     if files is None:
         for name in ("md5", "label_field"):
@@ -84,7 +84,7 @@ def _local_files(images: str) -> list[Shard] | None:
     return [Shard(0, path, state.st_size, state.st_mtime_ns) for path, state in states]
 
 
-def _remote_files(place: Place) -> list[Shard] | None:
+def _remote_files(place: Location) -> list[Shard] | None:
     system, root = place.open()
     if glob.has_magic(root) and not system.isdir(root):
         details = system.glob(root, detail=True)
@@ -104,7 +104,7 @@ def _remote_files(place: Place) -> list[Shard] | None:
     return [_remote_shard(system.unstrip_protocol(path), known[path]) for path in paths]
 
 
-def _first_names(place: Place) -> list[str]:
+def _first_names(place: Location) -> list[str]:
     """What lies in a folder of a store; folders end in a slash."""
     system, root = place.open()
     if not place.on_s3:
@@ -186,8 +186,8 @@ def _with_sums(job: Job, shards: list[Shard]) -> list[Shard]:
 def _published(job: Job) -> dict[str, set[str]]:
     """Sums by the stems of the shards' names; more than one where they contradict each other."""
     where = f"--md5 {job.md5}"
-    place = Place(job.md5 or "", job.storage_options if is_url(job.md5 or "") else {})
-    with explained(place, f"{where} cannot be read"):
+    place = Location(job.md5 or "", job.storage_options if is_url(job.md5 or "") else {})
+    with explaining_errors(place, f"{where} cannot be read"):
         system, root = place.open()
         if system.isdir(root):
             files = sorted(path for path in system.ls(root, detail=False) if path.endswith((".txt", ".md5")))

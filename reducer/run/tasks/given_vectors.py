@@ -20,7 +20,7 @@ from reducer.config.settings import Source
 from reducer.photos.hashing import PhotoError
 from reducer.run.tasks.vector_files import COLUMN_BUFFER, LIST_BUFFER, VectorFiles, _opened
 from reducer.storage.codecs import NO_VECTOR, PROBLEMS, as_units, digest_of, packed
-from reducer.storage.location import Place
+from reducer.storage.location import Location
 from reducer.storage.sorting import is_new
 
 #: Bytes of a file that one task reads, as they are stored, unless one row group has more; and bytes of vectors that are
@@ -249,7 +249,7 @@ def _vectors_in(
 ) -> Iterator[tuple[pa.Array, NDArray[np.uint8], NDArray[np.floating[Any]]]]:
     """Ids, which of them have no list of the right length, and vectors of a row group, some at a time."""
     files = task.files
-    place = Place(files.paths[number], task.source.options)
+    place = Location(files.paths[number], task.source.options)
     rows = max(1, BATCH_BYTES // (4 * files.dimensions))
     buffer = LIST_BUFFER if len(files.columns) == 1 else COLUMN_BUFFER
     with _opened(f"{files.where}: {place.path}", place, buffer) as file:

@@ -17,17 +17,17 @@ from PIL import Image
 
 from reducer.config.settings import PhotoSettings, Source
 from reducer.photos.hashing import OUT_OF_MEMORY, PhotoError, pillow_settings
-from reducer.photos.process import Look, embedded, look_at, look_at_all, with_vectors
+from reducer.photos.process import PhotoResult, embedded, process_photo, process_photos, with_vectors
 from reducer.photos.reader import DISK_BLOCK, Shards, too_large
 from reducer.photos.requests import PhotoFile
 from reducer.photos.tar import Member, ShardFile, TarScan
-from reducer.run.tasks.messages import PartitionTask, Piece, PieceReport, PiecesResult, ShardTask, Wanted, is_wanted
+from reducer.run.tasks.messages import PartitionTask, Piece, PieceReport, PiecesResult, ShardTask, WantedKeys, is_wanted
 from reducer.run.tasks.rank_stage import (
     first_failure,
-    looks_of,
     peak_memory,
     photo_paths,
     photo_refs,
+    photo_results,
     seen_columns,
     tally_of,
 )
@@ -43,50 +43,50 @@ MOST_AT_ONCE = 64 * 2**20
 MOST_LABEL_BYTES = 2**20
 
 
-class Looker(Protocol):
+class PhotoProcessor(Protocol):
     """What reads and hashes photos."""
 
-    def at_all(self, refs: Sequence[PhotoRef], settings: PhotoSettings, source: Source) -> Iterator[Look]:
+    def at_all(self, refs: Sequence[PhotoRef], settings: PhotoSettings, source: Source) -> Iterator[PhotoResult]:
         """Look at photos in turn, wherever they lie."""
 
-    def at_content(self, ref: ByteRange, content: Callable[[], bytes], settings: PhotoSettings) -> Look | None:
+    def at_content(self, ref: ByteRange, content: Callable[[], bytes], settings: PhotoSettings) -> PhotoResult | None:
         """Look at a photo whose bytes have just come by; None if it is to be looked at later, with `at_all`."""
 
     def alive(self) -> None:
         """Called whenever the work has gone on a bit."""
 
 
-class PlainLooker:
+class InProcessProcessor:
     """Looks at photos in this very process."""
 
-    def at_all(self, refs: Sequence[PhotoRef], settings: PhotoSettings, source: Source) -> Iterator[Look]:
-        return look_at_all(refs, settings, source)
+    def at_all(self, refs: Sequence[PhotoRef], settings: PhotoSettings, source: Source) -> Iterator[PhotoResult]:
+        return process_photos(refs, settings, source)
 
-    def at_content(self, ref: ByteRange, content: Callable[[], bytes], settings: PhotoSettings) -> Look | None:
+    def at_content(self, ref: ByteRange, content: Callable[[], bytes], settings: PhotoSettings) -> PhotoResult | None:
         try:
-            return look_at(PhotoFile(content(), None), settings)
+            return process_photo(PhotoFile(content(), None), settings)
         except PhotoError as error:
-            return Look(error=str(error))
+            return PhotoResult(error=str(error))
 
     def alive(self) -> None:
         pass
 
 
-def run_piece(task: PartitionTask, looker: Looker | None = None) -> PiecesResult:
+def run_piece(task: PartitionTask, looker: PhotoProcessor | None = None) -> PiecesResult:
     """Hash the photos of a piece of a large label.
 
     Parameters
     ----------
     task : PartitionTask
         The piece.
-    looker : Looker, optional
+    looker : PhotoProcessor, optional
         What reads and hashes the photos.
     """
     started = time.perf_counter()
-    looker = looker or PlainLooker()
+    looker = looker or InProcessProcessor()
     table = from_ipc(task.rows)
     refs = photo_refs(task, table)
-    looks, now = looks_of(task, table, refs, looker.at_all)
+    looks, now = photo_results(task, table, refs, looker.at_all)
     paths = photo_paths(task, table)
     reused = [not own for own in now]
     columns = {"key": paths, "path": paths, "reused": reused, **_hash_columns(looks, task.settings)}
@@ -96,7 +96,7 @@ def run_piece(task: PartitionTask, looker: Looker | None = None) -> PiecesResult
     return PiecesResult(task.index, (piece,), time.perf_counter() - started, peak_memory())
 
 
-def run_shards(task: ShardTask, wanted: Wanted | None, looker: Looker | None = None) -> PiecesResult:
+def run_shards(task: ShardTask, wanted: WantedKeys | None, looker: PhotoProcessor | None = None) -> PiecesResult:
     """Read shards from end to end and hash the photos that are wanted.
 
     Parameters
@@ -105,7 +105,7 @@ def run_shards(task: ShardTask, wanted: Wanted | None, looker: Looker | None = N
         The shards.
     wanted : ndarray of uint64, optional
         From `wanted_keys`; None for every photo.
-    looker : Looker, optional
+    looker : PhotoProcessor, optional
         What reads and hashes the photos.
 
     Returns
@@ -120,7 +120,7 @@ def run_shards(task: ShardTask, wanted: Wanted | None, looker: Looker | None = N
         pillow_settings(settings.max_pixels),
     ):
         pieces = tuple(
-            _Reading(task, shards, number, wanted, looker or PlainLooker()).piece()
+            _Reading(task, shards, number, wanted, looker or InProcessProcessor()).piece()
             for number in range(len(task.shards))
         )
     return PiecesResult(task.index, pieces, time.perf_counter() - started, peak_memory())
@@ -134,7 +134,7 @@ class _Seen:
     path: str
     ref: ByteRange
     #: None if it is only to be found.
-    look: Look | None = None
+    look: PhotoResult | None = None
     label: str | None = None
 
 
@@ -145,8 +145,8 @@ class _Reading:
     task: ShardTask
     shards: Shards
     place: int
-    wanted: Wanted | None
-    looker: Looker
+    wanted: WantedKeys | None
+    looker: PhotoProcessor
     seen: list[_Seen] = field(default_factory=list)
     #: Those to look at when the shard is at its end.
     later: list[_Seen] = field(default_factory=list)
@@ -179,7 +179,7 @@ class _Reading:
             what = "it cannot be read to its end" if md5 is None else f"it has {md5}"
             error = str(PhotoError(WRONG_MD5, f"of its shard {self.shard.path}: {what}, not {self.shard.md5}"))
             for photo in seen:
-                photo.look = Look(error=error)
+                photo.look = PhotoResult(error=error)
         looked = [(photo.ref, photo.look) for photo in seen if photo.look is not None]
         looks = [look for _, look in looked]
         return Piece(
@@ -258,13 +258,13 @@ class _Reading:
         photo = _Seen(key, member.path, ref)
         self.seen.append(photo)
         if member.problem is not None:
-            photo.look = Look(error=member.problem)
+            photo.look = PhotoResult(error=member.problem)
         elif hash_it and member.link:
             self.later.append(photo)
         elif hash_it:
             error = too_large(member.bytes, self.task.settings.max_pixels)
             if error is not None:
-                photo.look = Look(bytes=member.bytes, error=str(error))
+                photo.look = PhotoResult(bytes=member.bytes, error=str(error))
                 return
             if member.bytes <= MOST_AT_ONCE:
                 photo.look = self.looker.at_content(photo.ref, scan.content, self.task.settings)
@@ -316,7 +316,7 @@ class _Reading:
     def _rows(self, seen: Sequence[_Seen]) -> bytes:
         # What tells whether a photo has changed is its shard's.
         state: dict[str, Any] = {"mtime_ns": self.shard.mtime_ns, "etag": self.shard.etag}
-        looks = [replace(photo.look or Look(), bytes=photo.ref.bytes, **state) for photo in seen]
+        looks = [replace(photo.look or PhotoResult(), bytes=photo.ref.bytes, **state) for photo in seen]
         columns = {
             "key": [photo.key for photo in seen],
             "label": [photo.label for photo in seen],
@@ -340,7 +340,7 @@ def _label(content: bytes, name: str | None) -> str | None:
     return str(found).strip() or None
 
 
-def _hash_columns(looks: Sequence[Look], settings: PhotoSettings) -> dict[str, Any]:
+def _hash_columns(looks: Sequence[PhotoResult], settings: PhotoSettings) -> dict[str, Any]:
     return {
         **seen_columns(looks),
         "hash": [look.hash and to_hex(look.hash.bits, settings.bits) for look in looks],

@@ -15,7 +15,7 @@ from reducer.storage.codecs import digest_of
 from reducer.storage.location import MemberKeys, PathRule, Shard
 
 #: Digests of the keys that are wanted, in rising order; the lowest bit tells whether the photo is to be hashed, too.
-Wanted = NDArray[np.uint64]
+WantedKeys = NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
@@ -259,7 +259,7 @@ class PiecesResult:
         return f"PiecesResult(index={self.index}, pieces={len(self.pieces)})"
 
 
-def wanted_keys(keys: Iterable[str], hashed: NDArray[np.bool_]) -> Wanted:
+def wanted_keys(keys: Iterable[str], hashed: NDArray[np.bool_]) -> WantedKeys:
     """Which photos are looked for in shards, small enough to be sent to each worker.
 
     Parameters
@@ -278,7 +278,7 @@ def wanted_keys(keys: Iterable[str], hashed: NDArray[np.bool_]) -> Wanted:
     return np.unique(digests & ~np.uint64(1) | hashed.astype(np.uint64))
 
 
-def is_wanted(wanted: Wanted, key: str) -> bool | None:
+def is_wanted(wanted: WantedKeys, key: str) -> bool | None:
     """Whether a photo is to be hashed; None if it is not wanted at all.
 
     Two keys may have the same digest: then one too many is looked at, which whoever knows the keys leaves out.

@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 
 from reducer.config.settings import PhotoSettings, Source
 from reducer.photos.hashing import PhotoHash
-from reducer.photos.process import Look, LookAtAll, VectorsOf, embedded, look_at_all
+from reducer.photos.process import PhotoResult, ProcessPhotos, VectorsOf, embedded, process_photos
 from reducer.photos.reader import are_unchanged
 from reducer.photos.requests import FileState
 from reducer.run.tasks.messages import PartitionResult, PartitionTask, Tally
 from reducer.selection.distance import near_any
-from reducer.selection.facility_location import Copies
-from reducer.selection.quality import judge, points_of
+from reducer.selection.facility_location import NearCopies
+from reducer.selection.quality import evaluate, points_of
 from reducer.selection.quality_sums import Quality
 from reducer.selection.strategies import rank
 from reducer.storage.codecs import Hashes, from_hex, to_hex
@@ -34,10 +34,10 @@ from reducer.storage.schemas import (
     BEYOND_KEEP,
     FAILED,
     FLAT,
-    FOUND_SCHEMA,
     KEPT,
     KNOWN_SCHEMA,
     LEDGER_SCHEMA,
+    RESULT_SCHEMA,
     from_ipc,
     to_ipc,
 )
@@ -49,7 +49,7 @@ RANKED_SCHEMA = pa.schema(list(LEDGER_SCHEMA)[LEDGER_SCHEMA.get_field_index("has
 def rank_label(
     label: str,
     ids: Sequence[str],
-    looks: Sequence[Look],
+    looks: Sequence[PhotoResult],
     settings: PhotoSettings,
     always_keep: NDArray[np.bool_],
     near_avoided: NDArray[np.bool_],
@@ -62,7 +62,7 @@ def rank_label(
         The label.
     ids : sequence of str
         Ids of its candidates.
-    looks : sequence of Look
+    looks : sequence of PhotoResult
         What was seen of each.
     settings : PhotoSettings
         Strategy, number to keep, seed.
@@ -78,7 +78,7 @@ def rank_label(
     Quality
         Of the kept photos, against a random choice of as many from the same candidates.
     Quality
-        The same by hashes, as for `reducer.selection.quality.Judgement`.
+        The same by hashes, as for `reducer.selection.quality.Evaluation`.
     """
     rows: list[dict[str, Any]] = [{"kept": False, "reason": FAILED, "error": look.error} for look in looks]
     row_of = [i for i, look in enumerate(looks) if look.error is None]
@@ -106,7 +106,9 @@ def rank_label(
         return pa.RecordBatch.from_pylist(rows, schema=RANKED_SCHEMA), Quality(), Quality()
 
     points = points_of(hashes, units)
-    copies = None if hashes is None or settings.near_copy is None else Copies(hashes[candidates], settings.near_copy)
+    copies = (
+        None if hashes is None or settings.near_copy is None else NearCopies(hashes[candidates], settings.near_copy)
+    )
     ranking = rank(
         settings.strategy,
         points.take(candidates),
@@ -130,7 +132,7 @@ def rank_label(
             "reason": KEPT if keep else BEYOND_KEEP,
         }
     insertion = ranking.insertion_distance[: len(kept)]
-    found = judge(label, points, hashes, names, candidates, kept, insertion, bool(always.any()), settings)
+    found = evaluate(label, points, hashes, names, candidates, kept, insertion, bool(always.any()), settings)
     for row, position, apart in zip(row_of, found.nearest.tolist(), found.distance.tolist(), strict=True):
         rows[row] |= {"nearest_kept": names[position], "nearest_kept_distance": apart}
     return pa.RecordBatch.from_pylist(rows, schema=RANKED_SCHEMA), found.quality, found.by_hash
@@ -139,7 +141,7 @@ def rank_label(
 def run_partition(
     task: PartitionTask,
     avoid: Hashes | None = None,
-    look: LookAtAll = look_at_all,
+    look: ProcessPhotos = process_photos,
     vectors_of: VectorsOf | None = None,
     while_ranking: AbstractContextManager[object] | None = None,
 ) -> PartitionResult:
@@ -173,7 +175,7 @@ def run_partition(
         always_keep = table["always_keep"].to_numpy()
     refs = photo_refs(task, table)
     vectors = None if vectors_of is None else vectors_of(ids)
-    looks, now = looks_of(task, table, refs, look, vectors)
+    looks, now = photo_results(task, table, refs, look, vectors)
 
     near_avoided = np.zeros(len(looks), dtype=bool)
     if avoid is not None:
@@ -200,7 +202,7 @@ def run_partition(
         tally = replace(tally, reused=known, looked_up=len(looks))
     return PartitionResult(
         index=task.index,
-        found=to_ipc(_found(looks, pa.Table.from_batches(batches, RANKED_SCHEMA), settings)),
+        found=to_ipc(_result_table(looks, pa.Table.from_batches(batches, RANKED_SCHEMA), settings)),
         tally=tally,
         first_failure=first_failure(refs, looks),
         seconds=time.perf_counter() - started,
@@ -208,13 +210,13 @@ def run_partition(
     )
 
 
-def looks_of(
+def photo_results(
     task: PartitionTask,
     table: pa.Table,
     refs: Sequence[PhotoRef],
-    look: LookAtAll,
+    look: ProcessPhotos,
     vectors: Sequence[bytes | str] | None = None,
-) -> tuple[list[Look], list[bool]]:
+) -> tuple[list[PhotoResult], list[bool]]:
     """What is known of the photos of a task, and of the others what a look at them gives.
 
     Parameters
@@ -238,15 +240,15 @@ def looks_of(
         Which of them this run has looked at; the others are known from an earlier one, or not to be looked at.
     """
     settings = task.settings
-    known = known_looks(table, settings.bits)
+    known = known_results(table, settings.bits)
     if not settings.hashed:
-        known = [look if look is not None and look.error else Look() for look in known]
+        known = [look if look is not None and look.error else PhotoResult() for look in known]
     elif not task.trusted:
-        known = _still_true(known, [file_of(ref) for ref in refs], task.source)
+        known = _unchanged_since(known, [file_of(ref) for ref in refs], task.source)
     if settings.embed is not None:  # a hash alone is no reason not to look
         known = [old if old is None or old.error or old.vector is not None else None for old in known]
     if vectors is not None:
-        failed = [Look(error=found) if isinstance(found, str) else None for found in vectors]
+        failed = [PhotoResult(error=found) if isinstance(found, str) else None for found in vectors]
         known = [old if old is not None and old.error else bad or old for old, bad in zip(known, failed, strict=True)]
     unknown = [ref for ref, already in zip(refs, known, strict=True) if already is None]
     new = embedded(look(unknown, settings, task.source), settings) if unknown else iter(())
@@ -267,7 +269,7 @@ def looks_of(
     return looks, own
 
 
-def tally_of(looks: Sequence[Look], now: Sequence[bool]) -> Tally:
+def tally_of(looks: Sequence[PhotoResult], now: Sequence[bool]) -> Tally:
     """Count looks, of which some were made by this run."""
     own = [look for look, by_us in zip(looks, now, strict=True) if by_us]
     return Tally(
@@ -278,29 +280,31 @@ def tally_of(looks: Sequence[Look], now: Sequence[bool]) -> Tally:
     )
 
 
-def first_failure(refs: Sequence[PhotoRef], looks: Sequence[Look]) -> str | None:
+def first_failure(refs: Sequence[PhotoRef], looks: Sequence[PhotoResult]) -> str | None:
     """The first photo that has failed, and why."""
     failures = (f"{ref}: {look.error}" for ref, look in zip(refs, looks, strict=True) if look.error is not None)
     return next(failures, None)
 
 
-def known_looks(table: pa.Table, bits: int) -> list[Look | None]:
+def known_results(table: pa.Table, bits: int) -> list[PhotoResult | None]:
     """What earlier looks at photos gave, from the columns of `KNOWN_SCHEMA`; None for each that is not known."""
     if KNOWN_SCHEMA.names[0] not in table.column_names:
         return [None] * table.num_rows
     known = table.select(KNOWN_SCHEMA.names)
     mtime = known.schema.get_field_index("known_mtime")
     known = known.set_column(mtime, "known_mtime", known["known_mtime"].cast(pa.int64()))
-    looks: list[Look | None] = []
+    looks: list[PhotoResult | None] = []
     for text, flat, width, height, kind, size, mtime_ns, etag, error, vector, _ in zip(
         *(column.to_pylist() for column in known.columns), strict=True
     ):
         found = None if text is None else PhotoHash(from_hex(text, bits), width, height, kind, flat)
-        looks.append(Look(found, size, mtime_ns, etag, error, vector=vector) if found or error else None)
+        looks.append(PhotoResult(found, size, mtime_ns, etag, error, vector=vector) if found or error else None)
     return looks
 
 
-def _still_true(looks: Sequence[Look | None], paths: Sequence[str], source: Source) -> list[Look | None]:
+def _unchanged_since(
+    looks: Sequence[PhotoResult | None], paths: Sequence[str], source: Source
+) -> list[PhotoResult | None]:
     """What is known of photos whose files are as they were then."""
     asked = [i for i, look in enumerate(looks) if look is not None]
     states = [FileState(look.bytes, look.mtime_ns, look.etag) for look in looks if look is not None]
@@ -336,7 +340,7 @@ def photo_paths(task: PartitionTask, table: pa.Table) -> pa.ChunkedArray:
     return paths_by_rule(task.path_rule, table["id"], table["label"])
 
 
-def seen_columns(looks: Sequence[Look]) -> dict[str, list[Any]]:
+def seen_columns(looks: Sequence[PhotoResult]) -> dict[str, list[Any]]:
     """What looks at photos gave beside their hashes, by the names of the ledger's columns."""
     return {
         "bytes": [look.bytes for look in looks],
@@ -348,10 +352,10 @@ def seen_columns(looks: Sequence[Look]) -> dict[str, list[Any]]:
     }
 
 
-def _found(looks: Sequence[Look], ranked: pa.Table, settings: PhotoSettings) -> pa.Table:
+def _result_table(looks: Sequence[PhotoResult], ranked: pa.Table, settings: PhotoSettings) -> pa.Table:
     seen = seen_columns(looks)
     # Of photos that were not read the plan may know the size.
-    fields = [field for field in FOUND_SCHEMA if settings.hashed or field.name not in seen]
+    fields = [field for field in RESULT_SCHEMA if settings.hashed or field.name not in seen]
     columns = [pa.array(seen[field.name], field.type) if field.name in seen else ranked[field.name] for field in fields]
     found = pa.Table.from_arrays(columns, schema=pa.schema(fields))
     if settings.by_vectors:

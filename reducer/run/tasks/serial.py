@@ -13,7 +13,7 @@ from reducer.run.tasks.given_vectors import Given, Routing, route
 from reducer.run.tasks.hash_stage import run_piece, run_shards
 from reducer.run.tasks.messages import PartitionResult, PiecesResult
 from reducer.run.tasks.rank_stage import run_partition
-from reducer.run.tasks.tasks import Errand, ShardErrand
+from reducer.run.tasks.tasks import PartitionTasks, ShardTasks
 
 
 class InProcess:
@@ -25,13 +25,13 @@ class InProcess:
         What decides hashes here.
     """
 
-    def __init__(self, errand: Errand | ShardErrand, progress: bool = False) -> None:
+    def __init__(self, errand: PartitionTasks | ShardTasks, progress: bool = False) -> None:
         self.errand, self.progress = errand, progress
         self.environment = environment(errand.job.photo_settings)
 
     def results(self) -> Generator[PartitionResult | PiecesResult]:
         """Run all partitions, pieces or shards, in turn."""
-        routing = None if isinstance(self.errand, ShardErrand) else self.errand.routing
+        routing = None if isinstance(self.errand, ShardTasks) else self.errand.routing
         routed = []
         if routing is not None:
             with reading(routing, self.progress) as bar:
@@ -42,7 +42,7 @@ class InProcess:
             given = None
             if routing is not None:
                 given = Given(routing.files, [slices[routing.bucket_of[index]] for slices in routed])
-            if isinstance(self.errand, ShardErrand):
+            if isinstance(self.errand, ShardTasks):
                 yield run_shards(self.errand.task(index), self.errand.wanted)
             elif self.errand.is_pieces:
                 yield run_piece(self.errand.task(index))

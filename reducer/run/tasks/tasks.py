@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 
 from reducer.config.job import Job, member_keys, path_rule
 from reducer.run.tasks.given_vectors import Routing
-from reducer.run.tasks.messages import PartitionTask, ShardTask, Wanted
-from reducer.storage.codecs import Aside, Hashes
+from reducer.run.tasks.messages import PartitionTask, ShardTask, WantedKeys
+from reducer.storage.codecs import Hashes, VectorSpool
 from reducer.storage.location import ByteRange, PhotoRef, Shard
 from reducer.storage.paths import with_paths
-from reducer.storage.schemas import KNOWN_SCHEMA, PLACE_SCHEMA, to_ipc
+from reducer.storage.schemas import KNOWN_SCHEMA, SHARD_POSITION_SCHEMA, to_ipc
 
 #: So many photos are tried to see whether workers can read them.
 FEW = 20
@@ -27,7 +27,7 @@ GROUPS_A_THREAD = 4
 
 
 @dataclass(frozen=True)
-class Errand:
+class PartitionTasks:
     """The partitions, or pieces of labels too large for one, that are to be done, and how.
 
     Attributes
@@ -36,14 +36,14 @@ class Errand:
         Whose they are.
     rows : Division
         Rows of each by its number, in the order in which they are to be done: `TASK_SCHEMA`, `KNOWN_SCHEMA` where
-        anything is known, and `PLACE_SCHEMA` where photos lie in shards.
+        anything is known, and `SHARD_POSITION_SCHEMA` where photos lie in shards.
     trusted : frozenset of int
         Those for which what is known holds without a look at the files.
     is_pieces : bool
         Whether they are pieces.
     avoid : ndarray of uint8, shape (m, hash bytes), optional
         Hashes to avoid.
-    aside : Aside, optional
+    aside : VectorSpool, optional
         Holds the vectors that are known.
     routing : Routing, optional
         How vectors that are given come to partitions.
@@ -54,7 +54,7 @@ class Errand:
     trusted: frozenset[int] = frozenset()
     is_pieces: bool = False
     avoid: Hashes | None = None
-    aside: Aside | None = None
+    aside: VectorSpool | None = None
     routing: Routing | None = None
 
     @property
@@ -82,13 +82,13 @@ class Errand:
     def task(self, index: int) -> PartitionTask:
         """What is to be done with a partition or piece."""
         rows = self.rows[index]
-        in_shards = PLACE_SCHEMA.names[0] in rows.column_names
+        in_shards = SHARD_POSITION_SCHEMA.names[0] in rows.column_names
         rule = None if in_shards else path_rule(self.job)
         columns = ["id", "label"] if rule else ["id", "label", "path"]
         if pc.any(rows["always_keep"]).as_py():
             columns.append("always_keep")
         if in_shards:
-            columns += [*KNOWN_SCHEMA.names, *PLACE_SCHEMA.names, "bytes"]
+            columns += [*KNOWN_SCHEMA.names, *SHARD_POSITION_SCHEMA.names, "bytes"]
         elif KNOWN_SCHEMA.names[0] in rows.column_names and _anything(rows, "known_hash", "known_error"):
             columns += KNOWN_SCHEMA.names
         if self.aside is not None and "known_vector" in columns:
@@ -111,7 +111,7 @@ def _anything(rows: pa.Table, *names: str) -> bool:
 
 
 @dataclass(frozen=True)
-class ShardErrand:
+class ShardTasks:
     """The shards that are to be read, and how.
 
     Attributes
@@ -126,10 +126,10 @@ class ShardErrand:
 
     job: Job
     groups: dict[int, tuple[Shard, ...]]
-    wanted: Wanted | None = None
+    wanted: WantedKeys | None = None
 
     @classmethod
-    def of(cls, job: Job, shards: Sequence[Shard], wanted: Wanted | None, threads: int) -> ShardErrand:
+    def of(cls, job: Job, shards: Sequence[Shard], wanted: WantedKeys | None, threads: int) -> ShardTasks:
         """That of some shards, in groups for so many worker threads in all."""
         most = min(GROUP_BYTES, sum(shard.bytes for shard in shards) // (GROUPS_A_THREAD * threads))
         groups: list[list[Shard]] = []

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from reducer.config.job import Job
 from reducer.errors import InputError
-from reducer.storage.location import Place, absolute, explained
+from reducer.storage.location import Location, absolute, explaining_errors
 
 log = logging.getLogger("reducer")
 
@@ -79,7 +79,7 @@ def find_vectors(job: Job) -> VectorFiles | None:
     if job.vectors is None:
         return None
     where = f"--vectors {job.vectors}"
-    places = _files(where, job.vectors_place)
+    places = _files(where, job.vectors_location)
     digest = hashlib.sha256()
     groups: list[tuple[int, int, int]] = []
     found: tuple[tuple[str, ...], int] | None = None
@@ -106,7 +106,7 @@ def find_vectors(job: Job) -> VectorFiles | None:
     return VectorFiles(where, paths, job.id_column, columns, dimensions, tuple(groups), digest.hexdigest())
 
 
-def _samples(place: Place) -> Iterator[bytes]:
+def _samples(place: Location) -> Iterator[bytes]:
     """A Parquet file's footer, and some bytes from all over it; no others are read."""
     system, path = place.open()
     size = system.size(path)
@@ -118,8 +118,8 @@ def _samples(place: Place) -> Iterator[bytes]:
         yield system.cat_file(path, start=start, end=min(size, start + SAMPLE_BYTES))
 
 
-def _files(where: str, place: Place) -> list[Place]:
-    with explained(place, where):
+def _files(where: str, place: Location) -> list[Location]:
+    with explaining_errors(place, where):
         system, path = place.open()
         if not system.isdir(path):
             return [place]
@@ -131,16 +131,16 @@ def _files(where: str, place: Place) -> list[Place]:
 
 
 @contextmanager
-def _opened(where: str, place: Place, buffer: int = COLUMN_BUFFER) -> Iterator[pq.ParquetFile]:
+def _opened(where: str, place: Location, buffer: int = COLUMN_BUFFER) -> Iterator[pq.ParquetFile]:
     """A Parquet file, of which a little is in memory at a time; whatever is wrong with it names it."""
     try:
-        with explained(place, where), _raw(place) as raw:
+        with explaining_errors(place, where), _raw(place) as raw:
             yield pq.ParquetFile(raw, buffer_size=buffer, pre_buffer=False)
     except pa.ArrowInvalid as error:
         raise InputError(f"{where} cannot be read as a Parquet file: {' '.join(str(error).split())[:200]}") from None
 
 
-def _raw(place: Place) -> IO[bytes]:
+def _raw(place: Location) -> IO[bytes]:
     if not place.remote:
         return place.open_file()
     system, path = place.open()
