@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import subprocess
-import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,15 +11,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from deployments import DaskProcesses
+from jobs import run_on
 from s3server import S3Server
 from shardjobs import SHARDS, run_of
 from tarfiles import packed, photos_below, thumbnail, write_tars
 
-from reducer import ClusterSpec, Job, reduce_images
-from reducer.api.result import Result
 from reducer.api.sample import write_sample
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -86,20 +79,6 @@ def s3(collection: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         yield server
 
 
-def job_on(collection: Path, output: Path, **options: object) -> Job:
-    """A job; its report, which takes a second to draw, is left to tests/test_report.py."""
-    settings: dict[str, object] = {"keep": 8, "manifest": str(collection / "train.csv"), "report": False, **options}
-    return Job(str(collection / "train"), str(output), **settings)  # type: ignore[arg-type]
-
-
-def run_on(collection: Path, output: Path, spec: ClusterSpec | None = None, **options: object) -> Result:
-    return reduce_images(job_on(collection, output, **options), spec or ClusterSpec(workers=0), progress=False)
-
-
-def reduced_files(run: Path) -> dict[str, bytes]:
-    return {name: (run / name).read_bytes() for name in ("reduced.csv", "reduced.parquet")}
-
-
 @pytest.fixture
 def clean_env() -> dict[str, str]:
     """The environment without Dask's own variables."""
@@ -118,48 +97,6 @@ def dask_cluster(tmp_path: Path, clean_env: dict[str, str]) -> Iterator[Callable
             return address
 
         yield start
-
-
-def need(missing: Callable[[], str | None]) -> None:
-    """Skip the test if something that it needs is missing here: ``need(Sshd.missing)``."""
-    reason = missing()
-    if reason:
-        pytest.skip(reason)
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path, size: str) -> Iterator[Callable[[str], int]]:
-    """A real disk of so many bytes, a file system in memory; gives what makes it larger."""
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("needs the right to mount")
-    try:
-        yield lambda more: subprocess.check_call(["mount", "-o", f"remount,size={more}", str(folder)])
-    finally:
-        subprocess.run(["umount", folder], check=True)
-
-
-def wait_for(condition: Callable[[], object], what: str, seconds: float = 60) -> None:
-    stop = time.monotonic() + seconds
-    while True:
-        with contextlib.suppress(OSError, ValueError):
-            if condition():
-                return
-        assert time.monotonic() < stop, f"waited {seconds} s for {what}"
-        time.sleep(0.1)
-
-
-def when_begun(run: Path, act: Callable[[], object]) -> threading.Thread:
-    """Do something as soon as a run has written its first parts."""
-
-    def wait_and_act() -> None:
-        wait_for(lambda: len(list((run / "images").glob("part-*"))) >= 2, "the first parts")
-        act()
-
-    thread = threading.Thread(target=wait_and_act)
-    thread.start()
-    return thread
 
 
 # Tar shards

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 #: For all that can be told, it is not the store that the photos come from.
 OTHER_STORE = "--target-storage-option=region=us-east-1"
-sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "support"))
 
 
 def rate_of(folder: Path, images: str, keys: dict[str, object], photos: int, **options: object) -> float:

@@ -200,7 +200,7 @@ def embed(photos: int, model: str | None, repetitions: int) -> None:
         manifest, by_label = linked_collection(folder, photos)
         paths = [path for its in by_label.values() for path in its.values()]
         if model is None:
-            sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+            sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "support"))
             import models
 
             model = str(models.mobilenet(folder / "mobilenet.onnx"))

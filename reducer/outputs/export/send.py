@@ -57,7 +57,7 @@ def write_on(
 
     Yields
     ------
-    tuple of int, list of Copied
+    tuple of int, list of CopyResult
         Numbers, and what came of those photos, as they are done. Photos with which workers die again and again have
         failed.
 

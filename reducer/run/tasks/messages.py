@@ -151,7 +151,7 @@ class PartitionResult:
     index : int
         Number of the partition.
     found : bytes
-        `FOUND_SCHEMA` rows, one for each of the task's and in their order, packed by `to_ipc`, with a column ``vector``
+        `RESULT_SCHEMA` rows, one for each of the task's and in their order, packed by `to_ipc`, with a column ``vector``
         behind them where photos are compared by vectors.
     tally : Tally
         What came of the photos.
