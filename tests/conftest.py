@@ -16,6 +16,7 @@ from s3server import S3Server
 from shardjobs import SHARDS, run_of
 from tarfiles import packed, photos_below, thumbnail, write_tars
 
+from reducer import ClusterSpec
 from reducer.api.sample import write_sample
 
 
@@ -33,6 +34,44 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if session.config.getoption("--no-skips") and reporter.stats.get("skipped"):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+#: Test files that show whether Reducer works with the versions of packages that are installed, below tests/.
+COMPAT = (
+    *("cli/test_cli.py", "api/test_cut.py", "outputs/test_statistics.py", "photos/test_hashing.py"),
+    *("photos/test_progressive.py", "photos/test_resize.py", "photos/test_requests.py", "photos/test_embedding.py"),
+    *("run/test_executors.py", "run/test_folder.py", "run/test_vector_runs.py", "run/plan", "run/tasks"),
+    *("run/dask/test_connect.py", "selection/test_distance.py", "selection/test_strategies.py"),
+    *("selection/test_facility_location.py", "selection/test_rules.py", "storage/test_codecs.py"),
+    "storage/test_sorting.py",
+)
+#: Single tests of other files.
+COMPAT_TESTS = (
+    *(
+        "test_a_bucket_gives_what_a_folder_gives",
+        "test_tars_give_what_single_files_give",
+        "test_as_the_manifest_has_them",
+    ),
+    *("test_a_folder_per_label_as_image_folder_reads_it", "test_web_datasets_shards", "test_made_smaller"),
+    *("test_a_page_is_whole_and_needs_no_network", "test_figures_for_notebooks"),
+)
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses by the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    assert all((here / name).exists() for name in COMPAT)
+    for item in items:
+        file = item.path.relative_to(here).as_posix()
+        fixtures = getattr(item, "fixturenames", ())
+        if file.startswith("tools/"):
+            item.add_marker("tools")
+        if "s3" in fixtures:
+            item.add_marker("s3")
+        if {"dask_cluster", "standing_cluster"} & set(fixtures) or file.startswith("run/dask/"):
+            item.add_marker("cluster")
+        if file.startswith(COMPAT) or getattr(item, "originalname", "") in COMPAT_TESTS:
+            item.add_marker("compat")
 
 
 @pytest.fixture(autouse=True)
@@ -97,6 +136,17 @@ def dask_cluster(tmp_path: Path, clean_env: dict[str, str]) -> Iterator[Callable
             return address
 
         yield start
+
+
+@pytest.fixture(scope="session")
+def standing_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterSpec]:
+    """A running scheduler with two workers of one thread, for tests that kill nothing and change nothing on workers."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("DASK_")}
+    with DaskProcesses(tmp_path_factory.mktemp("standing"), clean) as dask:
+        address = dask.scheduler()
+        for _ in range(2):
+            dask.worker(address, 1)
+        yield ClusterSpec(address=address)
 
 
 # Tar shards

@@ -282,20 +282,21 @@ def test_the_same_on_every_cluster(
 
 
 def test_on_a_cluster_that_lacks_the_model(
-    tiny: Path, model: Path, embedded_run: Path, tmp_path: Path, dask_cluster: Callable[..., str]
+    tiny: Path, model: Path, embedded_run: Path, tmp_path: Path, standing_cluster: ClusterSpec
 ) -> None:
     """It is sent to the workers, and they keep nothing of it afterwards."""
-    spec = ClusterSpec(address=dask_cluster())
-    run_on(tiny, tmp_path / "run", spec, embed=str(model), rank_all=True, **OWN)
+    run_on(tiny, tmp_path / "run", standing_cluster, embed=str(model), rank_all=True, **OWN)
     assert reduced_files(tmp_path / "run") == reduced_files(embedded_run)
     from distributed import Client
 
-    with Client(spec.address, set_as_default=False) as client:
+    with Client(standing_cluster.address, set_as_default=False) as client:
         found = client.run(lambda dask_worker: [p.name for p in Path(dask_worker.local_directory).glob("*.onnx")])
     assert list(found.values()) == [[], []]
 
 
-def test_photos_in_shards(tars: Path, tiny: Path, model: Path, embedded_run: Path, tmp_path: Path) -> None:
+def test_photos_in_shards(
+    tars: Path, tiny: Path, model: Path, embedded_run: Path, tmp_path: Path, standing_cluster: ClusterSpec
+) -> None:
     job = Job(
         str(tars),
         str(tmp_path / "run"),
@@ -306,7 +307,7 @@ def test_photos_in_shards(tars: Path, tiny: Path, model: Path, embedded_run: Pat
         rank_all=True,
         **OWN,
     )
-    result = reduce_images(job, ClusterSpec(workers=2), progress=False)
+    result = reduce_images(job, standing_cluster, progress=False)
     assert (tmp_path / "run" / "reduced.csv").read_bytes() == (embedded_run / "reduced.csv").read_bytes()
     assert kept_vectors(tmp_path / "run") == kept_vectors(embedded_run)
     assert result.summary["photos_failed"] == 0
@@ -328,9 +329,11 @@ def test_photos_in_shards(tars: Path, tiny: Path, model: Path, embedded_run: Pat
     assert kept_vectors(tmp_path / "last") == kept_vectors(embedded_run)
 
 
-def test_vectors_are_reused(tiny: Path, model: Path, embedded_run: Path, tmp_path: Path) -> None:
+def test_vectors_are_reused(
+    tiny: Path, model: Path, embedded_run: Path, tmp_path: Path, standing_cluster: ClusterSpec
+) -> None:
     options = {"embed": str(model), "rank_all": True, "reuse": str(embedded_run), **OWN}
-    result = run_on(tiny, tmp_path / "run", ClusterSpec(workers=2), strategy="random", partition_images=20, **options)
+    result = run_on(tiny, tmp_path / "run", standing_cluster, strategy="random", partition_images=20, **options)
     assert result.summary["photos_read"] == 0
     assert result.summary["photos_reused"] == 240
     assert kept_vectors(tmp_path / "run") == kept_vectors(embedded_run)

@@ -104,27 +104,24 @@ def test_partition_sizes_and_threads(hurt_collection: Path, reference: Path, tmp
         assert_equal(tmp_path / name, reference)
 
 
-@pytest.mark.parametrize("workers", [1, 2, 4])
-def test_processes(hurt_collection: Path, reference: Path, tmp_path: Path, workers: int) -> None:
-    spec = ClusterSpec(workers=workers, threads=2 if workers == 1 else None)
+def test_processes(hurt_collection: Path, reference: Path, tmp_path: Path) -> None:
     for size in SIZES:
+        spec = ClusterSpec(workers=2, threads=2 if size == SIZES[0] else None)
         run_on(hurt_collection, tmp_path / str(size), spec, partition_images=size, **DRAWN)
         assert_equal(tmp_path / str(size), reference)
 
 
-@pytest.mark.parametrize("workers", [1, 2, 4])
 def test_a_running_scheduler(
-    hurt_collection: Path, reference: Path, tmp_path: Path, dask_cluster: Callable[..., str], workers: int
+    hurt_collection: Path, reference: Path, tmp_path: Path, standing_cluster: ClusterSpec
 ) -> None:
-    spec = ClusterSpec(address=dask_cluster(workers))
     for size in SIZES:
         # The scheduler stays: each run finds it as the one before has left it.
-        run_on(hurt_collection, tmp_path / str(size), spec, partition_images=size, **DRAWN)
+        run_on(hurt_collection, tmp_path / str(size), standing_cluster, partition_images=size, **DRAWN)
         assert_equal(tmp_path / str(size), reference)
 
 
 def test_every_way_to_look_and_choose_on_every_executor(
-    hurt_collection: Path, tmp_path: Path, dask_cluster: Callable[..., str]
+    hurt_collection: Path, tmp_path: Path, standing_cluster: ClusterSpec
 ) -> None:
     """Each strategy with another hash; some photos are always kept, some to be avoided, some flat."""
     collection = tmp_path / "collection"
@@ -140,7 +137,6 @@ def test_every_way_to_look_and_choose_on_every_executor(
     (collection / "train.csv").write_text("\n".join([f"{lines[0]},file", f"flat,{label},{flat}", *found]) + "\n")
     kept = [line.split(",")[0] for line in lines[5:60:9]]
     (collection / "keep").write_text("\n".join(kept))
-    address = ClusterSpec(address=dask_cluster(2))
     threads = ClusterSpec(
         class_path="distributed.LocalCluster",
         kwargs={"n_workers": 1, "threads_per_worker": 3, "processes": False, "dashboard_address": None},
@@ -166,7 +162,7 @@ def test_every_way_to_look_and_choose_on_every_executor(
             **way,
             **DRAWN,
         }
-        for name, spec, size in [("serial", None, None), ("address", address, 7), ("threads", threads, 100)]:
+        for name, spec, size in [("serial", None, None), ("address", standing_cluster, 7), ("threads", threads, 100)]:
             run = tmp_path / f"{strategy}-{name}"
             summary = run_on(collection, run, spec, partition_images=size, **options).summary
             assert_equal(run, tmp_path / f"{strategy}-serial")
@@ -180,7 +176,7 @@ def test_every_way_to_look_and_choose_on_every_executor(
 
 
 def test_a_photo_that_changes_under_its_path_is_read_again(
-    collection: Path, tmp_path: Path, dask_cluster: Callable[..., str]
+    collection: Path, tmp_path: Path, standing_cluster: ClusterSpec
 ) -> None:
     """Dask remembers results by the names of tasks: a second run on the same scheduler must not get the first's."""
     photos = sorted((collection / "train").rglob("*.jpg"))
@@ -188,11 +184,10 @@ def test_a_photo_that_changes_under_its_path_is_read_again(
     folder.mkdir(parents=True)
     for i in range(4):
         (folder / f"{i}.jpg").write_bytes(photos[i].read_bytes())
-    spec = ClusterSpec(address=dask_cluster(1))
 
     def hashes(name: str) -> list[str]:
         job = Job(str(tmp_path / "photos"), str(tmp_path / name), keep=2)
-        return list(reduce_images(job, spec, progress=False).images["hash"])
+        return list(reduce_images(job, standing_cluster, progress=False).images["hash"])
 
     before = hashes("one")
     (folder / "0.jpg").write_bytes(photos[9].read_bytes())

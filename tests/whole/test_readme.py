@@ -1,4 +1,4 @@
-"""The README's examples, executed: every ```sh and ```python block, in order, in one folder."""
+"""The README's examples, executed: every ```sh and ```python block, a section a test."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import importlib
 import inspect
 import os
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import models
@@ -21,37 +23,94 @@ from reducer.config.cluster import ClusterFile
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+SECTIONS = {
+    part.partition("\n")[0]: examples
+    for part in re.split(r"^## ", README, flags=re.MULTILINE)
+    if (examples := re.findall(r"^```(sh|python)\n(.*?)^```$", part, flags=re.MULTILINE | re.DOTALL))
+}
+#: The commands that begin the first section of examples; every other section goes on from what they leave.
+BEGINNING = (
+    "reducer sample photos --labels 30 --images 600\n",
+    "reducer run photos/train --manifest photos/train.csv --output run --dry-run\n",
+    "reducer run photos/train --manifest photos/train.csv --output run\n",
+)
+#: Lines of other sections that a section goes on from.
+NEEDED = {"Take the photos": ("reducer resume run --rank-all", "reducer cut run --output ten.csv --keep 10")}
 
 
-def test_the_examples_run(tmp_path: Path) -> None:
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    models.small(tmp_path / "model.onnx")
-    ran = []
-    for kind, block in BLOCKS:
-        if kind not in ("sh", "python"):
-            continue
-        program = ["bash", "-euc", block] if kind == "sh" else [sys.executable, "example.py"]
-        if kind == "python":
-            (tmp_path / "example.py").write_text(block)
-        done = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
-        ran.append(kind)
-    assert ran.count("sh") >= 5
-    assert ran.count("python") >= 1
-    assert (tmp_path / "by-model" / "reduced.csv").read_text().count("\n") > 2
-    for run in ("run", "trial", "listed", "templated", "run-python", "other", "by-vectors"):
-        assert (tmp_path / run / "reduced.csv").read_text().count("\n") > 2
-        assert (tmp_path / run / "report.html").exists()
-    assert (tmp_path / "listed" / "reduced.csv").read_text().startswith("photo,class\n")
-    assert (tmp_path / "few.csv").read_text().count("\n") == 301
-    assert (tmp_path / "other" / "cross_label.parquet").exists()
-    lists = [(tmp_path / kept / "train.csv").read_text() for kept in ("kept", "linked")]
-    assert len(set(lists)) == 1 < len(lists[0].splitlines())
-    assert len(list((tmp_path / "kept-shards").glob("*.tar"))) > 1
-    assert max(Image.open(next((tmp_path / "kept-512").rglob("*.jpg"))).size) == 512
-    for name in ("counts", "closest", "kept"):
-        with Image.open(tmp_path / f"{name}.png") as picture:
-            assert picture.width > 300
+def run_example(kind: str, block: str, folder: Path, *, report: bool = False) -> None:
+    """Run a block as a reader would; without ``report``, `reducer run` draws none, which takes a second each."""
+    tools = Path(sys.executable).parent
+    path = os.pathsep.join([*([] if report else [str(folder / "bin")]), str(tools), os.environ["PATH"]])
+    (folder / "bin").mkdir(exist_ok=True)
+    wrapper = folder / "bin" / "reducer"
+    wrapper.write_text(f'#!/bin/sh\n[ "$1" = run ] && set -- "$@" --no-report\nexec {tools / "reducer"} "$@"\n')
+    wrapper.chmod(0o755)
+    program = ["bash", "-euc", block] if kind == "sh" else [sys.executable, "example.py"]
+    if kind == "python":
+        (folder / "example.py").write_text(block)
+    environment = os.environ | {"PATH": path}
+    done = subprocess.run(program, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.fixture(scope="session")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("readme")
+    models.small(folder / "model.onnx")
+    for block in BEGINNING:
+        assert ("sh", block) in SECTIONS["Use"]
+        run_example("sh", block, folder, report=True)
+    assert (folder / "run" / "report.html").exists()
+    return folder
+
+
+@pytest.mark.parametrize("title", SECTIONS)
+def test_the_examples_of_a_section_run(title: str, begun: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    shutil.copytree(begun, folder)
+    for line in NEEDED.get(title, ()):
+        assert line in README
+        run_example("sh", line, folder)
+    for kind, block in SECTIONS[title]:
+        if block not in BEGINNING:
+            run_example(kind, block, folder)
+    for name, holds in LEFT[title].items():
+        assert holds(folder / name), name
+
+
+def lines(path: Path) -> list[str]:
+    return path.read_text().splitlines()
+
+
+def reduced(run: Path) -> bool:
+    return len(lines(run / "reduced.csv")) > 2
+
+
+def picture(path: Path) -> bool:
+    with Image.open(path) as opened:
+        return opened.width > 300
+
+
+#: Files that the examples of each section leave, and what is true of them.
+LEFT: dict[str, dict[str, Callable[[Path], object]]] = {
+    "Use": {
+        **dict.fromkeys(("run", "trial", "templated", "by-model", "test-set", "clean", "run-python"), reduced),
+        "listed": lambda run: lines(run / "reduced.csv")[0] == "photo,class" and reduced(run),
+    },
+    "See it": dict.fromkeys(("counts.png", "closest.png", "kept.png"), picture),
+    "Read each photo once": {
+        "few.csv": lambda path: len(lines(path)) == 301,
+        "other": lambda run: reduced(run) and (run / "cross_label.parquet").exists(),
+    },
+    "Take the photos": {
+        "kept": lambda kept: lines(kept / "train.csv") == lines(kept.parent / "linked" / "train.csv"),
+        "kept-shards": lambda kept: len(list(kept.glob("*.tar"))) > 1,
+        "kept-512": lambda kept: max(Image.open(next(kept.rglob("*.jpg"))).size) == 512,
+    },
+    "See what is in the picture": {"by-vectors": reduced},
+    "Photos in tar shards": {"from-shards": reduced},
+}
 
 
 def test_it_opens_with_a_picture_of_a_report() -> None:
@@ -72,7 +131,7 @@ OPTIONS = {
     for option in (*param.opts, *param.secondary_opts)
 } | {
     "--help",
-    "--lowest",  # scripts/test
+    *("--lowest", "--tools"),  # scripts/test
     "--photos",
     "--nthreads",  # dask worker
     *("--folder", "--json"),  # scripts/bench.py
