@@ -111,7 +111,7 @@ def cut(
     rules = CutRules(min_distance, keep, total, max_bytes, min_per_label)
     folder = RunFolder(Location(str(run), storage_options or {}))
     summary = folder.finished()
-    folder.unit = unit_of(summary["job"])
+    unit = unit_of(summary["job"])
     target = None if output is None else _target(folder, summary, Location(str(output), storage_options or {}))
 
     ledger = folder.whole_ledger(summary, ["row", "id", *REDUCED_COLUMNS, *DECIDING])
@@ -133,12 +133,12 @@ def cut(
         reasons=counts(selection.reason),
         smallest_distance=pc.min(rows["insertion_distance"]).as_py(),
         reached=selection.reached,
-        unit=folder.unit,
+        unit=unit,
         _rows=rows,
         _columns=(job["id_column"], job["label_column"]),
     )
     if target is not None:
-        table = with_distance_unit(result._table, folder.unit)
+        table = with_distance_unit(result._table, unit)
         write_file(target, reduced_file(table, KINDS[Path(target.path).suffix]))
     return result
 

@@ -32,7 +32,6 @@ from reducer.run.summary import failure_kinds, opening
 from reducer.storage.atomic import whole_file, whole_object
 from reducer.storage.codecs import as_lists, vector_field
 from reducer.storage.location import Location
-from reducer.storage.lock import locked
 from reducer.storage.paths import with_paths
 from reducer.storage.schemas import VECTORS_SCHEMA
 from reducer.storage.tables import with_column
@@ -130,7 +129,7 @@ def embed(job: Job, cluster: ClusterSpec | None = None, *, progress: bool = True
             with _named(folder):
                 Fingerprint.from_dict(saved[1]["fingerprint"]).check_environment(job, work.environment)
         folder.make()
-        with locked(folder.place, break_lock=job.break_lock) as folder.check_ours:
+        with folder.locked(break_lock=job.break_lock):
             if saved is not None:
                 summary = folder.summary()
                 terms = saved[1]

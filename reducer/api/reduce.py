@@ -30,7 +30,6 @@ from reducer.run.remaining import Remaining
 from reducer.run.summary import check_storage_options, cluster_figures, job_figures, job_of, opening, plan_figures
 from reducer.run.tasks.messages import PieceReport
 from reducer.storage.location import Location
-from reducer.storage.lock import locked
 from reducer.storage.schemas import FAILED, PLAN_SCHEMA
 from reducer.storage.tables import EXAMPLES
 
@@ -77,7 +76,6 @@ def reduce_images(job: Job, cluster: ClusterSpec | None = None, *, progress: boo
     spec = cluster or ClusterSpec()
     session = Counters(job.hash_size**2, job.settings_without_model.unit, progress)
     folder = RunFolder(job.output_location)
-    folder.unit = session.unit
     folder.check_free(overwrite=job.overwrite, break_lock=job.break_lock)
     with session.timing("plan"):
         vectors = check_vectors(job)
@@ -98,7 +96,7 @@ def reduce_images(job: Job, cluster: ClusterSpec | None = None, *, progress: boo
         summary = opening(plan, spec, fingerprint, session.started)
         terms = plan_terms(summary, plan, fingerprint)
         folder.make()
-        with locked(folder.place, break_lock=job.break_lock) as folder.check_ours:
+        with folder.locked(break_lock=job.break_lock):
             folder.check_free(overwrite=job.overwrite, break_lock=True)  # another run may have come and gone meanwhile
             folder.start(summary)
             with recording_stop(folder, summary, session):
@@ -181,7 +179,7 @@ def resume(
         job = job_of(summary, changes)
         job = replace(job, rank_all=job.rank_all or rank_all, overwrite=True)
         return reduce_images(job, cluster, progress=progress)
-    with locked(folder.place, break_lock=break_lock) as folder.check_ours, ExitStack() as open_cluster:
+    with folder.locked(break_lock=break_lock), ExitStack() as open_cluster:
         summary = folder.summary()
         saved = folder.read_plan()
         if saved is None or saved[1]["run"] != summary["run"]:
@@ -192,7 +190,6 @@ def resume(
         fingerprint = Fingerprint.from_dict(terms["fingerprint"])
         fingerprint.check_settings(job, avoid)
         session = Counters(job.hash_size**2, job.settings_without_model.unit, progress)
-        folder.unit = session.unit
         with session.timing("plan"):
             plan = Plan(job, rows, terms["manifest"], folder.read_shards(), terms["is_listed"])
             if rank_all and not plan.is_listed:  # nothing is known yet that could be read later

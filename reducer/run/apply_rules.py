@@ -50,5 +50,5 @@ def apply_filters(folder: RunFolder, plan: Plan) -> tuple[dict[str, Tally], floa
         vectors = folder.part_vectors(name, before.num_rows) if settings.by_vectors else None
         rows, quality, by_hash = reevaluate_ledger(chosen, vectors, always[own], settings)
         tallies[name] = replace(tally, quality=quality, by_hash=by_hash)
-        folder.replace_part(name, rows, tallies[name])
+        folder.replace_part(name, rows, tallies[name], settings.unit)
     return tallies, selection.reached

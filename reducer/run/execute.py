@@ -110,11 +110,11 @@ class Run:
             with session.timing("cluster_close"):
                 open_cluster.close()
         with session.timing("write"):
-            folder.write_unread(self.todo.unread())
+            folder.write_unread(self.todo.unread(), session.unit)
             if job.has_filters:
                 tallies, self.summary["effective_distance_reached"] = apply_filters(folder, plan)
                 session.done = {index: tallies[name] for index, name in folder.done_partitions().items()}
-            folder.write_reduced(job.id_column, job.label_column, job.format)
+            folder.write_reduced(job.id_column, job.label_column, job.format, session.unit)
             found = outcome(plan, folder)
             if plan.shards is not None:
                 found["shards"] = shard_figures(plan, folder)
@@ -229,7 +229,7 @@ class Run:
                 vectors = found["vector"] if "vector" in found.column_names else None
                 if result.index in self.todo.failed and not self.todo.again:
                     ledger, vectors, tally = self._merged(result, ledger, vectors)
-                folder.write_part(result.index, ledger, tally, vectors)
+                folder.write_part(result.index, ledger, tally, session.unit, vectors)
                 told = _told_before(rows) if result.index in (session.pieced or ()) else Tally()
                 session.add(result, tally, told)
                 bar.update(rows.num_rows)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from reducer.run.tasks.messages import PieceReport, Tally
 from reducer.storage.atomic import Files, temporary_name
 from reducer.storage.codecs import Hashes, VectorSpool, from_lists, spooled, vectors_table
 from reducer.storage.location import Location, Shard, explaining_errors
-from reducer.storage.lock import check_unlocked, is_of_lock
+from reducer.storage.lock import check_unlocked, is_of_lock, locked
 from reducer.storage.schemas import (
     HASHES_SCHEMA,
     LEDGER_SCHEMA,
@@ -67,8 +68,29 @@ class RunFolder(Files):
         #: Path or URL, to show.
         self.images = self.place.below(IMAGES).path
         self.report = self.place.below(REPORT).path
-        #: What distances in it are told in.
-        self.unit = "bits"
+        self._check_lock: Callable[[], None] | None = None
+
+    @contextmanager
+    def locked(self, *, break_lock: bool = False) -> Iterator[None]:
+        """Keep other runs out of the folder; every write from then on checks that the lock is still ours.
+
+        Parameters
+        ----------
+        break_lock : bool
+            Whether to take the lock whoever has it now.
+
+        Raises
+        ------
+        InputError
+            If another run has the lock, or the folder cannot be written.
+        """
+        with locked(self.place, break_lock=break_lock) as self._check_lock:
+            yield
+
+    def check_ours(self) -> None:
+        """Raise LostLockError if this process has locked the folder and another run has taken the lock meanwhile."""
+        if self._check_lock is not None:
+            self._check_lock()
 
     def check_free(self, *, overwrite: bool, break_lock: bool = False) -> None:
         """Refuse a folder that holds something, unless it is a run folder that may be replaced.
@@ -295,7 +317,8 @@ class RunFolder(Files):
         self,
         index: int,
         ledger: pa.Table,
-        tally: Tally | None = None,
+        tally: Tally,
+        unit: str,
         vectors: pa.Array | pa.ChunkedArray | None = None,
     ) -> None:
         """Write the ledger rows of one partition: from then on it is done.
@@ -306,33 +329,39 @@ class RunFolder(Files):
             Its number.
         ledger : pyarrow.Table
             `LEDGER_SCHEMA` rows.
-        tally : Tally, optional
+        tally : Tally
             What they add to the totals of the run.
+        unit : {"bits", "cosine"}
+            Of the distances.
         vectors : pyarrow.Array of binary, optional
             Their vectors, bytes of float16 numbers or null; None leaves those that are there.
         """
-        self.replace_part(f"part-{index:05d}.parquet", ledger, tally or Tally(), vectors)
+        self.replace_part(f"part-{index:05d}.parquet", ledger, tally, unit, vectors)
 
-    def write_unread(self, ledgers: Iterable[pa.Table]) -> None:
+    def write_unread(self, ledgers: Iterable[pa.Table], unit: str) -> None:
         """Write the ledger rows of the photos that are not read, in parts of their own."""
         for number, ledger in enumerate(ledgers):
-            self.replace_part(f"{UNREAD}{number:05d}.parquet", ledger, Tally())
+            self.replace_part(f"{UNREAD}{number:05d}.parquet", ledger, Tally(), unit)
 
     def remove_unread(self) -> None:
         """Take out what `write_unread` has written: it may not hold any more."""
         self._remove([f"{IMAGES}/{part}" for part in self.parts() if part.startswith(UNREAD)])
 
     def replace_part(
-        self, name: str, ledger: pa.Table, tally: Tally, vectors: pa.Array | pa.ChunkedArray | None = None
+        self,
+        name: str,
+        ledger: pa.Table,
+        tally: Tally,
+        unit: str,
+        vectors: pa.Array | pa.ChunkedArray | None = None,
     ) -> None:
         """Write a part file anew; parameters as for `write_part`."""
         table = None if vectors is None else vectors_table(ledger, vectors)
         if table is not None:  # first: the part is what tells that it is there
             self._make_folder(VECTORS)
             self._write(f"{VECTORS}/{name}", parquet_file(table))
-        self._write(
-            f"{IMAGES}/{name}", parquet_file(_with_metadata(with_distance_unit(ledger, self.unit), tally.as_dict()))
-        )
+        table = _with_metadata(with_distance_unit(ledger, unit), tally.as_dict())
+        self._write(f"{IMAGES}/{name}", parquet_file(table))
 
     def vector_parts(self) -> list[str]:
         """Names of the files of vectors that are there now: those of the part files."""
@@ -459,7 +488,7 @@ class RunFolder(Files):
         ledger = self.ledger(["id", "label", *REDUCED_COLUMNS, "kept"])
         return as_reduced(ledger.filter(ledger["kept"]), id_column, label_column)
 
-    def write_reduced(self, id_column: str, label_column: str, formats: str) -> None:
+    def write_reduced(self, id_column: str, label_column: str, formats: str, unit: str) -> None:
         """Write the reduced list from the ledger, in one pass.
 
         Parameters
@@ -468,8 +497,10 @@ class RunFolder(Files):
             What the manifest calls its two columns.
         formats : {"csv", "parquet", "both"}
             Which files.
+        unit : {"bits", "cosine"}
+            Of the distances.
         """
-        reduced = with_distance_unit(self.reduced(id_column, label_column), self.unit)
+        reduced = with_distance_unit(self.reduced(id_column, label_column), unit)
         for kind, name in (("parquet", PARQUET), ("csv", CSV)):
             if formats in (kind, "both"):
                 self._write(name, reduced_file(reduced, kind))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -32,8 +32,9 @@ class Files:
         self.place = Location(place) if isinstance(place, str) else place
         #: Path or URL, to show.
         self.path = self.place.path
-        #: Called before each write; raises if another run has taken the folder meanwhile.
-        self.check_ours: Callable[[], None] = lambda: None
+
+    def check_ours(self) -> None:
+        """Raise before a write if others have taken the folder meanwhile; a folder without a lock is never taken."""
 
     def has(self, name: str) -> bool:
         """Whether there is a file of this name."""

@@ -28,6 +28,7 @@ from reducer.run.folder import RunFolder
 from reducer.run.plan.partitions import assign, partition_count
 from reducer.run.summary import failure_kinds
 from reducer.run.tasks.environment import versions
+from reducer.run.tasks.messages import Tally
 from reducer.run.tasks.rank_stage import peak_memory
 from reducer.selection.cross_label import cross_label_table
 from reducer.selection.quality import quality_summary, reevaluate_ledger
@@ -44,7 +45,7 @@ def write_run(folder: Path, summary: dict[str, object], parts: Iterator[pa.Table
     run = RunFolder(str(folder))
     run.start(summary | {"status": "running"})
     for index, part in enumerate(parts):
-        run.write_part(index, part)
+        run.write_part(index, part, Tally(), "bits")
     run.write_summary(summary | {"status": "done"})
 
 
@@ -181,7 +182,7 @@ def complete_run(folder: Path, photos: list[str]) -> None:
         else:
             rows, found, _ = reevaluate_ledger(rows, None, np.zeros(rows.num_rows, dtype=bool), settings)
             total += found
-        run.replace_part(name, rows, tally)
+        run.replace_part(name, rows, tally, "bits")
     run.write_cross_label(cross_label_table(run.ledger(["id", "label", "path", "hash"]), settings.bits))
     ledger = run.ledger(["kept", "bytes", "rank", "reason", "error", "label"])
     pairs = run.read_cross_label()
