@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from reducer.config.cut_rules import CutRules
 from reducer.config.settings import unit_of
 from reducer.errors import InputError
-from reducer.run.folder import HASHES, IMAGES, OWN_FILES, SUMMARY, RunFolder, as_reduced, reduced_file
+from reducer.run.folder import HASHES, IMAGES, OWN_FILES, SUMMARY, RunFolder
+from reducer.run.folder.lists import as_reduced, reduced_file
 from reducer.selection.rules import DECIDING, NeedsRanksError, select
 from reducer.storage.atomic import write_file
 from reducer.storage.location import Location, absolute, is_url
@@ -171,7 +172,7 @@ def _always_kept(folder: RunFolder, job: Mapping[str, Any], rows: pa.ChunkedArra
     """Which rows of a ledger are of photos that are always kept."""
     if job["always_keep"] is None:
         return np.zeros(len(rows), dtype=bool)
-    saved = folder.read_plan()
+    saved = folder.plan.read()
     if saved is None:
         raise InputError(f"the plan of the run in {folder.path} (plan.parquet) is gone: it tells what is always kept")
     plan = saved[0]

@@ -108,14 +108,14 @@ def embed(job: Job, cluster: ClusterSpec | None = None, *, progress: bool = True
     folder = RunFolder(job.output_location)
     with session.timing("plan"):
         check_vectors(job)
-        saved = folder.read_plan() if folder.is_run() else None
+        saved = folder.plan.read() if folder.is_run() else None
         if saved is None:
             folder.check_free(overwrite=True, break_lock=job.break_lock)
             plan = make_plan(job)
         else:
             with _named(folder):
                 Fingerprint.from_dict(saved[1]["fingerprint"]).check_settings(job, None)
-            plan = Plan(job, saved[0], saved[1]["manifest"], folder.read_shards(), saved[1]["is_listed"])
+            plan = Plan(job, saved[0], saved[1]["manifest"], folder.plan.read_shards(), saved[1]["is_listed"])
             _check_photos(plan, folder)
     with ExitStack() as open_cluster:
         client = open_client(spec, session, open_cluster, job)
@@ -141,8 +141,8 @@ def embed(job: Job, cluster: ClusterSpec | None = None, *, progress: bool = True
                 terms = plan_terms(summary, plan, fingerprint)
                 folder.start(summary)
                 if plan.shards is not None:
-                    folder.write_shards(plan.shards)
-                folder.write_plan(plan.rows, terms)
+                    folder.plan.write_shards(plan.shards)
+                folder.plan.write(plan.rows, terms)
             if work is not None:
                 with recording_stop(folder, summary, session, AGAIN), session.timing("hash"):
                     run = Run(replace(todo, is_begun=True), session, summary, workers, terms)

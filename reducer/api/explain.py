@@ -85,13 +85,13 @@ def explain(run: Path | str, photo: str, *, storage_options: Mapping[str, Any] |
     """
     folder = RunFolder(Location(str(run), storage_options or {}))
     summary = folder.summary()
-    own = folder.ledger(where=pc.field("id") == photo)
+    own = folder.parts.ledger(where=pc.field("id") == photo)
     if not own.num_rows:
         raise InputError(_missing(folder, summary, photo))
-    labels = folder.ledger(where=pc.field("label").isin(pc.unique(own["label"])))
+    labels = folder.parts.ledger(where=pc.field("label").isin(pc.unique(own["label"])))
     rules = CutRules(**{name: summary["job"][name] for name in ("min_distance", "total", "max_bytes")})
     unfiltered = summary["status"] != "done" and (rules.has_budget or rules.min_distance is not None)
-    pairs = folder.cross_label_of(photo)
+    pairs = folder.lists.cross_label_of(photo)
     stories = []
     for row in own.to_pylist():
         label = labels.filter(pc.equal(labels["label"], row["label"]))
@@ -119,7 +119,7 @@ def explain(run: Path | str, photo: str, *, storage_options: Mapping[str, Any] |
 
 def _missing(folder: RunFolder, summary: dict[str, Any], photo: str) -> str:
     """Why a photo is not in the ledger."""
-    saved = folder.read_plan() if summary["status"] != "done" else None
+    saved = folder.plan.read() if summary["status"] != "done" else None
     if saved is not None and pc.any(pc.equal(saved[0]["id"], photo)).as_py():
         return f"photo {photo!r} is not in the ledger yet: the run is not finished (reducer status {folder.path})"
     return f"no photo of the run in {folder.path} has the id {photo!r}: expected one as its manifest writes it"

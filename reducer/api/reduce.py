@@ -101,8 +101,8 @@ def reduce_images(job: Job, cluster: ClusterSpec | None = None, *, progress: boo
             folder.start(summary)
             with recording_stop(folder, summary, session):
                 if plan.shards is not None:
-                    folder.write_shards(plan.shards)
-                folder.write_plan(plan.rows, terms, avoid)
+                    folder.plan.write_shards(plan.shards)
+                folder.plan.write(plan.rows, terms, avoid)
                 run = Run(replace(todo, is_begun=True), session, summary, workers, terms)
                 left_out = run.execute(work, open_cluster)
             _draw_report(folder, job, session, client, left_out)
@@ -181,21 +181,21 @@ def resume(
         return reduce_images(job, cluster, progress=progress)
     with folder.locked(break_lock=break_lock), ExitStack() as open_cluster:
         summary = folder.summary()
-        saved = folder.read_plan()
+        saved = folder.plan.read()
         if saved is None or saved[1]["run"] != summary["run"]:
             raise InputError(f"the run in {run} was begun anew meanwhile: look with reducer status {run}")
         rows, terms = saved
-        avoid = folder.read_avoid()
+        avoid = folder.plan.read_avoid()
         job = replace(job_of(summary, changes), rank_all=terms["rank_all"])
         fingerprint = Fingerprint.from_dict(terms["fingerprint"])
         fingerprint.check_settings(job, avoid)
         session = Counters(job.hash_size**2, job.settings_without_model.unit, progress)
         with session.timing("plan"):
-            plan = Plan(job, rows, terms["manifest"], folder.read_shards(), terms["is_listed"])
+            plan = Plan(job, rows, terms["manifest"], folder.plan.read_shards(), terms["is_listed"])
             if rank_all and not plan.is_listed:  # nothing is known yet that could be read later
                 job = replace(job, rank_all=True)
                 plan = replace(plan, job=job)
-            names, footers, reports = folder.done_partitions(), folder.footers(), folder.piece_reports()
+            names, footers, reports = folder.parts.done(), folder.parts.footers(), folder.pieces.reports()
             session.done = {index: footers[name][1] for index, name in names.items()}
             session.hashed = {number: report.tally for number, report in reports.items()}
             session.pieced = plan.pieced if plan.is_listed else None
@@ -245,15 +245,15 @@ def resume(
             # Before anything that a finished run has is taken out or put in.
             folder.write_summary(summary | session.figures())
             if again and plan.shards is not None:
-                folder.write_shards(plan.shards)
+                folder.plan.write_shards(plan.shards)
                 # All labels are ranked anew. Before a shard is read, lest that is forgotten if this run is killed.
-                folder.remove_parts()
+                folder.parts.remove()
                 session.done = {}
             if grows or not plan.is_listed:
-                folder.write_plan(plan.rows, terms)
+                folder.plan.write(plan.rows, terms)
             folder.remove_leftovers()
-            folder.remove_unread()
-            folder.remove_report()
+            folder.parts.remove_unread()
+            folder.lists.remove_report()
             left_out = Run(todo, session, summary, workers, terms).execute(work, open_cluster)
         _draw_report(folder, job, session, client, left_out)
     return _result(folder, job, session)
@@ -318,10 +318,10 @@ def _is_planned(folder: RunFolder, summary: dict[str, Any]) -> bool:
     InputError
         If there is none, though photos have been hashed.
     """
-    terms = folder.plan_terms()
+    terms = folder.plan.read_terms()
     if terms is not None and terms["run"] == summary["run"]:
         return True
-    if summary["status"] == "done" or ("partitions" in summary and folder.parts()):
+    if summary["status"] == "done" or ("partitions" in summary and folder.parts.names()):
         raise InputError(
             f"the plan of the run in {folder.path} (plan.parquet) is gone: it cannot be resumed. Begin again: reducer "
             "run with --overwrite"
@@ -365,7 +365,7 @@ def _result(folder: RunFolder, job: Job, session: Counters) -> Result:
             ((failed, summary["photos"]), (total.failed, tried)), key=lambda pair: pair[0] / max(1, pair[1])
         )
     if failed > job.max_failures * tried:
-        ledger = folder.ledger(["path", "error", "reason"])
+        ledger = folder.parts.ledger(["path", "error", "reason"])
         first = ledger.filter(pc.equal(ledger["reason"], FAILED)).slice(0, 1).to_pylist()[0]
         raise TooManyFailuresError(
             f"{failed} of {tried} photos read have failed, over --max-failures {job.max_failures:g}. "

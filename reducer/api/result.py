@@ -52,13 +52,13 @@ class Result:
     @property
     def reduced(self) -> pd.DataFrame:
         """The reduced list: the rows and columns of ``reduced.parquet``."""
-        frame: pd.DataFrame = self._folder.reduced(self._job.id_column, self._job.label_column).to_pandas()
+        frame: pd.DataFrame = self._folder.lists.reduced(self._job.id_column, self._job.label_column).to_pandas()
         return frame
 
     @property
     def images(self) -> pd.DataFrame:
         """The ledger: one row a photo of the manifest, in its order."""
-        frame: pd.DataFrame = self._folder.ledger().to_pandas()
+        frame: pd.DataFrame = self._folder.parts.ledger().to_pandas()
         return frame
 
     def plot_counts(self) -> Figure:
@@ -72,7 +72,7 @@ class Result:
         from reducer.outputs.report.figures import both_counts
         from reducer.outputs.report.statistics import label_counts
 
-        return both_counts(label_counts(self._folder.ledger(["label", "kept"])))
+        return both_counts(label_counts(self._folder.parts.ledger(["label", "kept"])))
 
     def plot_pair(self, label: object, which: str = "closest") -> Figure:
         """Two photos of a label side by side, titled with the distance of their hashes or vectors.
@@ -151,9 +151,9 @@ class Result:
     def _rows(self, label: object) -> pa.Table:
         from reducer.storage.tables import in_nanoseconds
 
-        rows = in_nanoseconds(self._folder.ledger(where=pc.field("label") == str(label)))
+        rows = in_nanoseconds(self._folder.parts.ledger(where=pc.field("label") == str(label)))
         if not rows.num_rows:
-            known = pc.unique(self._folder.ledger(["label"])["label"]).to_pylist()
+            known = pc.unique(self._folder.parts.ledger(["label"])["label"]).to_pylist()
             raise InputError(f"no photo of the run has the label {str(label)!r}{nearest(str(label), known)}")
         return rows
 

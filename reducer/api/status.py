@@ -76,10 +76,10 @@ def status(run: Path | str, *, storage_options: Mapping[str, Any] | None = None)
     """
     folder = RunFolder(Location(str(run), storage_options or {}))
     summary = folder.summary()
-    saved, shards = folder.read_plan(), folder.read_shards() or ()
-    names, footers, reports = folder.done_partitions(), folder.footers(), folder.piece_reports()
+    saved, shards = folder.plan.read(), folder.plan.read_shards() or ()
+    names, footers, reports = folder.parts.done(), folder.parts.footers(), folder.pieces.reports()
     done = {number: footers[name][1] for number, name in names.items() if name in footers}
-    errors = folder.ledger(["error"])["error"]
+    errors = folder.parts.ledger(["error"])["error"]
     pieced: frozenset[int] | None = None
     partitions = len(names)
     if saved is not None and saved[1]["is_listed"]:
@@ -88,7 +88,7 @@ def status(run: Path | str, *, storage_options: Mapping[str, Any] | None = None)
     unranked = reports and not (pieced is not None and pieced <= done.keys())
     tally = counters_so_far(done, {number: report.tally for number, report in reports.items()}, pieced)
     if unranked:
-        errors = pa.chunked_array([*errors.chunks, *folder.hashes(VectorSpool())["error"].chunks], pa.string())
+        errors = pa.chunked_array([*errors.chunks, *folder.pieces.read_all(VectorSpool())["error"].chunks], pa.string())
     hashed, to_read = tally.tried, summary["photos_to_read"]
     state, at_work = _state(folder, summary)
     rate = summary.get("photos_per_second")

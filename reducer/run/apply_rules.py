@@ -34,11 +34,13 @@ def apply_filters(folder: RunFolder, plan: Plan) -> tuple[dict[str, Tally], floa
     float or None
         `Selection.reached`.
     """
-    names = folder.parts()
-    parts = [folder.read_part(name) for name in names]
+    names = folder.parts.names()
+    parts = [folder.parts.read(name) for name in names]
     ledger = pa.concat_tables([rows.select(["row", *DECIDING]) for rows, _ in parts])
     always = np.isin(ledger["row"].to_numpy(), plan.always_kept_rows)
     selection = select(ledger, plan.job.cut_rules, always)
+    settings = plan.job.settings_without_model
+    vector_parts = folder.vectors.names() if settings.by_vectors else []
     tallies = {}
     start = 0
     for name, (before, tally) in zip(names, parts, strict=True):
@@ -46,9 +48,8 @@ def apply_filters(folder: RunFolder, plan: Plan) -> tuple[dict[str, Tally], floa
         start = own.stop
         chosen = with_column(before, "kept", pa.array(selection.kept[own]))
         chosen = with_column(chosen, "reason", selection.reason[own])
-        settings = plan.job.settings_without_model
-        vectors = folder.part_vectors(name, before.num_rows) if settings.by_vectors else None
+        vectors = folder.vectors.read(name, before.num_rows, vector_parts) if settings.by_vectors else None
         rows, quality, by_hash = reevaluate_ledger(chosen, vectors, always[own], settings)
         tallies[name] = replace(tally, quality=quality, by_hash=by_hash)
-        folder.replace_part(name, rows, tallies[name], settings.unit)
+        folder.parts.replace(name, rows, tallies[name], settings.unit)
     return tallies, selection.reached

@@ -99,10 +99,10 @@ class Run:
         session, folder = self.session, self.folder
         session.begun = time.perf_counter()
         session.pieced = self.plan.pieced if self.plan.is_listed else None
-        for number in sorted(self.todo.spared - folder.done_pieces().keys()):
+        for number in sorted(self.todo.spared - folder.pieces.done()):
             found, report = self.todo.reused[number]
             session.hashed[number] = report.tally
-            folder.write_piece(number, found, report)
+            folder.pieces.write(number, found, report)
         with session.timing("hash"):
             work = self._hash_and_rank(work)
         plan, job = self.plan, self.plan.job
@@ -110,18 +110,18 @@ class Run:
             with session.timing("cluster_close"):
                 open_cluster.close()
         with session.timing("write"):
-            folder.write_unread(self.todo.unread(), session.unit)
+            folder.parts.write_unread(self.todo.unread(), session.unit)
             if job.has_filters:
                 tallies, self.summary["effective_distance_reached"] = apply_filters(folder, plan)
-                session.done = {index: tallies[name] for index, name in folder.done_partitions().items()}
-            folder.write_reduced(job.id_column, job.label_column, job.format, session.unit)
+                session.done = {index: tallies[name] for index, name in folder.parts.done().items()}
+            folder.lists.write_reduced(job.id_column, job.label_column, job.format, session.unit)
             found = outcome(plan, folder)
             if plan.shards is not None:
                 found["shards"] = shard_figures(plan, folder)
         if job.cross_label:
             with session.timing("cross_label"):
-                pairs = cross_label_table(folder.ledger(["id", "label", "path", "hash"]), job.hash_size**2)
-                folder.write_cross_label(pairs)
+                pairs = cross_label_table(folder.parts.ledger(["id", "label", "path", "hash"]), job.hash_size**2)
+                folder.lists.write_cross_label(pairs)
             found["cross_label_pairs"] = pairs.num_rows
         session.timings["total_seconds"] = time.time() - session.started
         folder.write_summary(self.summary | found | session.figures() | {"status": "done"})
@@ -140,10 +140,10 @@ class Run:
 
     def _on_to_partitions(self, before: InProcess | Dispatch) -> InProcess | Dispatch:
         if not self.plan.is_listed:
-            self.folder.remove_parts()  # ranked by an earlier list
+            self.folder.parts.remove()  # ranked by an earlier list
             self.todo = replace(self.todo, plan=self.todo.listed())
             now = {"is_listed": True, "manifest": dict(self.plan.manifest)}
-            self.folder.write_plan(self.plan.rows, self.terms | now)
+            self.folder.plan.write(self.plan.rows, self.terms | now)
             self.summary |= plan_figures(self.plan)
         self.session.pieced = self.plan.pieced
         errand = self.todo.partitions()
@@ -154,7 +154,7 @@ class Run:
         errand, folder, session = work.errand, self.folder, self.session
         in_shards, any_wrong = isinstance(errand, ShardTasks), False
         size = errand.bytes if isinstance(errand, ShardTasks) else errand.photos
-        done, read = folder.done_pieces(), 0
+        done, read = folder.pieces.done(), 0
         with self._working(work, size, "B" if in_shards else " photos") as (results, bar):
             for result in results:
                 assert isinstance(result, PiecesResult)
@@ -163,10 +163,10 @@ class Run:
                     if piece.report.wrong_md5:
                         pass  # what another look gave was of another shard
                     elif piece.number in done:
-                        found = merged(folder.read_piece(piece.number)[0], found)
+                        found = merged(folder.pieces.read(piece.number)[0], found)
                     elif piece.number in self.todo.reused:
                         found = merged(self.todo.reused[piece.number][0], found)
-                    folder.write_piece(piece.number, found, piece.report)
+                    folder.pieces.write(piece.number, found, piece.report)
                     self._warn(piece)
                 session.add_pieces(result)
                 if isinstance(errand, ShardTasks):
@@ -229,7 +229,7 @@ class Run:
                 vectors = found["vector"] if "vector" in found.column_names else None
                 if result.index in self.todo.failed and not self.todo.again:
                     ledger, vectors, tally = self._merged(result, ledger, vectors)
-                folder.write_part(result.index, ledger, tally, session.unit, vectors)
+                folder.parts.write(result.index, ledger, tally, session.unit, vectors)
                 told = _told_before(rows) if result.index in (session.pieced or ()) else Tally()
                 session.add(result, tally, told)
                 bar.update(rows.num_rows)
@@ -277,12 +277,14 @@ class Run:
         self, result: PartitionResult, renewed: pa.Table, its_vectors: pa.ChunkedArray | None
     ) -> tuple[pa.Table, pa.ChunkedArray | None, Tally]:
         """A part of which some labels were ranked anew."""
-        name = self.folder.done_partitions()[result.index]
-        before, tally = self.folder.read_part(name)
+        name = self.folder.parts.done()[result.index]
+        before, tally = self.folder.parts.read(name)
         same = pc.invert(pc.is_in(before["label"], value_set=pc.unique(renewed["label"])))
         others, vectors = before.filter(same), None
         if its_vectors is not None:
-            vectors = self.folder.part_vectors(name, before.num_rows).filter(same.combine_chunks())
+            vectors = self.folder.vectors.read(name, before.num_rows, self.folder.vectors.names()).filter(
+                same.combine_chunks()
+            )
         always = np.isin(others["row"].to_numpy(), self.plan.always_kept_rows)
         others, quality, by_hash = reevaluate_ledger(others, vectors, always, self.plan.job.settings_without_model)
         ledger = pa.concat_tables([others, renewed])

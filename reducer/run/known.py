@@ -65,7 +65,7 @@ class Reuse:
             summary = folder.summary()
         except InputError as error:
             raise InputError(f"--reuse: {error}") from None
-        saved = folder.read_plan()
+        saved = folder.plan.read()
         if saved is None:
             raise InputError(f"{where} has no plan.parquet, which tells how its photos were hashed: leave --reuse out")
         plan, terms = saved
@@ -86,9 +86,9 @@ class Reuse:
             )
         if job.drop_flat and not theirs["drop_flat"]:
             raise InputError(f"{where} was run without --drop-flat: which photos are flat is not known. Leave it out")
-        ledger = folder.ledger([*ledger_columns(), "label", *SHARD_POSITION_SCHEMA.names])
+        ledger = folder.parts.ledger([*ledger_columns(), "label", *SHARD_POSITION_SCHEMA.names])
         if job.embed is not None:
-            vectors = folder.placed_vectors(self.aside)
+            vectors = folder.vectors.read_all(self.aside)
             own = pc.index_in(_keys(ledger, OF_VECTOR), value_set=_keys(vectors, OF_VECTOR))
             ledger = ledger.append_column("vector", vectors["vector"].take(own))
         if theirs["max_pixels"] > job.max_pixels:
@@ -103,7 +103,7 @@ class Reuse:
             ledger = ledger.filter(pa.array(~np.isin(ledger["row"].to_numpy(), always)))
         self.known = as_known(ledger)
         self.ledger = ledger
-        self.shards = {shard.path: shard for shard in folder.read_shards() or ()}
+        self.shards = {shard.path: shard for shard in folder.plan.read_shards() or ()}
         own = summary["job"]
         told_by = {name: own[name] for name in ("manifest", "path_column", "path_template")}
         then = member_keys(replace(job, **told_by, label_field=None, manifest_storage_options={}))
@@ -134,7 +134,7 @@ class Reuse:
             `HASHES_SCHEMA` rows and what came of them, by the number that the shard has now; of shards that were whole,
             and checked against the same MD5 sum if they are to be checked.
         """
-        reports = self.folder.piece_reports()
+        reports = self.folder.pieces.reports()
         ranged = self.ledger.filter(pc.and_(pc.is_valid(self.ledger["hash"]), pc.is_valid(self.ledger["shard"])))
         found = {}
         for shard in shards:
@@ -145,7 +145,7 @@ class Reuse:
             unchecked = shard.md5 is None  # then it does not matter against what it was checked before
             if replace(then, number=shard.number, md5=None if unchecked else then.md5) != shard:
                 continue
-            rows = _with_ledger(self.folder.read_piece(then.number)[0], ranged, self.aside)
+            rows = _with_ledger(self.folder.pieces.read(then.number)[0], ranged, self.aside)
             if keys is not MemberKeys.SAMPLE:
                 paths = rows["path"].to_pylist()
                 key = paths if keys is MemberKeys.PATH else list(map(stem_of, paths))
@@ -326,7 +326,7 @@ def _hashes_of_run(where: str, path: Path, job: Job) -> pa.Array:
     if folder is None or str(path) not in (folder.path, folder.images):
         raise InputError(f"{where} is no run folder (it has no summary.json of ours): give one, or a list of hashes")
     _check_settings(where, folder, job)
-    hashes = folder.ledger(["hash"])["hash"]
+    hashes = folder.parts.ledger(["hash"])["hash"]
     if hashes.null_count:
         log.warning(
             "%s: %d of its %d photos have no hash (not read, or failed) and are not avoided; `reducer run --rank-all "

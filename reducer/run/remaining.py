@@ -12,7 +12,8 @@ import pyarrow.compute as pc
 
 from reducer.config.job import member_keys, path_rule
 from reducer.errors import InputError, ListingError
-from reducer.run.folder import ROW_GROUP, RunFolder
+from reducer.run.folder import RunFolder
+from reducer.run.folder.files import ROW_GROUP
 from reducer.run.join import join_plan, missing_error, unread_rows, with_results, without_errors
 from reducer.run.known import Reuse, as_known, join_known
 from reducer.run.plan.manifest import samples
@@ -107,7 +108,7 @@ class Remaining:
 
     def pieces(self) -> PartitionTasks | ShardTasks | None:
         """The shards and pieces that are left; None where there are none."""
-        done = self.folder.done_pieces() if self.is_begun else {}
+        done = self.folder.pieces.done() if self.is_begun else frozenset()
         job = self.plan.job
         if self.plan.shards is None:
             if not self.plan.pieced:
@@ -115,7 +116,7 @@ class Remaining:
             rows = self.plan.pieces(self._read_with_known).without(done)
             return PartitionTasks(job, rows, is_pieces=True, aside=self.aside) if rows else None
         left = [shard for shard in self.plan.shards if shard.number not in done and shard.number not in self.spared]
-        left += [shard for shard in self.plan.shards if shard.number in self.again & done.keys()]
+        left += [shard for shard in self.plan.shards if shard.number in self.again & done]
         if not left:
             return None
         wanted = None
@@ -128,9 +129,9 @@ class Remaining:
 
     def found(self) -> pa.Table:
         """All that was found in shards and pieces, and that an earlier run tells of shards that are spared."""
-        done = self.folder.done_pieces() if self.is_begun else {}
-        tables = [self.folder.hashes(self.aside)] if done else [SPOOLED_SCHEMA.empty_table()]
-        tables += [spooled(self.reused[number][0], self.aside) for number in self.spared - done.keys()]
+        done = self.folder.pieces.done() if self.is_begun else frozenset()
+        tables = [self.folder.pieces.read_all(self.aside)] if done else [SPOOLED_SCHEMA.empty_table()]
+        tables += [spooled(self.reused[number][0], self.aside) for number in self.spared - done]
         rows = pa.concat_tables(tables)
         if len(tables) == 1:
             return rows
@@ -154,7 +155,7 @@ class Remaining:
     def partitions(self) -> PartitionTasks:
         """The partitions that are left, and of those with failures the labels that have them."""
         plan = self.plan
-        names = self.folder.done_partitions() if self.is_begun and not self.again else {}
+        names = self.folder.parts.done() if self.is_begun and not self.again else {}
         pieced = plan.pieced if plan.is_listed else frozenset()
         if plan.shards is not None:
             rows = with_results(plan, self._found_beside, self.missing) if plan.is_listed else None
@@ -164,13 +165,15 @@ class Remaining:
             if pieced:
                 partitions |= self._hashed_in_pieces()
         left = partitions.without(names)
-        for number in () if self.again else self.failed:
-            ledger, _ = self.folder.read_part(names[number])
+        retried = () if self.again else self.failed
+        vector_parts = self.folder.vectors.names() if retried and plan.job.embed is not None else []
+        for number in retried:
+            ledger, _ = self.folder.parts.read(names[number])
             labels = pc.unique(ledger.filter(pc.equal(ledger["reason"], FAILED))["label"])
             own = partitions[number]
             own = own.filter(pc.is_in(own["label"], value_set=labels))
             if plan.job.embed is not None:
-                vectors = self.folder.part_vectors(names[number], ledger.num_rows)
+                vectors = self.folder.vectors.read(names[number], ledger.num_rows, vector_parts)
                 ledger = ledger.append_column("vector", self.aside.put(vectors))
             before = join_known(own.select(TASK_SCHEMA.names), as_known(ledger), plan.job)
             own = own if plan.shards is not None else own.select(TASK_SCHEMA.names)
@@ -199,7 +202,7 @@ class Remaining:
     @cached_property
     def missing(self) -> str:
         """The error of photos that no shard holds."""
-        return missing_error(self.folder.piece_reports() if self.is_begun else {})
+        return missing_error(self.folder.pieces.reports() if self.is_begun else {})
 
     def unread(self) -> Iterator[pa.Table]:
         """`LEDGER_SCHEMA` rows of the photos that are not read, those of one part file at a time."""

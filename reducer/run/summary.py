@@ -68,7 +68,7 @@ def plan_figures(plan: Plan) -> dict[str, Any]:
 def shard_figures(plan: Plan, folder: RunFolder) -> dict[str, Any]:
     """What came of the shards that are read."""
     path_of = {shard.number: shard.path for shard in plan.shards or ()}
-    reports = {path_of[number]: report for number, report in sorted(folder.piece_reports().items())}
+    reports = {path_of[number]: report for number, report in sorted(folder.pieces.reports().items())}
     skipped: Counter[str] = Counter()
     for report in reports.values():
         skipped.update(report.skipped)
@@ -145,7 +145,7 @@ def cluster_figures(spec: ClusterSpec) -> dict[str, Any]:
 
 def outcome(plan: Plan, folder: RunFolder) -> dict[str, Any]:
     """What the finished ledger says."""
-    ledger = folder.ledger(["row", "id", "label", "rank", "kept", "bytes", "reason", "error"])
+    ledger = folder.parts.ledger(["row", "id", "label", "rank", "kept", "bytes", "reason", "error"])
     with_photo = set(pc.unique(ledger.filter(ledger["kept"])["label"]).to_pylist())
     left_out = ledger.filter(pc.invert(ledger["kept"]))["bytes"]
     reasons = counts(ledger["reason"])

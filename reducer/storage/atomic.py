@@ -55,17 +55,13 @@ class Files:
         content: bytes = system.cat_file(f"{root}/{name}")
         return content
 
-    def _schema(self, name: str) -> pa.Schema:
-        system, root = self.place.open()
-        with self._damage_explained(name), system.open(f"{root}/{name}", "rb") as file:
-            return pq.read_schema(file)
-
     def _read_parquet(self, name: str) -> pa.Table:
-        with self._damage_explained(name):
+        with self.explaining_damage(name):
             return pq.read_table(pa.BufferReader(self._read(name)))
 
     @contextmanager
-    def _damage_explained(self, name: str) -> Iterator[None]:
+    def explaining_damage(self, name: str) -> Iterator[None]:
+        """Turn errors of reading a file into an InputError that says what to do."""
         try:
             yield
         except FileNotFoundError:

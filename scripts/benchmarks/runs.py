@@ -45,7 +45,7 @@ def write_run(folder: Path, summary: dict[str, object], parts: Iterator[pa.Table
     run = RunFolder(str(folder))
     run.start(summary | {"status": "running"})
     for index, part in enumerate(parts):
-        run.write_part(index, part, Tally(), "bits")
+        run.parts.write(index, part, Tally(), "bits")
     run.write_summary(summary | {"status": "done"})
 
 
@@ -171,8 +171,8 @@ def complete_run(folder: Path, photos: list[str]) -> None:
     summary = run.read_summary()
     settings = Job("-", "-", keep=summary["job"]["keep"]).photo_settings
     total = Quality()
-    for name in run.parts():
-        rows, tally = run.read_part(name)
+    for name in run.parts.names():
+        rows, tally = run.parts.read(name)
         paths = pa.array(photos).take(pa.array(rows["row"].to_numpy() % len(photos)))
         rows = with_column(rows, "path", paths)
         if rows["hash"].null_count == rows.num_rows:
@@ -182,10 +182,10 @@ def complete_run(folder: Path, photos: list[str]) -> None:
         else:
             rows, found, _ = reevaluate_ledger(rows, None, np.zeros(rows.num_rows, dtype=bool), settings)
             total += found
-        run.replace_part(name, rows, tally, "bits")
-    run.write_cross_label(cross_label_table(run.ledger(["id", "label", "path", "hash"]), settings.bits))
-    ledger = run.ledger(["kept", "bytes", "rank", "reason", "error", "label"])
-    pairs = run.read_cross_label()
+        run.parts.replace(name, rows, tally, "bits")
+    run.lists.write_cross_label(cross_label_table(run.parts.ledger(["id", "label", "path", "hash"]), settings.bits))
+    ledger = run.parts.ledger(["kept", "bytes", "rank", "reason", "error", "label"])
+    pairs = run.lists.read_cross_label()
     run.write_summary(
         summary
         | {
@@ -290,7 +290,7 @@ def photos_listed(path: Path) -> int:
 
 def compare_across_labels(folder: str) -> list[list[object]]:
     start = time.perf_counter()
-    ledger = RunFolder(folder).ledger(["id", "label", "path", "hash"])
+    ledger = RunFolder(folder).parts.ledger(["id", "label", "path", "hash"])
     rows = [["reading the ledger", "", time.perf_counter() - start, round(peak_memory() / 2**20)]]
     start = time.perf_counter()
     pairs = cross_label_table(ledger, 64).num_rows

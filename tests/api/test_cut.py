@@ -15,6 +15,7 @@ from jobs import reduced_files, run_on
 from reducer import ClusterSpec, InputError, cut, resume
 from reducer.config.settings import STRATEGY_NAMES
 from reducer.run.folder import RunFolder
+from reducer.run.folder.parts import LedgerParts
 
 KEEP = 8
 SERIAL = ClusterSpec(workers=0)
@@ -94,7 +95,7 @@ def test_rules_that_leave_all_as_it_is_change_nothing(
     for strategy, run in ranked.items():
         result = run_on(collection, tmp_path / strategy, keep=KEEP, strategy=strategy, min_distance=0, candidates=30)
         assert reduced_files(tmp_path / strategy) == reduced_files(run)
-        assert RunFolder(str(tmp_path / strategy)).ledger().equals(RunFolder(str(run)).ledger())
+        assert RunFolder(str(tmp_path / strategy)).parts.ledger().equals(RunFolder(str(run)).parts.ledger())
         assert result.summary["quality"] == json.loads((run / "summary.json").read_text())["quality"]
 
 
@@ -121,7 +122,7 @@ def test_photos_that_are_always_kept_stay_in_every_budget(collection: Path, tmp_
 
 
 def test_labels_that_were_not_read(unread: Path, tmp_path: Path) -> None:
-    sizes = RunFolder(str(unread)).ledger(["label", "reason"]).to_pandas().query("reason == 'kept-small-label'")
+    sizes = RunFolder(str(unread)).parts.ledger(["label", "reason"]).to_pandas().query("reason == 'kept-small-label'")
     small = sizes["label"].value_counts()
     largest = int(small.max())
     # Without a need for their ranks they stay whole.
@@ -211,16 +212,16 @@ def test_filters_that_were_cut_off_are_applied_again(
 ) -> None:
     options = {"total": 60, "keep": None, "partition_images": 30}
     run_on(collection, tmp_path / "whole", **options)
-    real = RunFolder.replace_part
+    real = LedgerParts.replace
     calls: list[str] = []
 
-    def stops(folder: RunFolder, name: str, *rest: Any) -> None:
+    def stops(parts: LedgerParts, name: str, *rest: Any) -> None:
         calls.append(name)
         if calls.count(name) == 2 and len(calls) > 10:  # in the second round, after some
             raise KeyboardInterrupt
-        real(folder, name, *rest)
+        real(parts, name, *rest)
 
-    monkeypatch.setattr(RunFolder, "replace_part", stops)
+    monkeypatch.setattr(LedgerParts, "replace", stops)
     with pytest.raises(KeyboardInterrupt):
         run_on(collection, tmp_path / "run", **options)
     monkeypatch.undo()
@@ -228,4 +229,4 @@ def test_filters_that_were_cut_off_are_applied_again(
     result = resume(tmp_path / "run", SERIAL, progress=False)
     assert result.summary["photos_read_this_time"] == 0
     assert reduced_files(tmp_path / "run") == reduced_files(tmp_path / "whole")
-    assert result.images.equals(RunFolder(str(tmp_path / "whole")).ledger().to_pandas())
+    assert result.images.equals(RunFolder(str(tmp_path / "whole")).parts.ledger().to_pandas())

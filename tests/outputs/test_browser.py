@@ -108,7 +108,7 @@ def test_a_label_that_is_a_script_stays_text(browser: webdriver.Chrome, run: Pat
 
 def test_galleries_show_kept_photos_and_those_dropped_for_them(browser: webdriver.Chrome, run: Path) -> None:
     opened(browser, run, 1280, "light")
-    ledger = RunFolder(str(run)).ledger().to_pandas()
+    ledger = RunFolder(str(run)).parts.ledger().to_pandas()
     own = ledger[ledger["label"] == NASTY]
     section = browser.find_element(By.XPATH, f"//section[h3/code[text()='{NASTY}']]")
     cards = section.find_elements(By.CSS_SELECTOR, ".kept > li")

@@ -167,7 +167,7 @@ def test_of_very_many_photos_the_first_are_compared(monkeypatch: pytest.MonkeyPa
 
 def test_photos_of_shards_are_found_in_them(single: Path, whole: Path) -> None:
     for run, kind in ((single, str), (whole, ByteRange)):
-        rows = in_nanoseconds(RunFolder(str(run)).ledger())
+        rows = in_nanoseconds(RunFolder(str(run)).parts.ledger())
         label = rows["label"][0].as_py()
         found = gallery(rows.filter(pc.equal(rows["label"], label)), [], 30, 64)
         drawn: list[Photo] = list(found.drawn())
@@ -181,7 +181,7 @@ def test_photos_of_shards_are_found_in_them(single: Path, whole: Path) -> None:
 
 
 def test_near_copies_across_labels(single: Path) -> None:
-    rows = in_nanoseconds(RunFolder(str(single)).ledger())
+    rows = in_nanoseconds(RunFolder(str(single)).parts.ledger())
     one, other = rows.slice(0, 1).to_pylist()[0], rows.slice(200, 1).to_pylist()[0]
     pairs = pa.Table.from_pylist(
         [

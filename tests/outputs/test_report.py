@@ -127,7 +127,7 @@ def test_it_tells_what_the_run_came_to(page: Page, run: Path) -> None:
     assert "No photo failed." in words
     assert f"{summary['cross_label_pairs']:,} pairs of photos are almost the same" in words
     # The same figures as Python's own count of the ledger.
-    ledger = RunFolder(str(run)).ledger().to_pandas()
+    ledger = RunFolder(str(run)).parts.ledger().to_pandas()
     at = ledger[ledger["rank"] == 8]["insertion_distance"]
     assert f"After 8 photos of a label the next one is {at.median():g} bits away" in words
     assert f"median of the {len(at)} ranked labels that have one" in words
@@ -138,7 +138,7 @@ def test_it_tells_what_the_run_came_to(page: Page, run: Path) -> None:
 def test_with_a_budget_k_is_told_by_what_labels_keep(tiny: Path, tmp_path: Path) -> None:
     run_on(tiny, tmp_path / "run", keep=None, total=60, report=True)
     words = Page(tmp_path / "run" / "report.html").words()
-    ledger = RunFolder(str(tmp_path / "run")).ledger().to_pandas()
+    ledger = RunFolder(str(tmp_path / "run")).parts.ledger().to_pandas()
     kept = int(ledger.groupby("label")["kept"].sum().median())
     median = ledger[ledger["rank"] == kept]["insertion_distance"].median()
     assert f"After {kept} photos of a label the next one is {median:g} bits away" in words
@@ -201,7 +201,7 @@ def test_pictures_are_the_photos(page: Page, run: Path) -> None:
 
 
 def test_kept_photos_stand_in_the_order_of_their_ranks(page: Page, run: Path) -> None:
-    ledger = RunFolder(str(run)).ledger().to_pandas()
+    ledger = RunFolder(str(run)).parts.ledger().to_pandas()
     sizes = ledger.groupby("label").size()
     largest = sizes.idxmax()
     words = page.words()
@@ -290,7 +290,7 @@ def test_whatever_comes_from_outside_is_text(tiny: Path, tmp_path: Path) -> None
 def test_a_photo_that_cannot_be_read_shows_its_error(tiny: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny, tmp_path / "in")
     run_on(tmp_path / "in", tmp_path / "run")
-    ledger = RunFolder(str(tmp_path / "run")).ledger().to_pandas()
+    ledger = RunFolder(str(tmp_path / "run")).parts.ledger().to_pandas()
     largest = ledger.groupby("label").size().idxmax()
     gone = ledger[(ledger["label"] == largest) & ledger["kept"]].sort_values("rank").iloc[0]
     Path(gone["path"]).write_bytes(b"")

@@ -85,7 +85,7 @@ def test_the_pairs_are_those_that_the_quality_was_told_of(
 ) -> None:
     summary = run_on(collection, tmp_path / "run", **options).summary
     quality, bits = summary["quality"], summary["quality"]["bits"]
-    table = RunFolder(str(tmp_path / "run")).ledger()
+    table = RunFolder(str(tmp_path / "run")).parts.ledger()
     shuffled = table.take(np.random.default_rng(0).permutation(table.num_rows))
     for ledger in (table, shuffled):
         found = pair_distances(ledger, bits, 0)

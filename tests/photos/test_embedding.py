@@ -436,19 +436,19 @@ def test_embedding_goes_on_where_it_was(
     class Stop(Exception):
         pass
 
-    from reducer.run.folder import RunFolder
+    from reducer.run.folder.pieces import PieceFiles
 
     job = job_on(tiny, tmp_path / "v.parquet", embed=str(model), partition_images=50, **OWN)
-    write_piece, written = RunFolder.write_piece, []
+    write_piece, written = PieceFiles.write, []
 
-    def stop_at_the_third(self: RunFolder, number: int, *rest: object) -> None:
+    def stop_at_the_third(self: PieceFiles, number: int, *rest: object) -> None:
         if len(written) == 2:
             raise Stop
         written.append(number)
         write_piece(self, number, *rest)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "write_piece", stop_at_the_third)
+        patch.setattr(PieceFiles, "write", stop_at_the_third)
         with pytest.raises(Stop):
             embed(job, ClusterSpec(workers=0), progress=False)
     assert len(list((tmp_path / "v.parquet.parts" / "hashes").iterdir())) == 2

@@ -22,7 +22,7 @@ from reducer import ClusterError, ClusterSpec, InputError, Job, TooManyFailuresE
 from reducer.config.settings import STRATEGY_NAMES
 from reducer.run.dask.dispatch import WINDOW
 from reducer.run.dask.messages import WorkItem
-from reducer.run.folder import RunFolder
+from reducer.run.folder.parts import LedgerParts
 from reducer.storage.schemas import LEDGER_SCHEMA
 
 SIZES = (None, 7, 100)
@@ -272,19 +272,19 @@ def test_a_window_never_holds_more_than_it_may(
 ) -> None:
     windows: list[int] = []
     outstanding: list[int] = [0]
-    real, real_write = reducer.run.dask.dispatch.as_bag, RunFolder.write_part
+    real, real_write = reducer.run.dask.dispatch.as_bag, LedgerParts.write
 
     def watched(name: str, window: list[WorkItem], *shared: object):
         windows.append(len(window))
         outstanding.append(outstanding[-1] + len(window))
         return real(name, window, *shared)
 
-    def written(folder: RunFolder, index: int, *rest: object) -> None:
+    def written(parts: LedgerParts, index: int, *rest: object) -> None:
         outstanding.append(outstanding[-1] - 1)
-        real_write(folder, index, *rest)
+        real_write(parts, index, *rest)
 
     monkeypatch.setattr(reducer.run.dask.dispatch, "as_bag", watched)
-    monkeypatch.setattr(RunFolder, "write_part", written)
+    monkeypatch.setattr(LedgerParts, "write", written)
     spec = ClusterSpec(
         class_path="distributed.LocalCluster",
         kwargs={"n_workers": 1, "threads_per_worker": 1, "processes": False, "dashboard_address": None},

@@ -60,7 +60,7 @@ def test_a_partition_that_cannot_be_finished_ends_the_run_and_keeps_the_others(
         run_on(collection, tmp_path / "run", IN_PROCESS, partition_images=20)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["status"] == "stopped"
-    assert summary["photos_read"] == RunFolder(str(tmp_path / "run")).ledger().num_rows > 0
+    assert summary["photos_read"] == RunFolder(str(tmp_path / "run")).parts.ledger().num_rows > 0
     assert not (tmp_path / "run" / "reduced.csv").exists()
 
 
@@ -76,7 +76,9 @@ def test_a_stop_while_the_cluster_closes_tells_what_is_kept(
         run_on(collection, tmp_path / "run", IN_PROCESS)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["status"] == "stopped"
-    assert summary["photos_read"] == summary["photos_to_read"] == RunFolder(str(tmp_path / "run")).ledger().num_rows
+    assert (
+        summary["photos_read"] == summary["photos_to_read"] == RunFolder(str(tmp_path / "run")).parts.ledger().num_rows
+    )
 
 
 def test_a_full_disk_is_reported_and_leaves_only_whole_files(
@@ -99,7 +101,7 @@ def test_a_full_disk_is_reported_and_leaves_only_whole_files(
     names = sorted(path.name for path in (tmp_path / "run").rglob("*") if path.is_file())
     parts = ["part-00000.parquet", "part-00001.parquet"]
     assert names == sorted([*parts, *parts, "plan.parquet", "summary.json"])
-    assert RunFolder(str(tmp_path / "run")).ledger().num_rows > 0
+    assert RunFolder(str(tmp_path / "run")).parts.ledger().num_rows > 0
     monkeypatch.undo()
     resume(tmp_path / "run", ClusterSpec(workers=0), progress=False)
     run_on(collection, tmp_path / "whole", partition_images=20)

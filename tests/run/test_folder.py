@@ -39,8 +39,8 @@ def test_a_run_is_replaced_only_when_asked_and_nothing_else_in_its_folder(tmp_pa
     folder = RunFolder(str(tmp_path / "deep" / "run"))
     folder.check_free(overwrite=False)
     folder.start({"status": "running"})
-    folder.write_part(3, ledger(row(0)), Tally(), "bits")
-    folder.write_reduced("id", "label", "both", "bits")
+    folder.parts.write(3, ledger(row(0)), Tally(), "bits")
+    folder.lists.write_reduced("id", "label", "both", "bits")
     (tmp_path / "deep" / "run" / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="--overwrite"):
         folder.check_free(overwrite=False)
@@ -53,23 +53,23 @@ def test_a_run_is_replaced_only_when_asked_and_nothing_else_in_its_folder(tmp_pa
 def test_reduced_lists_are_in_manifest_order_and_text_stays_text(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path))
     folder.start({})
-    folder.write_part(1, ledger(row(3, id="NA", label="007"), row(0, id='a,"b', label="1e5")), Tally(), "bits")
-    folder.write_part(0, ledger(row(2, kept=False), row(1, id="#", label="x\ny", rank=2, bytes=7)), Tally(), "bits")
-    folder.write_reduced("photo", "class", "both", "bits")
+    folder.parts.write(1, ledger(row(3, id="NA", label="007"), row(0, id='a,"b', label="1e5")), Tally(), "bits")
+    folder.parts.write(0, ledger(row(2, kept=False), row(1, id="#", label="x\ny", rank=2, bytes=7)), Tally(), "bits")
+    folder.lists.write_reduced("photo", "class", "both", "bits")
     assert (tmp_path / "reduced.csv").read_bytes() == b'photo,class\n"a,""b",1e5\n#,"x\ny"\nNA,007\n'
     table = pq.read_table(tmp_path / "reduced.parquet")
     assert table.schema.equals(reduced_schema("photo", "class"), check_metadata=True)
     assert table.column_names == ["photo", "class", *REDUCED_COLUMNS]
     assert table["photo"].to_pylist() == ['a,"b', "#", "NA"]
     assert table["rank"].to_pylist() == [None, 2, None]
-    assert folder.ledger(["id"])["id"].to_pylist() == ['a,"b', "#", "p2", "NA"]
+    assert folder.parts.ledger(["id"])["id"].to_pylist() == ['a,"b', "#", "p2", "NA"]
 
 
 @pytest.mark.parametrize(("formats", "names"), [("csv", ["reduced.csv"]), ("parquet", ["reduced.parquet"])])
 def test_only_the_formats_asked_for(tmp_path: Path, formats: str, names: list[str]) -> None:
     folder = RunFolder(str(tmp_path))
     folder.start({})
-    folder.write_reduced("id", "label", formats, "bits")
+    folder.lists.write_reduced("id", "label", formats, "bits")
     assert [path.name for path in tmp_path.glob("reduced.*")] == names
 
 
@@ -80,8 +80,8 @@ def test_a_manifest_whose_id_is_called_path(tmp_path: Path) -> None:
     assert {"photo_path", "photo_hash"} < set(schema.names)
     folder = RunFolder(str(tmp_path))
     folder.start({})
-    folder.write_part(0, ledger(row(0)), Tally(), "bits")
-    folder.write_reduced("path", "hash", "both", "bits")
+    folder.parts.write(0, ledger(row(0)), Tally(), "bits")
+    folder.lists.write_reduced("path", "hash", "both", "bits")
     assert pq.read_table(tmp_path / "reduced.parquet").to_pylist()[0]["photo_path"] == "/p0"
 
 
@@ -103,7 +103,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path) -> 
     assert json.loads(before)["format"] == "reducer-run"
     (tmp_path / "images").rmdir()
     with pytest.raises(ReducerError, match=r"part-00000\.parquet cannot be written"):
-        folder.write_part(0, ledger(row(0)), Tally(), "bits")
+        folder.parts.write(0, ledger(row(0)), Tally(), "bits")
     assert [path.name for path in tmp_path.rglob("*")] == ["summary.json"]
 
 

@@ -30,6 +30,8 @@ from reducer import ClusterSpec, InputError, TooManyFailuresError, reduce_images
 from reducer.config.job import path_rule
 from reducer.errors import LostLockError
 from reducer.run.folder import RunFolder
+from reducer.run.folder.files import RunFiles
+from reducer.run.folder.parts import LedgerParts
 from reducer.run.tasks.environment import Environment
 from reducer.storage.location import Location
 from reducer.storage.paths import with_paths
@@ -162,7 +164,7 @@ def test_client_and_workers_that_are_killed_together(
 
 def rows_of(run: Path) -> Iterator[int]:
     folder = RunFolder(str(run))
-    return (tally.read for _, tally in folder.footers().values())
+    return (tally.read for _, tally in folder.parts.footers().values())
 
 
 def test_a_run_that_was_stopped_goes_on_and_is_then_done(slow_collection: Path, whole: Path, tmp_path: Path) -> None:
@@ -211,11 +213,11 @@ def half(collection: Path, tmp_path: Path) -> Path:
 def test_a_plan_that_holds_paths_is_gone_on_with(half: Path, collection: Path, tmp_path: Path) -> None:
     """As plans did before rules told them."""
     folder = RunFolder(str(half))
-    rows, terms = folder.read_plan()
+    rows, terms = folder.plan.read()
     assert rows["path"].null_count == rows.num_rows
     job = job_on(collection, half)
-    folder.write_plan(with_paths(path_rule(job), rows), terms)
-    assert folder.read_plan()[0]["path"].null_count == 0
+    folder.plan.write(with_paths(path_rule(job), rows), terms)
+    assert folder.plan.read()[0]["path"].null_count == 0
     resume(half, SERIAL, progress=False)
     run_on(collection, tmp_path / "whole", partition_images=30)
     assert_same(half, tmp_path / "whole")
@@ -305,16 +307,16 @@ def test_labels_that_were_kept_whole_are_read_later(
     first = run_on(collection, run, **options)
     small = first.summary["reasons"]["kept-small-label"]
     # It is cut off in the middle, and goes on without being told again what it was at.
-    real = RunFolder.write_part
+    real = LedgerParts.write
     written: list[int] = []
 
-    def stops(folder: RunFolder, index: int, *rest: Any) -> None:
+    def stops(parts: LedgerParts, index: int, *rest: Any) -> None:
         if written:
             raise KeyboardInterrupt
         written.append(index)
-        real(folder, index, *rest)
+        real(parts, index, *rest)
 
-    monkeypatch.setattr(RunFolder, "write_part", stops)
+    monkeypatch.setattr(LedgerParts, "write", stops)
     with pytest.raises(KeyboardInterrupt):
         resume(run, SERIAL, rank_all=True, progress=False)
     monkeypatch.undo()
@@ -499,7 +501,7 @@ def test_a_run_on_s3_goes_on(
     place = Location(url, s3.options())
     for name, content in reduced_files(whole).items():
         assert s3.client().get_object(Bucket="resume", Key=f"run/{name}")["Body"].read() == content
-    assert RunFolder(place).ledger().equals(RunFolder(str(whole)).ledger())
+    assert RunFolder(place).parts.ledger().equals(RunFolder(str(whole)).parts.ledger())
     assert "run/lock.json" not in s3.list_keys("resume", "run/")
     assert set(before) < set(s3.list_keys("resume", "run/images/"))
     assert invoke("status", url, *opened)[1].startswith("state:      done\n")
@@ -533,14 +535,14 @@ def test_how_far_a_run_is_can_be_seen_meanwhile(
 ) -> None:
     monkeypatch.setattr(reducer.run.execute, "NOTED_EVERY", 0.0)
     seen: list[str] = []
-    real = RunFolder.write_part
+    real = LedgerParts.write
 
-    def written(folder: RunFolder, index: int, *rest: Any) -> None:
-        real(folder, index, *rest)
+    def written(parts: LedgerParts, index: int, *rest: Any) -> None:
+        real(parts, index, *rest)
         if index in (3, 9):
             seen.append(invoke("status", tmp_path / "run")[1])
 
-    monkeypatch.setattr(RunFolder, "write_part", written)
+    monkeypatch.setattr(LedgerParts, "write", written)
     run_on(slow_collection, tmp_path / "run", **OPTIONS)
     assert all(text.startswith("state:      at work (host ") for text in seen)
     assert "done:       4" in seen[0].replace(",", "")
@@ -598,16 +600,16 @@ def test_a_finished_run_is_told_to_be_at_work_before_anything_of_it_is_taken_out
     run = tmp_path / "run"
     run_on(collection, run, max_failures=1.0)
     mend()
-    real = RunFolder._remove
+    real = RunFiles.remove
 
-    def killed(folder: RunFolder, names: list[str]) -> None:
-        real(folder, names)
+    def killed(files: RunFiles, names: list[str], *rest: str) -> None:
+        real(files, names, *rest)
         if names:
             state = json.loads((run / "summary.json").read_text())["status"]
-            monkeypatch.setattr(RunFolder, "_write", lambda *_: None)  # as dead as can be
+            monkeypatch.setattr(RunFiles, "write", lambda *_: None)  # as dead as can be
             raise KeyboardInterrupt(state)
 
-    monkeypatch.setattr(RunFolder, "_remove", killed)
+    monkeypatch.setattr(RunFiles, "remove", killed)
     with pytest.raises(KeyboardInterrupt, match="running"):
         resume(run, SERIAL, retry_failed=True, progress=False)
     monkeypatch.undo()
@@ -638,17 +640,17 @@ def test_a_run_whose_lock_is_taken_writes_nothing_more(
 ) -> None:
     """It was at work still, whatever the other one thought: no file of the other's may be replaced."""
     run = tmp_path / "run"
-    real = RunFolder.write_part
+    real = LedgerParts.write
     written: list[int] = []
 
-    def overtaken(folder: RunFolder, index: int, *rest: Any) -> None:
+    def overtaken(parts: LedgerParts, index: int, *rest: Any) -> None:
         if written == [0]:
-            monkeypatch.setattr(RunFolder, "write_part", real)
+            monkeypatch.setattr(LedgerParts, "write", real)
             run_on(collection, run, overwrite=True, break_lock=True, partition_images=30)
         written.append(index)
-        real(folder, index, *rest)
+        real(parts, index, *rest)
 
-    monkeypatch.setattr(RunFolder, "write_part", overtaken)
+    monkeypatch.setattr(LedgerParts, "write", overtaken)
     with pytest.raises(LostLockError, match=r"was taken by another run: this one ends, and writes nothing more$"):
         run_on(collection, run, hash="phash", partition_images=30)
     monkeypatch.undo()

@@ -60,7 +60,7 @@ def s3_run(s3: S3Server, output: Path | str, endpoint: str | None = None, **othe
 def same_but_for_the_place(run: Path | Location, reference: Path | Location) -> bool:
     same = ledger(run).drop_columns(OF_THE_PLACE).equals(ledger(reference).drop_columns(OF_THE_PLACE))
     folders = [RunFolder(place if isinstance(place, Location) else str(place)) for place in (run, reference)]
-    lists = [folder.reduced("id", "landmark_id").drop_columns(["path"]) for folder in folders]
+    lists = [folder.lists.reduced("id", "landmark_id").drop_columns(["path"]) for folder in folders]
     return same and lists[0].equals(lists[1])
 
 

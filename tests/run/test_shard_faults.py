@@ -23,6 +23,7 @@ from reducer import ClusterSpec, resume
 from reducer.errors import TooManyFailuresError
 from reducer.photos.hashing import PhotoError
 from reducer.run.folder import RunFolder
+from reducer.run.folder.plan import PlanFiles
 from reducer.storage.location import Shard
 
 # Damaged shards
@@ -101,7 +102,7 @@ def test_a_damaged_shard_gives_what_it_holds_and_the_job_goes_on(
     if damage is not None:
         path.write_bytes(damage(shard, *own[["offset", "bytes"]].iloc[AT].tolist()))
     else:  # when it was listed, and before it is read
-        real = RunFolder.write_plan
+        real = PlanFiles.write
 
         def write_plan(*arguments: Any) -> None:
             real(*arguments)
@@ -110,7 +111,7 @@ def test_a_damaged_shard_gives_what_it_holds_and_the_job_goes_on(
             else:
                 path.write_bytes(tar_of([("other.jpg", b"another tar")]))
 
-        monkeypatch.setattr(RunFolder, "write_plan", write_plan)
+        monkeypatch.setattr(PlanFiles, "write", write_plan)
     result = run_of(tars, run, tiny / "train.csv", max_failures=1.0)
     monkeypatch.undo()
 
@@ -326,7 +327,7 @@ def test_paths_may_tell_photos_and_lead_nowhere(some: list[bytes], tmp_path: Pat
         given = {"path_column": "path"}
     (tmp_path / "m.csv").write_text("\n".join(rows) + "\n")
     run_of(tars, tmp_path / "run", tmp_path / "m.csv", keep=3, max_failures=0.0, **given)
-    found = RunFolder(str(tmp_path / "run")).ledger().to_pandas()
+    found = RunFolder(str(tmp_path / "run")).parts.ledger().to_pandas()
     assert found["path"].tolist() == paths
     assert found["hash"].notna().all()
     assert [content_at(row) for _, row in found.iterrows()] == some[: len(paths)]

@@ -18,7 +18,7 @@ from tarfiles import md5, packed, shards_read, spoil, tar_of, write_tars
 from reducer import ClusterSpec, resume
 from reducer.config.settings import Source
 from reducer.photos.reader import read_all
-from reducer.run.folder import RunFolder
+from reducer.run.folder.pieces import PieceFiles
 from reducer.storage.location import ByteRange
 
 
@@ -94,16 +94,16 @@ def test_a_worker_that_is_killed_in_the_middle_of_a_shard_costs_nothing(
 
 def stopping_at(monkeypatch: pytest.MonkeyPatch, pieces: int) -> None:
     """Ctrl-C when so many shards or pieces are done."""
-    real = RunFolder.write_piece
+    real = PieceFiles.write
     written: list[int] = []
 
-    def write_piece(folder: RunFolder, number: int, *rest: Any) -> None:
+    def write_piece(pieces: PieceFiles, number: int, *rest: Any) -> None:
         if len(written) == pieces:
             raise KeyboardInterrupt
         written.append(number)
-        real(folder, number, *rest)
+        real(pieces, number, *rest)
 
-    monkeypatch.setattr(RunFolder, "write_piece", write_piece)
+    monkeypatch.setattr(PieceFiles, "write", write_piece)
 
 
 def test_ctrl_c_among_the_shards(

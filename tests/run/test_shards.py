@@ -22,7 +22,7 @@ from tarfiles import md5, packed, photos_below, tar_of, write_tars
 from reducer import ClusterSpec, Job, resume
 from reducer.errors import InputError
 from reducer.formatting import format_bytes
-from reducer.run.folder import RunFolder
+from reducer.run.folder.pieces import PieceFiles
 from reducer.run.plan.shards import find_shards
 
 # The same results as from single files
@@ -408,13 +408,13 @@ def test_a_cut_of_a_run_on_shards(tars: Path, tiny: Path, tmp_path: Path) -> Non
 def test_how_far_a_run_on_shards_is(tars: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("reducer.run.execute.NOTED_EVERY", 0.0)
     seen: list[str] = []
-    real = RunFolder.write_piece
+    real = PieceFiles.write
 
-    def write_piece(folder: RunFolder, number: int, *rest: Any) -> None:
-        real(folder, number, *rest)
+    def write_piece(pieces: PieceFiles, number: int, *rest: Any) -> None:
+        real(pieces, number, *rest)
         seen.append(invoke("status", tmp_path / "run")[1])
 
-    monkeypatch.setattr(RunFolder, "write_piece", write_piece)
+    monkeypatch.setattr(PieceFiles, "write", write_piece)
     run_of(tars, tmp_path / "run", tiny / "train.csv", partition_images=60)
     assert [text.startswith("state:      at work (host ") for text in seen] == [True] * SHARDS
     assert [f", {done} of 6 shards read, 0 of " in text for done, text in enumerate(seen, 1)] == [True] * SHARDS

@@ -241,17 +241,17 @@ def test_a_stopped_run_goes_on(collection: Path, vectors: Path, by_vectors: Path
         pass
 
     with pytest.MonkeyPatch.context() as patch:
-        from reducer.run.folder import RunFolder
+        from reducer.run.folder.parts import LedgerParts
 
-        write_part, written = RunFolder.write_part, []
+        write_part, written = LedgerParts.write, []
 
-        def stop_at_the_third(self: RunFolder, index: int, *rest: object) -> None:
+        def stop_at_the_third(self: LedgerParts, index: int, *rest: object) -> None:
             if len(written) == 2:
                 raise Stop
             written.append(index)
             write_part(self, index, *rest)  # type: ignore[arg-type]
 
-        patch.setattr(RunFolder, "write_part", stop_at_the_third)
+        patch.setattr(LedgerParts, "write", stop_at_the_third)
         with pytest.raises(Stop):
             run_on(collection, tmp_path / "run", vectors=str(vectors), keep=8, partition_images=20)
     assert status(tmp_path / "run").partitions_done == 2

@@ -110,7 +110,7 @@ def test_one_key_in_two_shards(some: list[bytes], tmp_path: Path) -> None:
         "2.tar": [("q.jpg", some[5]), ("q.cls", b"one"), ("r.jpg", some[6]), ("r.cls", b"two")],
     }
     run_of(write_tars(tmp_path / "tars", shards), tmp_path / "run", None, keep=1)
-    rows = RunFolder(str(tmp_path / "run")).ledger().to_pandas()
+    rows = RunFolder(str(tmp_path / "run")).parts.ledger().to_pandas()
     found = {(row["id"], row["label"]): content_at(row) for _, row in rows.iterrows()}
     assert found == {
         ("k", "one"): some[2],  # the later one's, as with a manifest

@@ -37,7 +37,7 @@ def reduced_files(run: Path) -> dict[str, bytes]:
 
 
 def ledger(run: Path | Location) -> pa.Table:
-    return RunFolder(run if isinstance(run, Location) else str(run)).ledger()
+    return RunFolder(run if isinstance(run, Location) else str(run)).parts.ledger()
 
 
 def ledger_of(run: Path):

@@ -24,7 +24,7 @@ def run_of(images: Path | str, output: Path, manifest: Path | str | None, spec: 
 
 def rows_of(run: Path) -> pd.DataFrame:
     """The ledger by id."""
-    return RunFolder(str(run)).ledger().to_pandas().set_index("id")
+    return RunFolder(str(run)).parts.ledger().to_pandas().set_index("id")
 
 
 def summary_of(run: Path) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def small_job(
     tars = write_tars(tmp_path / "tars", shards)
     manifest = manifest_of(tmp_path / "m.csv", rows)
     run_of(tars, tmp_path / "run", manifest, **{"keep": 2, "max_failures": 1.0, **given})
-    frame: pd.DataFrame = RunFolder(str(tmp_path / "run")).ledger().to_pandas()
+    frame: pd.DataFrame = RunFolder(str(tmp_path / "run")).parts.ledger().to_pandas()
     return frame
 
 

@@ -20,7 +20,7 @@ from reducer.outputs.export.layout import OWN_FILES, PLAN, STATE, index_name
 from reducer.photos.hashing import PhotoError
 from reducer.photos.reader import read_photo
 from reducer.photos.requests import FileState
-from reducer.run.folder import parquet_file
+from reducer.run.folder.files import parquet_file
 from reducer.storage.atomic import Files, temporary_name
 from reducer.storage.location import Location, PhotoRef, explaining_errors, file_of, is_url
 from reducer.storage.remote import nanoseconds, with_retries

@@ -197,7 +197,9 @@ def draw_report(
     each = (gallery_photos - 2 * len(like)) // max(1, len(chosen))
     galleries = []
     if gallery_photos:
-        rows = with_vectors(folder, in_nanoseconds(folder.ledger(where=pc.field("label").isin(list(chosen)))), job)
+        rows = with_vectors(
+            folder, in_nanoseconds(folder.parts.ledger(where=pc.field("label").isin(list(chosen)))), job
+        )
         found = [gallery(rows.filter(pc.equal(rows["label"], label)), why, each, bits) for label, why in chosen.items()]
         galleries = [one for one in found if one.shown or one.pairs or one.failed]
     pictures = _pictures(_drawn(galleries, like), job, client, avoid, progress)
@@ -210,7 +212,7 @@ def draw_report(
         picture=lambda photo: _picture(photo, pictures),
     )
     folder.check_unchanged(summary)
-    folder.write_report(page.encode("utf-8", "replace"))
+    folder.lists.write_report(page.encode("utf-8", "replace"))
 
 
 def command_of(job: Mapping[str, Any]) -> list[str]:
@@ -250,7 +252,7 @@ def with_vectors(folder: RunFolder, rows: pa.Table, job: Job) -> pa.Table:
     """Rows of the ledger with their vectors (bytes of float16 numbers) as ``vector``, where they are ranked by such."""
     if not job.by_vectors:
         return rows
-    vectors = folder.read_vectors(pc.unique(rows["label"]).to_pylist())
+    vectors = folder.vectors.read_labels(pc.unique(rows["label"]).to_pylist())
     of = {(name, label): vector for name, label, vector in zip(*(c.to_pylist() for c in vectors.columns), strict=True)}
     keys = zip(rows["id"].to_pylist(), rows["label"].to_pylist(), strict=True)
     return rows.append_column("vector", pa.array([of.get(key) for key in keys], pa.binary()))
@@ -336,7 +338,7 @@ def _reading(curve: InsertionCurve, counts: LabelCounts, keep: int | None, near:
 
 def _failures(folder: RunFolder, kinds: Mapping[str, int]) -> list[dict[str, Any]]:
     """Photos that have failed, by kind, the most frequent first, with examples."""
-    failed = folder.ledger(["id", "label", "path", "error"], where=pc.field("reason") == FAILED)
+    failed = folder.parts.ledger(["id", "label", "path", "error"], where=pc.field("reason") == FAILED)
     return [
         {
             "kind": kind,
@@ -349,7 +351,7 @@ def _failures(folder: RunFolder, kinds: Mapping[str, int]) -> list[dict[str, Any
 
 def _cross_label(folder: RunFolder, most: int) -> list[Pair]:
     """Some near copies under different labels: one pair of each two labels before a second one."""
-    pairs = folder.nearest_cross_label()
+    pairs = folder.lists.read_nearest_cross_label()
     if pairs is None or not most:
         return []
     both = pc.binary_join_element_wise(pairs["label"], pairs["other_label"], "\0").combine_chunks()
@@ -357,7 +359,9 @@ def _cross_label(folder: RunFolder, most: int) -> list[Pair]:
     rest = np.setdiff1d(np.arange(pairs.num_rows), first)
     pairs = pairs.take(pa.array(np.concatenate([first, rest])[:most]))
     ids = pa.chunked_array([*pairs["id"].chunks, *pairs["other_id"].chunks], pa.string())
-    return cross_label_shown(pairs, in_nanoseconds(folder.ledger(where=pc.field("id").isin(ids.combine_chunks()))))
+    return cross_label_shown(
+        pairs, in_nanoseconds(folder.parts.ledger(where=pc.field("id").isin(ids.combine_chunks())))
+    )
 
 
 def _drawn(galleries: Iterable[Gallery], like: Iterable[Pair]) -> list[Photo]:
