@@ -209,23 +209,23 @@ def _write(todo: Remaining, target: Location, session: Counters) -> EmbedResult:
     """The file of vectors, in the order of the manifest, a row group at a time."""
     plan, job = todo.plan, todo.plan.job
     plan = replace(plan, rows=with_paths(path_rule(job), plan.rows))
-    found = join_plan(plan, todo.found(), todo.keys)
+    found = join_plan(plan, todo.hashes(), todo.keys)
     error = pc.if_else(pc.is_null(found["key"]), pa.scalar(todo.missing, pa.string()), found["error"])
     order = pa.array(np.argsort(plan.rows["row"].to_numpy(), kind="stable"))
     rows = pa.table(
         {"id": plan.rows["id"], "label": plan.rows["label"], "error": error, "vector": found["vector"]}
     ).take(order)
-    dimensions = todo.aside.dimensions
+    dimensions = todo.spool.dimensions
     about = pa.field("error", pa.string(), metadata={"description": "why there is no vector, one line"})
     own = [field.with_name(name) for field, name in zip(VECTORS_SCHEMA, (job.id_column, job.label_column), strict=True)]
     schema = pa.schema([*own, about, vector_field(max(1, dimensions))])
     with _whole(target) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
         for start in range(0, rows.num_rows, ROWS):
             group = rows.slice(start, ROWS)
-            vectors = as_lists(todo.aside.packed(group["vector"]), max(1, dimensions))
+            vectors = as_lists(todo.spool.packed(group["vector"]), max(1, dimensions))
             columns = [group["id"], group["label"], group["error"], vectors]
             writer.write_table(pa.Table.from_arrays(columns, schema=schema), row_group_size=ROWS)
-    own_tally, seconds = session.own, session.timings.get("hash_seconds")
+    own_tally, seconds = session.this_session, session.timings.get("hash_seconds")
     return EmbedResult(
         output=target.path,
         photos=rows.num_rows,

@@ -1,4 +1,4 @@
-"""Filters and budgets over the parts of a run."""
+"""Apply filters and budgets to the ledger of a run."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from reducer.storage.tables import with_column
 
 
 def apply_filters(folder: RunFolder, plan: Plan) -> tuple[dict[str, Tally], float | None]:
-    """Keep in the ledger of a run, all of whose partitions are done, what its filters and budget leave.
+    """Keep in the ledger what filters and budget leave, once all partitions are done.
 
-    May be cut off and done again: it goes by ranks only.
+    May be interrupted and repeated: it goes by ranks only.
 
     Parameters
     ----------
     folder : RunFolder
-        Whose part files are replaced.
+        Run folder whose part files are replaced.
     plan : Plan
-        Its plan.
+        Plan of the run.
 
     Returns
     -------
     dict of str to Tally
-        Of each part by its name.
+        Totals of each part file by its name.
     float or None
         `Selection.reached`.
     """
@@ -44,12 +44,12 @@ def apply_filters(folder: RunFolder, plan: Plan) -> tuple[dict[str, Tally], floa
     tallies = {}
     start = 0
     for name, (before, tally) in zip(names, parts, strict=True):
-        own = slice(start, start + before.num_rows)
-        start = own.stop
-        chosen = with_column(before, "kept", pa.array(selection.kept[own]))
-        chosen = with_column(chosen, "reason", selection.reason[own])
+        part = slice(start, start + before.num_rows)
+        start = part.stop
+        chosen = with_column(before, "kept", pa.array(selection.kept[part]))
+        chosen = with_column(chosen, "reason", selection.reason[part])
         vectors = folder.vectors.read(name, before.num_rows, vector_parts) if settings.by_vectors else None
-        rows, quality, by_hash = reevaluate_ledger(chosen, vectors, always[own], settings)
+        rows, quality, by_hash = reevaluate_ledger(chosen, vectors, always[part], settings)
         tallies[name] = replace(tally, quality=quality, by_hash=by_hash)
         folder.parts.replace(name, rows, tallies[name], settings.unit)
     return tallies, selection.reached

@@ -1,4 +1,4 @@
-"""What a run has counted so far; adds up over parts."""
+"""Counts of a run; they add up over partitions, pieces and sessions."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from reducer.selection.quality import quality_summary
 
 @dataclass
 class Counters:
-    """How far a run has come, and what this process has done of it.
+    """Counts of a run: totals over all sessions, and what this process has done.
 
     Attributes
     ----------
     bits : int
         Bits of a hash.
     unit : {"bits", "cosine"}
-        What distances are told in.
+        Unit of the distances.
     progress : bool
         Whether to show a progress bar.
     done : dict of int to Tally
-        What each partition that is done has come to, also in earlier sessions.
+        Totals of each partition that is done, also in earlier sessions.
     hashed : dict of int to Tally
-        The same of each piece and shard.
+        Totals of each piece and shard that is done, also in earlier sessions.
     pieced : frozenset of int or None
         Partitions whose photos are hashed in pieces, or by the shard, first; None before that is known.
-    own : Tally
-        What this session has done.
+    this_session : Tally
+        Totals of what this session has done.
     worker_seconds : float
-        Wall time of its partitions on their workers.
+        Wall time of the tasks of this session on their workers.
     peak_memory : int
-        Highest resident memory of one of its workers, in bytes.
+        Highest resident memory of a worker of this session, in bytes.
     first_failure : str or None
-        ``path: error`` of the first photo that failed in it.
+        ``path: error`` of the first photo that failed in this session.
     started : float
-        Seconds since 1970.
+        Start of this session, seconds since 1970.
     begun, noted : float
-        When hashing began, and when it was last noted how far it has come, by `time.perf_counter`.
+        When hashing began, and when its progress was noted last, by `time.perf_counter`.
     timings : dict of str to float
-        Seconds that its steps have taken.
+        Seconds that the steps of this session have taken.
     """
 
     bits: int
@@ -52,7 +52,7 @@ class Counters:
     done: dict[int, Tally] = field(default_factory=dict)
     hashed: dict[int, Tally] = field(default_factory=dict)
     pieced: frozenset[int] | None = None
-    own: Tally = field(default_factory=Tally)
+    this_session: Tally = field(default_factory=Tally)
     worker_seconds: float = 0.0
     peak_memory: int = 0
     first_failure: str | None = None
@@ -61,15 +61,24 @@ class Counters:
     noted: float = field(default_factory=time.perf_counter)
     timings: dict[str, float] = field(default_factory=dict)
 
-    def add(self, result: PartitionResult, tally: Tally, before: Tally) -> None:
-        """Count a partition, of whose photos pieces or shards have told some before."""
+    def add(self, result: PartitionResult, tally: Tally, hashed_before: Tally) -> None:
+        """Count a partition.
+
+        Parameters
+        ----------
+        result : PartitionResult
+            What this session has done of it.
+        tally : Tally
+            Totals of the whole partition.
+        hashed_before : Tally
+            Totals of those of its photos that were counted with pieces or shards already.
+        """
         self.done[result.index] = tally
-        own = result.tally
-        self.own += replace(
-            own,
-            read=own.read - before.read,
-            failed=own.failed - before.failed,
-            bytes_read=own.bytes_read - before.bytes_read,
+        self.this_session += replace(
+            result.tally,
+            read=result.tally.read - hashed_before.read,
+            failed=result.tally.failed - hashed_before.failed,
+            bytes_read=result.tally.bytes_read - hashed_before.bytes_read,
         )
         self._add_work(result, result.first_failure)
 
@@ -77,7 +86,7 @@ class Counters:
         """Count pieces or shards."""
         for piece in result.pieces:
             self.hashed[piece.number] = piece.report.tally
-            self.own += piece.report.tally
+            self.this_session += piece.report.tally
         self._add_work(result, next((piece.first_failure for piece in result.pieces if piece.first_failure), None))
 
     def _add_work(self, result: PartitionResult | PiecesResult, first_failure: str | None) -> None:
@@ -87,29 +96,31 @@ class Counters:
 
     @property
     def total(self) -> Tally:
-        """Of all that is done."""
+        """Totals of all that is done."""
         return counters_so_far(self.done, self.hashed, self.pieced)
 
     @contextmanager
-    def timing(self, what: str) -> Iterator[None]:
+    def timing(self, step: str) -> Iterator[None]:
+        """Note the seconds that a step takes, also where it fails."""
         clock = time.perf_counter()
         try:
             yield
         finally:
-            self.timings[f"{what}_seconds"] = time.perf_counter() - clock
+            self.timings[f"{step}_seconds"] = time.perf_counter() - clock
 
     def figures(self) -> dict[str, Any]:
-        """What ``summary.json`` tells of it: counts of the whole run, times of this session."""
+        """Return the figures of ``summary.json``: counts of the whole run, times of this session."""
         total, hashing = self.total, self.timings.get("hash_seconds")
+        read_now = self.this_session.read
         return {
             "partitions": len(self.done),
             "photos_read": total.read,
             # A photo that several shards hold is read more than once.
-            "photos_read_this_time": min(self.own.read, total.read),
+            "photos_read_this_time": min(read_now, total.read),
             "photos_reused": total.reused,
             "photos_failed": total.failed,
             "bytes_read": total.bytes_read,
-            "photos_per_second": round(self.own.read / hashing, 1) if hashing and self.own.read else None,
+            "photos_per_second": round(read_now / hashing, 1) if hashing and read_now else None,
             "timings": {name: round(seconds, 3) for name, seconds in self.timings.items()}
             | {"worker_seconds": round(self.worker_seconds, 3)},
             "worker_peak_memory_bytes": self.peak_memory,
@@ -118,16 +129,16 @@ class Counters:
 
 
 def counters_so_far(done: Mapping[int, Tally], hashed: Mapping[int, Tally], pieced: frozenset[int] | None) -> Tally:
-    """What a run has come to; a photo that is hashed and not yet ranked counts too.
+    """Return the totals of a run; a photo that is hashed and not yet ranked counts too.
 
     Parameters
     ----------
-    done : dict of int to Tally
-        Of each partition that is done.
-    hashed : dict of int to Tally
-        Of each piece and shard that is done.
+    done : mapping of int to Tally
+        Totals of each partition that is done.
+    hashed : mapping of int to Tally
+        Totals of each piece and shard that is done.
     pieced : frozenset of int or None
-        Partitions whose photos those tell of; None before that is known.
+        Partitions whose photos are counted with pieces and shards; None before that is known.
     """
     if not hashed or (pieced is not None and pieced <= done.keys()):  # partitions count also what no shard held
         return sum(done.values(), Tally())

@@ -1,4 +1,4 @@
-"""The rows of a plan with what was found of them."""
+"""Join the rows of a plan with the results of tasks."""
 
 from __future__ import annotations
 
@@ -16,16 +16,19 @@ from reducer.storage.location import MemberKeys
 from reducer.storage.schemas import FAILED, KNOWN_SCHEMA, LEDGER_SCHEMA, SHARD_POSITION_SCHEMA, TASK_SCHEMA
 from reducer.storage.tables import with_column
 
+#: Kind of the failure of a photo that is in no shard.
+MISSING = "missing"
 
-def as_ledger(rows: pa.Table, found: pa.Table) -> pa.Table:
-    """Put what a worker found beside what it was asked: its columns, or else those of the rows, or else nulls.
+
+def as_ledger(rows: pa.Table, results: pa.Table) -> pa.Table:
+    """Return rows of the ledger: the columns of the results, or else those of the task's rows, or else nulls.
 
     Parameters
     ----------
     rows : pyarrow.Table
         `TASK_SCHEMA` rows of the partition; `SHARD_POSITION_SCHEMA` where they lie in shards.
-    found : pyarrow.Table
-        What came of them, row by row.
+    results : pyarrow.Table
+        Results of the task, row by row.
 
     Returns
     -------
@@ -34,41 +37,38 @@ def as_ledger(rows: pa.Table, found: pa.Table) -> pa.Table:
     """
     columns = []
     for field in LEDGER_SCHEMA:
-        own = next((table for table in (found, rows) if field.name in table.column_names), None)
-        columns.append(pa.nulls(rows.num_rows, field.type) if own is None else own[field.name])
+        source = next((table for table in (results, rows) if field.name in table.column_names), None)
+        columns.append(pa.nulls(rows.num_rows, field.type) if source is None else source[field.name])
     return pa.Table.from_arrays(columns, schema=LEDGER_SCHEMA)
 
 
-#: Kind of the failure of a photo that is in no shard.
-MISSING = "missing"
-
-
-def join_plan(plan: Plan, found: pa.Table, keys: MemberKeys | None) -> pa.Table:
-    """Find for each row of a plan what was found of its photo.
+def join_plan(plan: Plan, hashes: pa.Table, keys: MemberKeys | None) -> pa.Table:
+    """Find the hash of each row of a plan.
 
     Parameters
     ----------
     plan : Plan
         The plan, with its paths.
-    found : pyarrow.Table
-        `HASHES_SCHEMA` rows, in the order of the shards. Of rows with one key the last holds, as it would if all shards
-        were unpacked in turn.
+    hashes : pyarrow.Table
+        `HASHES_SCHEMA` or `SPOOLED_SCHEMA`, in the order of the shards. Of rows with the same key the last counts, as
+        if all shards had been unpacked in turn.
     keys : MemberKeys or None
-        What the photos are told by in shards; None for single files.
+        Kind of key that identifies photos in shards; None for single files.
 
     Returns
     -------
     pyarrow.Table
-        `HASHES_SCHEMA`, a row for each of the plan's; nulls where nothing was found.
+        Columns of `hashes`, a row for each row of the plan; null where nothing was found.
     """
     names = ("path", "label") if keys is MemberKeys.SAMPLE else ("path",)
-    theirs = ("key", "label") if keys is MemberKeys.SAMPLE else ("key",)
-    latest_first = found.take(pa.array(np.arange(found.num_rows)[::-1]))
-    place = pc.index_in(_texts(plan.rows, names), value_set=_texts(latest_first, theirs))
-    return latest_first.take(place).combine_chunks()
+    hashes_names = ("key", "label") if keys is MemberKeys.SAMPLE else ("key",)
+    latest_first = hashes.take(pa.array(np.arange(hashes.num_rows)[::-1]))
+    position = pc.index_in(_texts(plan.rows, names), value_set=_texts(latest_first, hashes_names))
+    return latest_first.take(position).combine_chunks()
 
 
 def _texts(table: pa.Table, names: tuple[str, ...]) -> pa.Array:
+    """Return a text per row that identifies it by some columns."""
     # Large: all of them may be more than one Arrow array of text holds.
     large = pa.large_string()
     columns = [table[name].cast(large) for name in names]
@@ -76,74 +76,77 @@ def _texts(table: pa.Table, names: tuple[str, ...]) -> pa.Array:
     return joined.combine_chunks() if isinstance(joined, pa.ChunkedArray) else joined
 
 
-def with_results(plan: Plan, found: pa.Table, missing: str) -> pa.Table:
-    """The rows to read with what was found of them.
+def with_results(plan: Plan, joined: pa.Table, missing: str) -> pa.Table:
+    """Return the rows to read with what shards and pieces told of them.
 
     Parameters
     ----------
     plan : Plan
         The plan.
-    found : pyarrow.Table
+    joined : pyarrow.Table
         From `join_plan`.
     missing : str
-        The error of photos that were not found.
+        Error of photos that were not found.
 
     Returns
     -------
     pyarrow.Table
-        `TASK_SCHEMA`, `KNOWN_SCHEMA` and `SHARD_POSITION_SCHEMA` columns, a row for each of ``plan.read``. What has
-        neither a hash nor an error is to be read from its place.
+        `TASK_SCHEMA`, `KNOWN_SCHEMA` and `SHARD_POSITION_SCHEMA` columns, a row for each of ``plan.read``. Photos with
+        neither a hash nor an error are to be read from their positions.
     """
-    own = found.filter(pa.array(plan.is_read))
+    known = joined.filter(pa.array(plan.is_read))
     columns = {name: plan.read[name] for name in TASK_SCHEMA.names}
-    columns["path"] = pc.coalesce(own["path"], columns["path"])
-    columns["bytes"] = pc.coalesce(own["bytes"], columns["bytes"])
+    columns["path"] = pc.coalesce(known["path"], columns["path"])
+    columns["bytes"] = pc.coalesce(known["bytes"], columns["bytes"])
     for field in KNOWN_SCHEMA:
-        columns[field.name] = own[field.name.removeprefix("known_")].cast(field.type)
-    nowhere = pc.is_null(own["key"])
-    columns["known_error"] = pc.if_else(nowhere, pa.scalar(missing, pa.string()), columns["known_error"])
+        columns[field.name] = known[field.name.removeprefix("known_")].cast(field.type)
+    is_missing = pc.is_null(known["key"])
+    columns["known_error"] = pc.if_else(is_missing, pa.scalar(missing, pa.string()), columns["known_error"])
     columns["known_reused"] = pc.fill_null(columns["known_reused"], False)
     for name in SHARD_POSITION_SCHEMA.names:
-        columns[name] = own[name]
+        columns[name] = known[name]
     return pa.table(columns)
 
 
 def without_errors(rows: pa.Table) -> pa.Table:
-    """Rows of `with_results` that are tried again where there is something to read that may be taken."""
-    refused = pc.starts_with(rows["known_error"], f"{WRONG_MD5}:")
-    somewhere = pc.fill_null(pc.greater(rows["bytes"], 0), False)
-    again = pc.and_not(pc.and_(somewhere, pc.is_valid(rows["shard"])), pc.fill_null(refused, False))
-    error = pc.if_else(again, pa.scalar(None, pa.string()), rows["known_error"])
+    """Drop the errors in rows of `with_results` where a retry may read the photo."""
+    is_refused = pc.starts_with(rows["known_error"], f"{WRONG_MD5}:")
+    has_bytes = pc.fill_null(pc.greater(rows["bytes"], 0), False)
+    is_retried = pc.and_not(pc.and_(has_bytes, pc.is_valid(rows["shard"])), pc.fill_null(is_refused, False))
+    error = pc.if_else(is_retried, pa.scalar(None, pa.string()), rows["known_error"])
     return with_column(rows, "known_error", error)
 
 
-def unread_rows(plan: Plan, found: pa.Table, missing: str) -> pa.Table:
-    """`LEDGER_SCHEMA` rows of the photos in shards that are not read: where they lie, or that they are nowhere."""
+def unread_rows(plan: Plan, joined: pa.Table, missing: str) -> pa.Table:
+    """Return `LEDGER_SCHEMA` rows of the photos in shards that are not read: where they lie, or that they are missing.
+
+    Parameters are those of `with_results`.
+    """
     rows = as_unread(plan.unread)
-    own = found.filter(pa.array(~plan.is_read))
-    error = pc.if_else(pc.is_null(own["key"]), pa.scalar(missing, pa.string()), own["error"])
+    known = joined.filter(pa.array(~plan.is_read))
+    error = pc.if_else(pc.is_null(known["key"]), pa.scalar(missing, pa.string()), known["error"])
     failed = pc.is_valid(error)
     no_text = pa.scalar(None, pa.string())
-    known = {name: own[name] for name in (*SHARD_POSITION_SCHEMA.names, "bytes", "mtime", "etag")}
-    known |= {
-        "path": pc.coalesce(own["path"], rows["path"]),
+    columns = {name: known[name] for name in (*SHARD_POSITION_SCHEMA.names, "bytes", "mtime", "etag")}
+    columns |= {
+        "path": pc.coalesce(known["path"], rows["path"]),
         "kept": pc.and_(rows["kept"], pc.invert(failed)),
         "nearest_kept": pc.if_else(failed, no_text, rows["nearest_kept"]),
         "reason": pc.if_else(failed, FAILED, rows["reason"]),
         "error": error,
     }
-    return as_ledger(rows, pa.table(known))
+    return as_ledger(rows, pa.table(columns))
 
 
 def missing_error(reports: Mapping[int, PieceReport]) -> str:
-    """What is said of a photo that no shard holds."""
+    """Return the error of photos that no shard holds."""
     damaged = sum(report.damage is not None for report in reports.values())
     perhaps = f"; {damaged} of the shards {'is' if damaged == 1 else 'are'} damaged" if damaged else ""
     return str(PhotoError(MISSING, f"no shard holds it{perhaps}"))
 
 
-def merged(before: pa.Table, now: pa.Table) -> pa.Table:
-    """What two looks at a shard gave.
+def merge_attempts(before: pa.Table, now: pa.Table) -> pa.Table:
+    """Merge what two attempts to read a shard have given.
 
     Parameters
     ----------
@@ -153,7 +156,7 @@ def merged(before: pa.Table, now: pa.Table) -> pa.Table:
     Returns
     -------
     pyarrow.Table
-        Of each photo what the second look gave, but for those of which only the first gave a hash.
+        For each photo the row of the second attempt, or of the first where only that has a hash.
     """
     hashed = before.filter(pc.is_valid(before["hash"]))["key"].combine_chunks()
     no_better = pc.and_(pc.is_null(now["hash"]), pc.is_in(now["key"], value_set=hashed))

@@ -137,7 +137,7 @@ def test_photos_that_a_model_has_no_vector_for_fail_alone(tmp_path: Path) -> Non
 def test_where_a_model_has_no_vector_for_any_photo_that_is_what_to_check(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("reducer.run.execute.ALL_FAILED", 3)
+    monkeypatch.setattr("reducer.run.monitor.ALL_FAILED", 3)
     (tmp_path / "train" / "a").mkdir(parents=True)
     for number in range(4):
         Image.new("RGB", (40, 40), (number, 0, 0)).save(tmp_path / "train" / "a" / f"{number}.png")

@@ -24,7 +24,7 @@ from machine import small_disk
 from s3server import S3Server
 from waiting import wait_for
 
-import reducer.run.execute
+import reducer.run.monitor
 import reducer.run.tasks.environment
 from reducer import ClusterSpec, InputError, TooManyFailuresError, reduce_images, resume
 from reducer.config.job import path_rule
@@ -533,7 +533,7 @@ def test_photos_on_s3_need_their_options_again(s3: S3Server, tmp_path: Path) -> 
 def test_how_far_a_run_is_can_be_seen_meanwhile(
     slow_collection: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reducer.run.execute, "NOTED_EVERY", 0.0)
+    monkeypatch.setattr(reducer.run.monitor, "NOTED_EVERY", 0.0)
     seen: list[str] = []
     real = LedgerParts.write
 

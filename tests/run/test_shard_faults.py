@@ -412,7 +412,7 @@ def test_a_shard_with_another_sum_does_not_end_the_run(
     tars: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where it comes first and holds more photos than may all fail at the beginning."""
-    monkeypatch.setattr("reducer.run.execute.ALL_FAILED", 10)
+    monkeypatch.setattr("reducer.run.monitor.ALL_FAILED", 10)
     sums = {shard.name: md5(shard.read_bytes()) for shard in tars.iterdir()} | {"images_000.tar": "0" * 32}
     (tmp_path / "sums").write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
     result = run_of(tars, tmp_path / "run", tiny / "train.csv", md5=str(tmp_path / "sums"), max_failures=1.0)

@@ -406,7 +406,7 @@ def test_a_cut_of_a_run_on_shards(tars: Path, tiny: Path, tmp_path: Path) -> Non
 
 
 def test_how_far_a_run_on_shards_is(tars: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("reducer.run.execute.NOTED_EVERY", 0.0)
+    monkeypatch.setattr("reducer.run.monitor.NOTED_EVERY", 0.0)
     seen: list[str] = []
     real = PieceFiles.write
 

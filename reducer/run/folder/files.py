@@ -68,11 +68,11 @@ class RunFiles(Files):
         """Return the names of the part files that are in a folder now, sorted; one listing."""
         return [name for name in self._names(folder) if name.startswith("part-") and name.endswith(".parquet")]
 
-    def make_folder(self, name: str) -> None:
-        """Make a folder for part files, where there are folders."""
+    def make_folder(self, name: str = "") -> None:
+        """Make the run folder, or a folder for part files in it, where there are folders."""
         if not self.place.on_s3:
             system, root = self.place.open()
-            system.makedirs(f"{root}/{name}", exist_ok=True)
+            system.makedirs(f"{root}/{name}" if name else root, exist_ok=True)
 
     def read_table(self, name: str) -> tuple[pa.Table, dict[str, Any] | None]:
         """Read a table, without its metadata, and its note.

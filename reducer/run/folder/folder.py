@@ -76,7 +76,7 @@ class RunFolder(RunFiles):
         """
         with explaining_errors(self.place, f"--output {self.path} cannot be used"):
             if not self.place.remote:
-                self._check_local()
+                _check_local(Path(self.path))
             if not self.place.holds_something() or all(map(_is_of_the_start, self._names())):
                 return
             if not self.is_run():
@@ -87,15 +87,6 @@ class RunFolder(RunFiles):
             check_unlocked(self.place, break_lock=break_lock)
             if not overwrite:
                 raise InputError(f"--output {self.path} holds a run already: give another folder, or --overwrite")
-
-    def _check_local(self) -> None:
-        path = Path(self.path)
-        if not path.exists():
-            parent = next(folder for folder in path.absolute().parents if folder.exists())
-            if not parent.is_dir() or not os.access(parent, os.W_OK):
-                raise InputError(f"--output {path} cannot be made: {parent} is no folder that may be written")
-        elif not path.is_dir():
-            raise InputError(f"--output {path} is a file: give a folder")
 
     def is_run(self) -> bool:
         """Tell whether this is a folder that a run has written, finished or not."""
@@ -113,11 +104,8 @@ class RunFolder(RunFiles):
         InputError
             If it cannot be made.
         """
-        if self.place.on_s3:
-            return
         with explaining_errors(self.place, f"--output {self.path} cannot be used"):
-            system, root = self.place.open()
-            system.makedirs(root, exist_ok=True)
+            self.make_folder()
 
     def start(self, summary: dict[str, Any]) -> None:
         """Write a first summary, and remove what an earlier run left (nothing else).
@@ -234,6 +222,16 @@ class RunFolder(RunFiles):
                 f"files are missing. First: reducer resume {self.path}"
             )
         return ledger
+
+
+def _check_local(path: Path) -> None:
+    """Refuse a local path that is no folder, or cannot become one."""
+    if not path.exists():
+        parent = next(folder for folder in path.absolute().parents if folder.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise InputError(f"--output {path} cannot be made: {parent} is no folder that may be written")
+    elif not path.is_dir():
+        raise InputError(f"--output {path} is a file: give a folder")
 
 
 def _is_of_the_start(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""What people take from a run folder: the reduced list, near copies under different labels, the report."""
+"""Write and read what people take from a run folder: the reduced list, near copies across labels, the report."""
 
 from __future__ import annotations
 

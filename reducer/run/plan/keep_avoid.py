@@ -1,4 +1,4 @@
-"""The ids that are always kept, and columns or lines of a file."""
+"""Read the ids that are always kept; read a column or the lines of a file."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from reducer.storage.tables import EXAMPLES, column_names, is_parquet, read_colu
 
 
 def find_always_keep(job: Job, ids: pa.ChunkedArray) -> NDArray[np.bool_]:
-    """Which rows of the manifest are always kept.
+    """Find the rows of the manifest that are always kept.
 
     Parameters
     ----------
     job : Job
-        Whose ``always_keep`` names the file.
+        Job whose ``always_keep`` names the file of ids.
     ids : pyarrow.ChunkedArray of string, shape (n,)
         The manifest's ids.
 
@@ -35,7 +35,7 @@ def find_always_keep(job: Job, ids: pa.ChunkedArray) -> NDArray[np.bool_]:
     if job.always_keep is None:
         return np.zeros(len(ids), dtype=bool)
     where = f"--always-keep {job.always_keep}"
-    wanted, lines = _column_or_lines(where, job.always_keep, job.id_column)
+    wanted, lines = read_column_or_lines(where, job.always_keep, job.id_column)
     if len(wanted) == 0:
         raise InputError(f"{where} holds no id")
     unknown = wanted.filter(pc.invert(pc.is_in(wanted, value_set=ids.combine_chunks())))
@@ -43,20 +43,42 @@ def find_always_keep(job: Job, ids: pa.ChunkedArray) -> NDArray[np.bool_]:
         shown = ", ".join(map(repr, unknown[:EXAMPLES].to_pylist()))
         raise InputError(
             f"{where}: {len(unknown)} of {len(wanted)} ids are not in the manifest: {shown}"
-            f"{' ...' if len(unknown) > EXAMPLES else ''}{_no_column(job.id_column) if lines else ''}"
+            f"{' ...' if len(unknown) > EXAMPLES else ''}{no_column_hint(job.id_column) if lines else ''}"
         )
-    found: NDArray[np.bool_] = pc.is_in(ids, value_set=wanted).to_numpy()
-    return found
+    is_kept: NDArray[np.bool_] = pc.is_in(ids, value_set=wanted).to_numpy()
+    return is_kept
 
 
-def _column_or_lines(where: str, path: str, name: str) -> tuple[pa.Array, bool]:
-    """A named column of a CSV or Parquet file, or else a text file's lines; and whether it is lines."""
-    place = Location(path)
-    names = column_names(where, place)
-    if name in names or is_parquet(where, place):
-        return read_columns(where, place, [name], "Give that column, or a text file")[name].combine_chunks(), False
-    return pa.array(read_lines(where, place), pa.string()), True
+def read_column_or_lines(where: str, path: str, name: str) -> tuple[pa.Array, bool]:
+    """Read a named column of a CSV or Parquet file, or else the lines of a text file.
+
+    Parameters
+    ----------
+    where : str
+        The option and the file, for messages.
+    path : str
+        Path of the file.
+    name : str
+        Name of the column.
+
+    Returns
+    -------
+    pyarrow.Array of string
+        The column, or the lines.
+    bool
+        Whether they are lines.
+
+    Raises
+    ------
+    InputError
+        If the file cannot be read, or is a Parquet file without that column.
+    """
+    location = Location(path)
+    if name in column_names(where, location) or is_parquet(where, location):
+        return read_columns(where, location, [name], "Give that column, or a text file")[name].combine_chunks(), False
+    return pa.array(read_lines(where, location), pa.string()), True
 
 
-def _no_column(name: str) -> str:
+def no_column_hint(name: str) -> str:
+    """Return the end of a message about lines that are not what they should be."""
     return f". (It has no column {name!r}, so each line was taken for one.)"
