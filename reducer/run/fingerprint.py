@@ -1,4 +1,4 @@
-"""All that decides a hash or a rank of a run: kept with its plan, so that no other run goes on from it by mistake."""
+"""Record all that decides hashes and ranks of a run, so that it is not resumed by mistake under other settings."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ log = logging.getLogger("reducer")
 #: Fields of a job that decide neither which photos are read nor what is found.
 INDIFFERENT = (
     "output",
-    "manifest",  # told by its content
-    "always_keep",  # told by the plan, as the next ones are
+    "manifest",  # compared by its content
+    "always_keep",  # in the plan, as the next ones are
     "avoid",
     "rank_all",
     "partition_images",
-    "md5",  # told by the shards
+    "md5",  # in the shards
     "max_failures",
     "format",
     "report",
@@ -39,25 +39,25 @@ INDIFFERENT = (
     "read_ahead",
     *STORAGE_OPTIONS,
 )
-#: Those that decide which vectors a model makes.
+#: Fields of a job that decide which vectors a model makes.
 EMBED_SETTINGS = ("embed", "embed_size", "embed_mean", "embed_std", "embed_batch", "embed_output")
 BLOCK = 2**20
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What decides the hashes and ranks of a run.
+    """All that decides the hashes and ranks of a run; kept with its plan.
 
     Attributes
     ----------
     settings : dict
-        Fields of its job.
+        Fields of the job, from `settings_of`.
     manifest : str or None
         SHA-256 of the manifest's bytes; None without a manifest.
     avoid : str or None
         SHA-256 of the hashes to avoid; None without any.
     environment : Environment
-        Of its workers.
+        Environment of the workers.
     """
 
     settings: dict[str, Any]
@@ -67,7 +67,7 @@ class Fingerprint:
 
     @classmethod
     def of(cls, job: Job, avoid: Hashes | None, environment: Environment) -> Fingerprint:
-        """That of a run which begins now.
+        """Return the fingerprint of a run that begins now.
 
         Raises
         ------
@@ -78,23 +78,23 @@ class Fingerprint:
 
     @property
     def digest(self) -> str:
-        """16 hexadecimal digits that stand for all of it."""
+        """Digest of the fingerprint, 16 hexadecimal digits."""
         content = json.dumps(
             [self.settings, self.manifest, self.avoid, self.environment.digest, _version(self.environment)]
         )
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def as_dict(self) -> dict[str, Any]:
-        """In what JSON can say; `from_dict` reads it."""
+        """Return the fingerprint as JSON has it; `from_dict` reads it."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, found: dict[str, Any]) -> Fingerprint:
-        """Read what `as_dict` made."""
-        return cls(**found | {"environment": Environment(**found["environment"])})
+    def from_dict(cls, content: dict[str, Any]) -> Fingerprint:
+        """Return the fingerprint that `as_dict` has written."""
+        return cls(**content | {"environment": Environment(**content["environment"])})
 
     def check_settings(self, job: Job, avoid: Hashes | None) -> None:
-        """Refuse to go on with a job that is not the one which was begun.
+        """Refuse to resume a run with another job than it was begun with.
 
         Raises
         ------
@@ -125,7 +125,7 @@ class Fingerprint:
             raise InputError(f"the run in {job.output} was begun otherwise: {'; '.join(changed)}. {_advice(job)}")
 
     def check_environment(self, job: Job, now: Environment) -> None:
-        """Refuse to go on where photos would be hashed or ranked otherwise.
+        """Refuse to resume a run where photos would be hashed or ranked otherwise.
 
         Raises
         ------
@@ -144,6 +144,7 @@ class Fingerprint:
 
 
 def _changed(name: str, job: Job, before: object, now: object) -> str:
+    """Return in words how a setting has changed."""
     if name in ("vectors", "embed") and None not in (before, now):  # digests
         return f"{flag(name)} {getattr(job, name)} has another content"
     return f"{'IMAGES' if name == 'images' else flag(name)} was {before!r} and is {now!r}"
@@ -164,7 +165,7 @@ def settings_of(job: Job) -> dict[str, Any]:
 
 
 def manifest_digest(job: Job) -> str | None:
-    """SHA-256 of the bytes of a job's manifest, in hex; None without one.
+    """Return the SHA-256 of the bytes of a job's manifest, in hex; None without a manifest.
 
     Raises
     ------
@@ -184,7 +185,7 @@ def manifest_digest(job: Job) -> str | None:
 
 
 def avoid_digest(avoid: Hashes | None) -> str | None:
-    """SHA-256 of packed hashes to avoid, in hex; None without any."""
+    """Return the SHA-256 of packed hashes to avoid, in hex; None without any."""
     return None if avoid is None else hashlib.sha256(avoid.tobytes()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""What ``summary.json`` tells of a run."""
+"""Collect the figures of ``summary.json``."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from reducer.storage.tables import counts
 
 
 def opening(plan: Plan, spec: ClusterSpec, fingerprint: Fingerprint, started: float) -> dict[str, Any]:
-    """What is known of a run before it begins.
+    """Return the figures that are known of a run before it begins.
 
     Parameters
     ----------
     plan : Plan
-        Its plan.
+        Plan of the run.
     spec : ClusterSpec
-        Where it runs.
+        Cluster that it runs on.
     fingerprint : Fingerprint
-        What decides its results.
+        All that decides its results.
     started : float
-        Seconds since 1970.
+        Start of the run, seconds since 1970.
     """
     return {
         "status": "running",
@@ -55,7 +55,7 @@ def opening(plan: Plan, spec: ClusterSpec, fingerprint: Fingerprint, started: fl
 
 
 def plan_figures(plan: Plan) -> dict[str, Any]:
-    """What a plan tells of the photos; of shards that have yet to tell, None."""
+    """Return the figures of a plan; None where shards have to be read first."""
     listed = plan.is_listed
     return {
         "manifest": dict(plan.manifest),
@@ -66,7 +66,7 @@ def plan_figures(plan: Plan) -> dict[str, Any]:
 
 
 def shard_figures(plan: Plan, folder: RunFolder) -> dict[str, Any]:
-    """What came of the shards that are read."""
+    """Return the figures of the shards that have been read."""
     path_of = {shard.number: shard.path for shard in plan.shards or ()}
     reports = {path_of[number]: report for number, report in sorted(folder.pieces.reports().items())}
     skipped: Counter[str] = Counter()
@@ -94,14 +94,14 @@ def job_figures(job: Job) -> dict[str, Any]:
 
 
 def job_of(summary: Mapping[str, Any], changes: Mapping[str, Any]) -> Job:
-    """The job of a run, from its summary.
+    """Return the job of a run, from its summary.
 
     Parameters
     ----------
     summary : mapping
         ``summary.json``.
     changes : mapping
-        What is not as it says; storage options, which it does not hold, among them.
+        Fields that differ from the summary; storage options, which it does not hold, among them.
 
     Raises
     ------
@@ -116,7 +116,7 @@ def job_of(summary: Mapping[str, Any], changes: Mapping[str, Any]) -> Job:
 
 
 def check_storage_options(summary: Mapping[str, Any], job: Job) -> None:
-    """Options that open the photos are not kept: refuse to try without.
+    """Refuse to read photos without their storage options, which a run folder does not keep.
 
     Raises
     ------
@@ -132,7 +132,7 @@ def check_storage_options(summary: Mapping[str, Any], job: Job) -> None:
 
 
 def cluster_figures(spec: ClusterSpec) -> dict[str, Any]:
-    """Where a run takes place."""
+    """Return the figures of a cluster, without its secrets."""
     return {
         "workers": spec.workers,
         "threads": spec.threads,
@@ -144,7 +144,7 @@ def cluster_figures(spec: ClusterSpec) -> dict[str, Any]:
 
 
 def outcome(plan: Plan, folder: RunFolder) -> dict[str, Any]:
-    """What the finished ledger says."""
+    """Return the figures of the finished ledger."""
     ledger = folder.parts.ledger(["row", "id", "label", "rank", "kept", "bytes", "reason", "error"])
     with_photo = set(pc.unique(ledger.filter(ledger["kept"])["label"]).to_pylist())
     left_out = ledger.filter(pc.invert(ledger["kept"]))["bytes"]
@@ -166,8 +166,8 @@ def outcome(plan: Plan, folder: RunFolder) -> dict[str, Any]:
 
 
 def _labels_short(job: Job, ledger: pa.Table) -> list[str]:
-    """Labels that keep fewer photos than they should although some of theirs were not drawn."""
-    if job.keep is None or job.has_filters:  # fewer are meant
+    """Find labels that keep fewer photos than they should although some of their photos were not drawn."""
+    if job.keep is None or job.has_filters:  # fewer are intended
         return []
     rows = pa.table(
         {
@@ -182,7 +182,7 @@ def _labels_short(job: Job, ledger: pa.Table) -> list[str]:
 
 
 def _labels_partitioned(job: Job, ledger: pa.Table) -> list[str]:
-    """Labels with so many candidates that facility location has chosen from parts of them first (GreeDi)."""
+    """Find labels with more candidates than facility location compares at once: it chose from parts first (GreeDi)."""
     if job.strategy != "facility-location":
         return []
     labels = pc.value_counts(ledger.filter(pc.is_valid(ledger["rank"]))["label"])
@@ -191,12 +191,12 @@ def _labels_partitioned(job: Job, ledger: pa.Table) -> list[str]:
 
 
 def _always_keep_failed(plan: Plan, ledger: pa.Table) -> list[str]:
-    """Ids of photos that were to be kept whatever else, and could not be read."""
+    """Find the ids of photos that should always be kept and could not be read."""
     wanted = plan.rows["row"].filter(pc.and_(plan.rows["always_keep"], pa.array(plan.is_read)))
     failed = ledger.filter(pc.equal(ledger["reason"], FAILED))
     return sorted(failed.filter(pc.is_in(failed["row"], value_set=wanted.combine_chunks()))["id"].to_pylist())
 
 
 def failure_kinds(error: pa.ChunkedArray) -> dict[str, int]:
-    """How many photos failed, by kind; from the ledger's column."""
+    """Count failed photos by kind, from the column ``error`` of the ledger."""
     return counts(pc.list_element(pc.split_pattern(error.drop_null(), ":", max_splits=1), 0))

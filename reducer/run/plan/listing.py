@@ -1,4 +1,4 @@
-"""The photos of a folder or of a bucket, by listing it."""
+"""List the photos of a folder or a bucket."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from reducer.storage.schemas import MANIFEST_SCHEMA
 
 
 def check_images(job: Job) -> None:
-    """Look whether the photos' folder is there.
+    """Check that the folder of the photos is there.
 
     Raises
     ------
     InputError
-        If it is not, or may not be listed.
+        If it is not there, or may not be listed.
     """
     if job.manifest is not None and not job.hashes_photos:
         return  # no photo is read
@@ -40,22 +40,35 @@ def check_images(job: Job) -> None:
         raise InputError(f"IMAGES {os.fsencode(job.images)!r} is not UTF-8 text: rename the folder")
 
 
-def _check_remote(place: Location) -> None:
-    """Ask once whether there is such a place and it may be listed."""
-    with explaining_errors(place, f"IMAGES {place.path} cannot be listed"):
-        if not place.holds_something():
-            raise InputError(f"IMAGES {place.path} holds nothing: give the folder that holds the photos")
+def _check_remote(location: Location) -> None:
+    """Refuse a URL that cannot be listed or holds nothing, by one request."""
+    with explaining_errors(location, f"IMAGES {location.path} cannot be listed"):
+        if not location.holds_something():
+            raise InputError(f"IMAGES {location.path} holds nothing: give the folder that holds the photos")
 
 
-def _list_remote(place: Location) -> tuple[pa.Table, dict[str, int]]:
-    """Every photo file below a URL, by the extensions that Pillow knows."""
-    with explaining_errors(place, f"IMAGES {place.path} cannot be listed"):
-        system, root = place.open()
-        found = system.find(root, detail=True)
+def list_remote(location: Location) -> tuple[pa.Table, dict[str, int]]:
+    """List every photo file below a URL, by the extensions that Pillow knows.
+
+    Returns
+    -------
+    pyarrow.Table
+        ``id``, ``label``, ``path`` and ``bytes``.
+    dict of str to int
+        Files that are left out, counted by reason.
+
+    Raises
+    ------
+    InputError
+        If the URL cannot be listed, or holds no photo.
+    """
+    with explaining_errors(location, f"IMAGES {location.path} cannot be listed"):
+        system, root = location.open()
+        files = system.find(root, detail=True)
     start = len(root.rstrip("/")) + 1
     photos: dict[str, int | None] = {}
     skipped: Counter[str] = Counter()
-    for path, details in found.items():
+    for path, details in files.items():
         name = path[start:]
         if any(part.startswith(".") for part in name.split("/")):
             skipped["hidden file"] += 1
@@ -63,11 +76,11 @@ def _list_remote(place: Location) -> tuple[pa.Table, dict[str, int]]:
             skipped["file without a photo's extension"] += 1
         else:
             photos[name] = details.get("size")
-    return _photos_below(place.path, place.path.rstrip("/"), photos, skipped)
+    return _photos_below(location.path, location.path.rstrip("/"), photos, skipped)
 
 
-def _list_folder(images: str) -> tuple[pa.Table, dict[str, int]]:
-    """Every photo file below a folder, by the extensions that Pillow knows."""
+def list_folder(images: str) -> tuple[pa.Table, dict[str, int]]:
+    """List every photo file below a local folder; returns and raises as `list_remote` does."""
     root = os.path.abspath(images)
     photos: dict[str, int | None] = {}
     skipped: Counter[str] = Counter()
@@ -79,22 +92,22 @@ def _list_folder(images: str) -> tuple[pa.Table, dict[str, int]]:
             raise InputError(f"IMAGES: the folder {folder} cannot be listed: {error.strerror}") from None
         for entry in entries:
             try:
-                found = entry.stat()
+                state = entry.stat()
             except OSError:
-                found = None  # a link to nowhere or to itself, say: reading it will tell
-            if found is not None and stat.S_ISDIR(found.st_mode):
+                state = None  # such as a link to nowhere or to itself: it fails when it is read
+            if state is not None and stat.S_ISDIR(state.st_mode):
                 if entry.name.startswith("."):
                     skipped["hidden folder"] += 1
-                elif (found.st_dev, found.st_ino) in above:
+                elif (state.st_dev, state.st_ino) in above:
                     skipped["folder link that leads back"] += 1
                 else:
-                    walk(entry.path, f"{prefix}{entry.name}/", above | {(found.st_dev, found.st_ino)})
+                    walk(entry.path, f"{prefix}{entry.name}/", above | {(state.st_dev, state.st_ino)})
             elif entry.name.startswith("."):
                 skipped["hidden file"] += 1
             elif not is_photo(entry.name):
                 skipped["file without a photo's extension"] += 1
             else:
-                photos[prefix + entry.name] = None if found is None else found.st_size
+                photos[prefix + entry.name] = None if state is None else state.st_size
 
     top = os.stat(root)
     walk(root, "", frozenset([(top.st_dev, top.st_ino)]))
@@ -104,16 +117,16 @@ def _list_folder(images: str) -> tuple[pa.Table, dict[str, int]]:
 def _photos_below(
     images: str, root: str, photos: dict[str, int | None], skipped: Counter[str]
 ) -> tuple[pa.Table, dict[str, int]]:
-    """Rows for `check` of photo files, given by relative path with their sizes."""
-    odd = [name for name in photos if not _is_text(name)]
-    if odd:
+    """Return rows of photo files, given by relative path with their sizes in bytes."""
+    not_text = [name for name in photos if not _is_text(name)]
+    if not_text:
         raise InputError(
-            f"IMAGES: {len(odd)} file names are not UTF-8 text, the first is {os.fsencode(odd[0])!r}: rename them, "
-            "or give a --manifest that leaves them out"
+            f"IMAGES: {len(not_text)} file names are not UTF-8 text, the first is {os.fsencode(not_text[0])!r}: rename "
+            "them, or give a --manifest that leaves them out"
         )
     if not photos:
-        found = ", ".join(f"{count} x {why}" for why, count in skipped.items() if count) or "nothing"
-        raise InputError(f"IMAGES {images} holds no photo; found {found}")
+        others = ", ".join(f"{count} x {why}" for why, count in skipped.items() if count) or "nothing"
+        raise InputError(f"IMAGES {images} holds no photo; found {others}")
     ids = sorted(photos)
     columns = {
         "id": ids,
@@ -127,6 +140,7 @@ def _photos_below(
 
 
 def _is_text(name: str) -> bool:
+    """Tell whether a file name can be written as UTF-8."""
     try:
         name.encode()
     except UnicodeEncodeError:

@@ -1,9 +1,10 @@
-"""From a manifest, or a folder of photos, to one checked table: row, id, label, path, bytes."""
+"""Read a manifest, or list a folder of photos, as one checked table: row, id, label, path, bytes."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from reducer.config.job import Job, path_rule
 from reducer.errors import InputError
-from reducer.run.plan.listing import _list_folder, _list_remote, check_images
+from reducer.run.plan.listing import check_images, list_folder, list_remote
 from reducer.storage.location import MemberKeys, PathRule, absolute, is_url, template_fields
 from reducer.storage.paths import paths_by_rule
 from reducer.storage.schemas import MANIFEST_SCHEMA
@@ -31,15 +32,15 @@ class Manifest:
     ----------
     table : pyarrow.Table
         `MANIFEST_SCHEMA` rows, sorted by (label, id), no two with the same (id, label). The paths are null where
-        `with_paths` tells them.
+        `with_paths` makes them.
     duplicates : int
         Rows left out because an equal (id, label) was there already.
     shared_ids : int
         Ids that stand under more than one label; all their rows are kept.
     shared_examples : tuple of str
-        The first few of them.
+        The first few of these ids.
     skipped_files : mapping of str to int
-        Files of a folder that were not taken, counted by why.
+        Files of a folder that were not taken, counted by reason.
     """
 
     table: pa.Table
@@ -48,16 +49,26 @@ class Manifest:
     shared_examples: tuple[str, ...] = ()
     skipped_files: dict[str, int] = field(default_factory=dict)
 
+    def figures(self) -> dict[str, Any]:
+        """Return the figures for ``summary.json``."""
+        return {
+            "rows": self.table.num_rows + self.duplicates,
+            "duplicate_rows": self.duplicates,
+            "ids_under_several_labels": self.shared_ids,
+            "ids_under_several_labels_examples": list(self.shared_examples),
+            "skipped_files": self.skipped_files,
+        }
+
 
 def read_manifest(job: Job, keys: MemberKeys | None = None) -> Manifest:
-    """Read and check the photos that a job is about.
+    """Read and check the photos of a job.
 
     Parameters
     ----------
     job : Job
         The job.
     keys : MemberKeys, optional
-        What photos in shards are told by: then there is a manifest, and its paths are keys.
+        Kind of key that identifies photos in shards: then there is a manifest, and its paths are keys.
 
     Raises
     ------
@@ -68,7 +79,7 @@ def read_manifest(job: Job, keys: MemberKeys | None = None) -> Manifest:
         check_images(job)
     if job.manifest is not None:
         return check(_read_table(job, keys), {})
-    return check(*(_list_remote(job.images_location) if job.images_location.remote else _list_folder(job.images)))
+    return check(*(list_remote(job.images_location) if job.images_location.remote else list_folder(job.images)))
 
 
 def check(table: pa.Table, skipped_files: dict[str, int]) -> Manifest:
@@ -79,7 +90,7 @@ def check(table: pa.Table, skipped_files: dict[str, int]) -> Manifest:
     table : pyarrow.Table
         ``id`` and ``label``, and ``path`` and ``bytes`` where they are known, in the order of the manifest.
     skipped_files : dict of str to int
-        Passed on.
+        Files of a folder that were not taken, counted by reason.
     """
     label, names = ranked(table["label"])
     table = table.drop_columns("label")
@@ -108,37 +119,38 @@ def _without_duplicates(
     Parameters
     ----------
     table : pyarrow.Table
-        As for `check`.
+        From the manifest, as in `check`; labels do not matter.
     label : ndarray of int32, shape (n,)
-        The number of each row's label.
+        Number of each row's label.
     order, new : ndarray, shape (n,)
         From `text_order` of the ids.
 
     Returns
     -------
     ndarray of int64
-        The order without the others.
+        The order without the rows that are left out.
     ndarray of int64
         The first row of each id that stands under several labels, sorted by id.
     """
-    places = in_groups(new)
-    rows, group = order[places], np.cumsum(new)[places]
-    # The smallest path stands for all rows of a duplicate, whatever the order of the manifest.
+    repeated = in_groups(new)
+    rows, group = order[repeated], np.cumsum(new)[repeated]
+    # The row with the smallest path is kept of duplicates, whatever the order of the manifest.
     keys = [label[rows], group]
     if "path" in table.column_names:
         keys.insert(0, text_ranks(table["path"].take(pa.array(rows))))
-    own = np.lexsort(keys)
-    rows, group = rows[own], group[own]
+    by_group = np.lexsort(keys)
+    rows, group = rows[by_group], group[by_group]
     first = is_new(group, label[rows])
     if not first.all():
-        out = np.zeros(len(order), dtype=bool)
-        out[rows[~first]] = True
-        order = order[~out[order]]
+        is_left_out = np.zeros(len(order), dtype=bool)
+        is_left_out[rows[~first]] = True
+        order = order[~is_left_out[order]]
     _, starts, labels = np.unique(group[first], return_index=True, return_counts=True)
     return order, rows[first][starts[labels > 1]]
 
 
 def _read_table(job: Job, keys: MemberKeys | None) -> pa.Table:
+    """Read ``id``, ``label`` and ``path`` from the file of the manifest; no path where `with_paths` makes it."""
     where, manifest = f"--manifest {job.manifest}", job.manifest_location
     hint = "Say which to use with --id-column, --label-column and --path-column"
     names = column_names(where, manifest)
@@ -153,21 +165,21 @@ def _read_table(job: Job, keys: MemberKeys | None) -> pa.Table:
     if table.num_rows == 0:
         raise InputError(f"{where} has no rows: expected one row a {'label' if lists else 'photo'}")
     if lists:
-        table = _one_row_a_photo(where, table, job)
+        table = _one_row_per_photo(where, table, job)
     ids, labels = table[job.id_column], table[job.label_column]
     columns = {"id": ids, "label": labels}
     rule = path_rule(job)
     if keys is not None and rule is not None:
         rule = PathRule("", "{id}" if keys is MemberKeys.STEM else job.template)
     if rule is None:
-        found = table[job.path_column].to_pylist()
+        paths = table[job.path_column].to_pylist()
         if keys is None:
             root = absolute(job.images)
             # A URL in the column stands for itself, as an absolute path does.
-            found = [path if is_url(path) else os.path.join(root, path) for path in found]
+            paths = [path if is_url(path) else os.path.join(root, path) for path in paths]
         else:
-            found = [path.removeprefix("./") for path in found]
-        columns["path"] = pa.array(found, pa.string())
+            paths = [path.removeprefix("./") for path in paths]
+        columns["path"] = pa.array(paths, pa.string())
     else:
         _check_lengths(where, rule, ids, labels, job.hashes_photos)
         if keys is not None:
@@ -175,8 +187,8 @@ def _read_table(job: Job, keys: MemberKeys | None) -> pa.Table:
     return pa.table(columns)
 
 
-def _one_row_a_photo(where: str, table: pa.Table, job: Job) -> pa.Table:
-    """Take lists of ids, separated by spaces, apart."""
+def _one_row_per_photo(where: str, table: pa.Table, job: Job) -> pa.Table:
+    """Split lists of ids, separated by spaces, into rows."""
     trimmed = pc.utf8_trim_whitespace(table[ID_LISTS])
     refuse_empty(where, ID_LISTS, trimmed)
     lists = pc.utf8_split_whitespace(trimmed).combine_chunks()
@@ -199,12 +211,12 @@ def _check_lengths(where: str, rule: PathRule, ids: pa.ChunkedArray, labels: pa.
             )
 
 
-def samples(found: pa.Table) -> Manifest:
-    """The photos of WebDataset's shards, which tell their labels themselves.
+def samples(hashes: pa.Table) -> Manifest:
+    """Return the photos of WebDataset's shards, which hold their labels themselves.
 
     Parameters
     ----------
-    found : pyarrow.Table
+    hashes : pyarrow.Table
         `HASHES_SCHEMA` rows of all shards, with labels.
 
     Raises
@@ -212,10 +224,10 @@ def samples(found: pa.Table) -> Manifest:
     InputError
         If there are none.
     """
-    if not found.num_rows:
+    if not hashes.num_rows:
         raise InputError(
             "the shards hold no photo with a label: expected WebDataset samples, KEY.jpg with KEY.cls beside it, or "
             "KEY.json with --label-field; or give a --manifest"
         )
-    found = found.sort_by([("key", "ascending"), ("label", "ascending")])
-    return check(pa.table({"id": found["key"], "label": found["label"], "path": found["key"]}), {})
+    rows = hashes.sort_by([("key", "ascending"), ("label", "ascending")])
+    return check(pa.table({"id": rows["key"], "label": rows["label"], "path": rows["key"]}), {})

@@ -1,4 +1,4 @@
-"""Plan first, then execute: which photos are read, and in which partitions. Pure but for reading the manifest."""
+"""Plan a run before it is executed: which photos are read, and in which partitions. Pure but for the manifest."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ from reducer.storage.tables import release_unused, with_column
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run does; ``RUN/plan.parquet`` keeps it.
+    """All photos of a run, and which of them are read where; ``RUN/plan.parquet`` keeps it.
 
     Attributes
     ----------
     job : Job
-        Whose plan it is.
+        Job that is planned.
     rows : pyarrow.Table
         `PLAN_SCHEMA` rows of all photos, of the chosen labels only, sorted by (label, id). The partitions are null
-        before `numbered`, and the paths where `reducer.storage.paths.with_paths` tells them.
+        before `numbered`, and the paths where `reducer.storage.paths.with_paths` makes them.
     manifest : mapping
-        What ``summary.json`` tells of the manifest.
+        Figures of the manifest for ``summary.json``.
     shards : tuple of Shard, optional
-        Where the photos lie in shards. The paths of the rows are what they are told by there (`member_keys`).
+        Shards that the photos lie in. The paths of the rows are then keys of the photos (`member_keys`).
     is_listed : bool
-        Whether the photos are known: not before shards are read that have to tell.
+        Whether the photos are known; without a manifest, shards have to be read first.
     """
 
     job: Job
@@ -59,20 +59,20 @@ class Plan:
 
     @cached_property
     def labels(self) -> Labels:
-        """The labels of all rows."""
+        """Labels of all rows."""
         return Labels.of(self.rows["label"])
 
     @cached_property
     def is_read(self) -> NDArray[np.bool_]:
-        """Which rows are read."""
-        found: NDArray[np.bool_] = pc.is_null(self.rows["reason"]).to_numpy()
-        return found
+        """True for rows that are read, shape (rows,)."""
+        mask: NDArray[np.bool_] = pc.is_null(self.rows["reason"]).to_numpy()
+        return mask
 
     @property
     def small(self) -> NDArray[np.bool_]:
-        """Which rows are of labels that are kept whole, unread."""
-        found: NDArray[np.bool_] = pc.fill_null(pc.equal(self.rows["reason"], KEPT_SMALL_LABEL), False).to_numpy()
-        return found
+        """True for rows of labels that are kept whole, unread, shape (rows,)."""
+        mask: NDArray[np.bool_] = pc.fill_null(pc.equal(self.rows["reason"], KEPT_SMALL_LABEL), False).to_numpy()
+        return mask
 
     @cached_property
     def read(self) -> pa.Table:
@@ -81,7 +81,7 @@ class Plan:
 
     @property
     def read_label(self) -> NDArray[np.int32]:
-        """The number of the label of each row to read."""
+        """Number of the label of each row to read."""
         return self.labels.of_row[self.is_read]
 
     @property
@@ -92,16 +92,16 @@ class Plan:
     @cached_property
     def always_kept_rows(self) -> NDArray[np.int64]:
         """``row`` of the photos that are always kept."""
-        found: NDArray[np.int64] = self.rows.filter(self.rows["always_keep"])["row"].to_numpy()
-        return found
+        rows: NDArray[np.int64] = self.rows.filter(self.rows["always_keep"])["row"].to_numpy()
+        return rows
 
     def assigned(self, threads: int) -> NDArray[np.int32]:
-        """The partition of each row to read.
+        """Assign each row to read to a partition.
 
         Parameters
         ----------
         threads : int
-            Worker threads in all; decides how many partitions there are, and nothing else.
+            Worker threads in all; decides the number of partitions, and nothing else.
 
         Returns
         -------
@@ -113,7 +113,7 @@ class Plan:
         return _assigned(self.job, self.read_label, threads)
 
     def numbered(self, threads: int) -> Plan:
-        """The same plan with its partitions, and of single files the pieces of labels too large for one."""
+        """Return this plan with its partitions, and for single files the pieces of labels too large for one task."""
         chosen = pa.array(self.is_read)
         nulls = pa.nulls(self.rows.num_rows, pa.int32())
         partition = pc.replace_with_mask(nulls, chosen, pa.array(self.assigned(threads)))
@@ -134,16 +134,16 @@ class Plan:
         return pieced_partitions(self.rows, self.shards is not None)
 
     def pieces(self, rows: pa.Table | None = None) -> Division:
-        """The rows of each piece by its number; parameters as for `partitions`."""
+        """Divide the rows into pieces by number; parameters as for `partitions`."""
         return self._divided("piece", rows)
 
     def with_all_ranked(self, threads: int) -> Plan:
-        """The same plan, but that labels which were kept whole are read too, in partitions behind the others.
+        """Return this plan with labels that were kept whole read too, in partitions after the others.
 
         Parameters
         ----------
         threads : int
-            As for `assigned`.
+            Worker threads in all.
         """
         small = self.small
         largest = pc.max(self.rows["partition"]).as_py()
@@ -156,17 +156,17 @@ class Plan:
         return replace(self, job=replace(self.job, rank_all=True), rows=rows)
 
     def partitions(self, rows: pa.Table | None = None) -> Division:
-        """The rows of each partition by its number, in the order in which they are to be done.
+        """Divide the rows into partitions by number, in the order in which they are to be done.
 
         Parameters
         ----------
         rows : pyarrow.Table, optional
-            The rows to read (`read`), in their order, with whatever else is known of them.
+            The rows to read (`read`), in their order, with further columns; default all rows of the plan.
         """
         return self._divided("partition", rows)
 
     def _divided(self, by: str, rows: pa.Table | None) -> Division:
-        """Rows by their number in a column of the plan; those without one, as all that are not read, are left out."""
+        """Divide rows by their number in a column of the plan; rows without one, such as unread ones, are left out."""
         number = pc.fill_null(self.rows[by], -1).to_numpy()
         if rows is None:
             return Division.by(number, self.rows.select(TASK_SCHEMA.names))
@@ -174,7 +174,7 @@ class Plan:
 
 
 def as_unread(rows: pa.Table) -> pa.Table:
-    """`LEDGER_SCHEMA` rows of photos that are not read, from those of `Plan.unread`."""
+    """Return `LEDGER_SCHEMA` rows of photos that are not read, from those of `Plan.unread`."""
     kept = pc.equal(rows["reason"], KEPT_SMALL_LABEL)
     known = {name: rows[name] for name in (*MANIFEST_SCHEMA.names, "reason")}
     known["kept"] = kept
@@ -184,9 +184,9 @@ def as_unread(rows: pa.Table) -> pa.Table:
 
 
 def pieced_partitions(rows: pa.Table, in_shards: bool) -> frozenset[int]:
-    """`Plan.pieced`, from the rows of a plan and whether its photos lie in shards."""
-    own = rows["partition"].drop_null() if in_shards else rows["partition"].filter(pc.is_valid(rows["piece"]))
-    return frozenset(pc.unique(own).to_pylist())
+    """Return `Plan.pieced`, from the rows of a plan and whether its photos lie in shards."""
+    partition = rows["partition"].drop_null() if in_shards else rows["partition"].filter(pc.is_valid(rows["piece"]))
+    return frozenset(pc.unique(partition).to_pylist())
 
 
 @dataclass(frozen=True)
@@ -196,11 +196,11 @@ class Labels:
     Attributes
     ----------
     names : list of str
-        Sorted.
+        Names, sorted.
     starts : ndarray of int64, shape (labels + 1,)
-        Where each begins, and the end.
+        First row of each label, and the end.
     of_row : ndarray of int32, shape (rows,)
-        The number of the label of each row.
+        Number of the label of each row.
     """
 
     names: list[str]
@@ -209,7 +209,7 @@ class Labels:
 
     @classmethod
     def of(cls, column: pa.ChunkedArray) -> Labels:
-        """Those of a column in which equal labels stand together."""
+        """Return the labels of a column in which equal labels stand together."""
         ends = pc.run_end_encode(column.combine_chunks(), run_end_type=pa.int64())
         starts = np.concatenate([[0], ends.run_ends.to_numpy()]).astype(np.int64)
         numbers = np.arange(len(starts) - 1, dtype=np.int32)
@@ -217,26 +217,26 @@ class Labels:
 
     @property
     def sizes(self) -> NDArray[np.int64]:
-        """Rows a label."""
+        """Rows per label."""
         return np.diff(self.starts)
 
 
 def make_plan(job: Job) -> Plan:
-    """Look for the photos, choose the labels, draw the candidates.
+    """Find the photos, choose the labels, draw the candidates.
 
     Parameters
     ----------
     job : Job
-        What to do.
+        Job to plan.
 
     Raises
     ------
     InputError
         If IMAGES, the manifest, the chosen labels or the ids to keep are wrong.
     """
-    found = find_shards(job)
-    shards = None if found is None else tuple(found)
-    keys = None if found is None else member_keys(job)
+    listed = find_shards(job)
+    shards = None if listed is None else tuple(listed)
+    keys = None if listed is None else member_keys(job)
     if keys is MemberKeys.SAMPLE:
         return Plan(job, PLAN_SCHEMA.empty_table(), {}, shards, is_listed=False)
     manifest = read_manifest(job, keys)
@@ -250,11 +250,11 @@ def plan_of(job: Job, manifest: Manifest, shards: tuple[Shard, ...] | None = Non
     Parameters
     ----------
     job : Job
-        What to do.
+        Job to plan.
     manifest : Manifest
         The photos.
     shards : tuple of Shard, optional
-        Where they lie.
+        Shards that they lie in.
 
     Raises
     ------
@@ -266,28 +266,17 @@ def plan_of(job: Job, manifest: Manifest, shards: tuple[Shard, ...] | None = Non
     chosen = _choose_labels(job, labels.names)
     always_keep = find_always_keep(job, table["id"])
     if chosen is not None:
-        own = np.isin(labels.of_row, chosen)
-        table, always_keep = table.filter(pa.array(own)), always_keep[own]
+        is_chosen = np.isin(labels.of_row, chosen)
+        table, always_keep = table.filter(pa.array(is_chosen)), always_keep[is_chosen]
         labels = Labels.of(table["label"])
-    names, starts, label_of_row, sizes = labels.names, labels.starts, labels.of_row, labels.sizes
-
-    wanted = np.bincount(label_of_row, weights=always_keep, minlength=len(sizes))
-    if job.keep is not None and wanted.max() > job.keep:
-        raise InputError(
-            f"--always-keep {job.always_keep}: {int(wanted.max())} ids are of the label "
-            f"{names[int(wanted.argmax())]!r}, over --keep {job.keep}: raise --keep or take ids out"
-        )
+    _check_always_keep(job, labels, always_keep)
+    sizes = labels.sizes
     ranked = np.ones(len(sizes), dtype=bool) if job.reads_all or job.keep is None else sizes > job.keep
-    read = ranked[label_of_row]
+    read = ranked[labels.of_row]
     if job.candidates is not None:
-        for label in np.flatnonzero(ranked & (sizes > job.candidates)).tolist():
-            start, stop = int(starts[label]), int(starts[label + 1])
-            ids = table["id"].slice(start, stop - start).to_pylist()
-            drawn = np.array(draw_order(CANDIDATES, job.seed, names[label], ids))
-            always = always_keep[start + drawn]
-            left_out = np.concatenate([drawn[always], drawn[~always]])[job.candidates :]
-            read[start + left_out] = False
-    _check_total(job, label_of_row[read], always_keep[read])
+        crowded = np.flatnonzero(ranked & (sizes > job.candidates))
+        read[_not_drawn(table["id"], labels, crowded, always_keep, job.candidates, job.seed)] = False
+    _check_total(job, labels.of_row[read], always_keep[read])
 
     reasons = pa.array([KEPT_SMALL_LABEL, NOT_SAMPLED])
     columns = {
@@ -295,20 +284,64 @@ def plan_of(job: Job, manifest: Manifest, shards: tuple[Shard, ...] | None = Non
         "always_keep": pa.array(always_keep),
         "partition": pa.nulls(table.num_rows, pa.int32()),
         "piece": pa.nulls(table.num_rows, pa.int32()),
-        "reason": reasons.take(pa.array(ranked[label_of_row].astype(np.int8), mask=read)),
+        "reason": reasons.take(pa.array(ranked[labels.of_row].astype(np.int8), mask=read)),
     }
     return Plan(
         job=job,
         rows=pa.table([columns[name] for name in PLAN_SCHEMA.names], schema=PLAN_SCHEMA),
-        manifest={
-            "rows": manifest.table.num_rows + manifest.duplicates,
-            "duplicate_rows": manifest.duplicates,
-            "ids_under_several_labels": manifest.shared_ids,
-            "ids_under_several_labels_examples": list(manifest.shared_examples),
-            "skipped_files": manifest.skipped_files,
-        },
+        manifest=manifest.figures(),
         shards=shards,
     )
+
+
+def _not_drawn(
+    ids: pa.ChunkedArray,
+    labels: Labels,
+    crowded: NDArray[np.int64],
+    always_keep: NDArray[np.bool_],
+    candidates: int,
+    seed: int,
+) -> NDArray[np.int64]:
+    """Draw the candidates of labels with more photos than that; photos that are always kept come first.
+
+    Parameters
+    ----------
+    ids : pyarrow.ChunkedArray of string, shape (rows,)
+        Ids of all rows.
+    labels : Labels
+        Labels of all rows.
+    crowded : ndarray of int64
+        Numbers of the labels to draw from.
+    always_keep : ndarray of bool, shape (rows,)
+        True for photos that are always kept.
+    candidates : int
+        Photos to draw per label.
+    seed : int
+        Seed of the draw.
+
+    Returns
+    -------
+    ndarray of int64
+        Rows that are not drawn.
+    """
+    rows = [np.empty(0, dtype=np.int64)]
+    for label in crowded.tolist():
+        start, stop = int(labels.starts[label]), int(labels.starts[label + 1])
+        label_ids = ids.slice(start, stop - start).to_pylist()
+        drawn = start + np.array(draw_order(CANDIDATES, seed, labels.names[label], label_ids))
+        always = always_keep[drawn]
+        rows.append(np.concatenate([drawn[always], drawn[~always]])[candidates:])
+    return np.concatenate(rows)
+
+
+def _check_always_keep(job: Job, labels: Labels, always_keep: NDArray[np.bool_]) -> None:
+    """Refuse more photos of a label that are always kept than a label may keep."""
+    wanted = np.bincount(labels.of_row, weights=always_keep, minlength=len(labels.names))
+    if job.keep is not None and wanted.max() > job.keep:
+        raise InputError(
+            f"--always-keep {job.always_keep}: {int(wanted.max())} ids are of the label "
+            f"{labels.names[int(wanted.argmax())]!r}, over --keep {job.keep}: raise --keep or take ids out"
+        )
 
 
 def _check_total(job: Job, label: NDArray[np.int32], always_keep: NDArray[np.bool_]) -> None:
@@ -329,10 +362,10 @@ def _check_total(job: Job, label: NDArray[np.int32], always_keep: NDArray[np.boo
 
 
 def _assigned(job: Job, label: NDArray[np.int32], threads: int, most: int | None = None) -> NDArray[np.int32]:
-    """The partition of each row, by the numbers of their labels; labels of more than `most` rows have one each."""
+    """Assign rows to partitions by the numbers of their labels; labels of more than `most` rows have one each."""
     photos = np.bincount(label)
     has_any = photos > 0
-    own, photos = np.cumsum(has_any) - 1, photos[has_any]
+    compact, photos = np.cumsum(has_any) - 1, photos[has_any]  # without the labels that have no rows
     partition = np.zeros(len(photos), dtype=np.int32)
     large = photos > (len(label) if most is None else most)
     if not large.all():
@@ -340,12 +373,12 @@ def _assigned(job: Job, label: NDArray[np.int32], threads: int, most: int | None
         partition[~large] = assign(photos[~large], partition_count(left, threads, job.partition_images))
     first = 0 if large.all() else int(partition[~large].max()) + 1
     partition[large] = np.arange(first, first + np.count_nonzero(large))
-    of_row: NDArray[np.int32] = partition[own][label]
+    of_row: NDArray[np.int32] = partition[compact][label]
     return of_row
 
 
 def _choose_labels(job: Job, names: list[str]) -> NDArray[np.int64] | None:
-    """Numbers of the labels of a trial run, or None for all."""
+    """Choose the labels of a trial run; return their numbers, sorted, or None for all."""
     if job.labels is None and job.limit_labels is None:
         return None
     number = {name: i for i, name in enumerate(names)}

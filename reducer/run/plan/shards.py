@@ -1,4 +1,4 @@
-"""Which tar shards IMAGES names, and the MD5 sums that were published of them."""
+"""Find the tar shards that IMAGES names, and the MD5 sums that were published of them."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ log = logging.getLogger("reducer")
 
 EXTENSION = ".tar"
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".tgz", ".tbz2", ".txz")
-#: So many names of a folder in a store are looked at to tell whether it holds shards or photos.
+#: Names of a folder in a store that are listed to tell whether it holds shards or photos.
 FIRST_NAMES = 1000
-#: What md5sum(1) writes, and what BSD's md5 does; a file of one sum may hold it alone.
+#: Lines of md5sum(1), and of BSD's md5; a file of one sum may hold the sum alone.
 MD5SUM = re.compile(r"(?P<sum>[0-9a-fA-F]{32})(?:\s+\*?(?P<name>.+))?")
 BSD_MD5 = re.compile(r"MD5 \((?P<name>.+)\) = (?P<sum>[0-9a-fA-F]{32})")
-#: What files of one sum are called: GLDv2's ``md5.images_000.txt``, ``images_000.tar.md5`` and the like.
+#: Names of files of one sum: GLDv2's ``md5.images_000.txt``, ``images_000.tar.md5`` and the like.
 MD5_NAME = re.compile(r"(?:md5\.)?(?P<stem>.+?)(?:\.tar)?(?:\.md5|\.txt|\.md5\.txt)?")
 
 
 def find_shards(job: Job) -> list[Shard] | None:
-    """The shards that IMAGES names: a ``.tar`` file, a glob of them, or a folder that holds them and no photos.
+    """Find the shards that IMAGES names: a ``.tar`` file, a glob of them, or a folder that holds them and no photos.
 
     Parameters
     ----------
     job : Job
-        Whose ``images`` it is.
+        Job whose ``images`` it is.
 
     Returns
     -------
     list of Shard or None
-        By their paths; None if IMAGES is a folder of single files.
+        Shards, sorted and numbered by path; None if IMAGES is a folder of single files.
 
     Raises
     ------
@@ -52,9 +52,9 @@ def find_shards(job: Job) -> list[Shard] | None:
         If there are none where there should be some, they are compressed, IMAGES cannot be listed, or a published MD5
         sum is missing.
     """
-    place = job.images_location
-    with explaining_errors(place, f"IMAGES {place.path} cannot be listed"):
-        files = _remote_files(place) if place.remote else _local_files(place.path)
+    location = job.images_location
+    with explaining_errors(location, f"IMAGES {location.path} cannot be listed"):
+        files = _remote_files(location) if location.remote else _local_files(location.path)
     if files is None:
         for name in ("md5", "label_field"):
             if getattr(job, name) is not None:
@@ -68,57 +68,60 @@ def find_shards(job: Job) -> list[Shard] | None:
 
 
 def _local_files(images: str) -> list[Shard] | None:
+    """Find shards on a disk, not numbered yet; None if there are single files."""
     if os.path.isdir(images):
         names = (f"{entry.name}/" if entry.is_dir() else entry.name for entry in os.scandir(images))
-        found = _names_of_shards(images, names)
-        paths = None if found is None else [os.path.join(images, name) for name in found]
+        shard_names = _names_of_shards(images, names)
+        paths = None if shard_names is None else [os.path.join(images, name) for name in shard_names]
     elif glob.has_magic(images):
         paths = _checked(images, [path for path in glob.glob(images, recursive=True) if not os.path.isdir(path)])
     elif _is_shard(images) and os.path.exists(images):
         paths = _checked(images, [images])
     else:
-        return None  # what is wrong with it is told where folders are looked into
+        return None  # `check_images` refuses it
     if paths is None:
         return None
     states = [(path, os.stat(path)) for path in map(absolute, paths)]
     return [Shard(0, path, state.st_size, state.st_mtime_ns) for path, state in states]
 
 
-def _remote_files(place: Location) -> list[Shard] | None:
-    system, root = place.open()
+def _remote_files(location: Location) -> list[Shard] | None:
+    """Find shards in a store, not numbered yet; None if there are single files."""
+    system, root = location.open()
     if glob.has_magic(root) and not system.isdir(root):
         details = system.glob(root, detail=True)
         files = [path for path, known in details.items() if known["type"] == "file"]
-        paths = _checked(place.path, [path for path in files if not posixpath.basename(path).startswith(".")])
+        paths = _checked(location.path, [path for path in files if not posixpath.basename(path).startswith(".")])
     elif _is_shard(root) and system.isfile(root):
         details = {root: system.info(root)}
-        paths = _checked(place.path, [root])
+        paths = _checked(location.path, [root])
     else:
-        if _names_of_shards(place.path, _first_names(place)) is None:
+        if _names_of_shards(location.path, _first_names(location)) is None:
             return None
         details = {known["name"]: known for known in system.ls(root, detail=True) if known["type"] == "file"}
         names = {posixpath.basename(path): path for path in details}
-        paths = [names[name] for name in _names_of_shards(place.path, names) or ()]
-    # Not all listings tell sizes: those of web servers do not.
+        paths = [names[name] for name in _names_of_shards(location.path, names) or ()]
+    # Not all listings hold sizes: those of web servers do not.
     known = {path: details[path] if details[path]["size"] is not None else system.info(path) for path in paths}
     return [_remote_shard(system.unstrip_protocol(path), known[path]) for path in paths]
 
 
-def _first_names(place: Location) -> list[str]:
-    """What lies in a folder of a store; folders end in a slash."""
-    system, root = place.open()
-    if not place.on_s3:
-        found = system.ls(root, detail=True)
-        return [posixpath.basename(k["name"]) + ("/" if k["type"] == "directory" else "") for k in found]
+def _first_names(location: Location) -> list[str]:
+    """List the first names in a folder of a store; those of folders end in a slash."""
+    system, root = location.open()
+    if not location.on_s3:
+        entries = system.ls(root, detail=True)
+        return [posixpath.basename(entry["name"]) + "/" * (entry["type"] == "directory") for entry in entries]
     bucket, prefix, _ = system.split_path(root)
     page = system.call_s3(
         "list_objects_v2", Bucket=bucket, Prefix=prefix and f"{prefix}/", Delimiter="/", MaxKeys=FIRST_NAMES
     )
-    files = [posixpath.basename(found["Key"]) for found in page.get("Contents", ())]
-    return files + [f"{posixpath.basename(found['Prefix'].rstrip('/'))}/" for found in page.get("CommonPrefixes", ())]
+    files = [posixpath.basename(entry["Key"]) for entry in page.get("Contents", ())]
+    return files + [f"{posixpath.basename(entry['Prefix'].rstrip('/'))}/" for entry in page.get("CommonPrefixes", ())]
 
 
 def _remote_shard(path: str, known: dict[str, Any]) -> Shard:
+    """Return a shard in a store from its entry in a listing."""
     if known["size"] is None:
         raise InputError(f"IMAGES: the size of {path} is not told there, so it cannot be read as a shard")
     changed, etag = known.get("LastModified"), known.get("ETag")
@@ -127,12 +130,12 @@ def _remote_shard(path: str, known: dict[str, Any]) -> Shard:
 
 
 def _is_shard(name: str) -> bool:
-    """Whether a file is called as tars are, compressed ones too, which are refused then."""
+    """Tell whether a file has the name of a tar; also of a compressed one, which is refused later."""
     return name.lower().endswith((EXTENSION, *COMPRESSED))
 
 
 def _names_of_shards(images: str, names: Iterable[str]) -> list[str] | None:
-    """Names of the shards in a folder, given all of its names; None if it holds photos or folders, or no shard."""
+    """Choose the shards among the names in a folder; None if it holds photos or folders, or no shard."""
     shards, single = [], False
     for name in names:
         if name.startswith(".") or not name:
@@ -155,7 +158,7 @@ def _names_of_shards(images: str, names: Iterable[str]) -> list[str] | None:
 
 
 def _checked(images: str, paths: list[str]) -> list[str]:
-    """Refuse what is no uncompressed tar."""
+    """Return paths of shards, and refuse any that is no uncompressed tar."""
     if not paths:
         raise InputError(f"IMAGES {images} matches nothing: give a folder, or a glob of {EXTENSION} files")
     for path in paths:
@@ -167,7 +170,7 @@ def _checked(images: str, paths: list[str]) -> list[str]:
 
 
 def _with_sums(job: Job, shards: list[Shard]) -> list[Shard]:
-    """The shards with the sums that were published of them."""
+    """Add to shards the sums that were published of them."""
     sums = _published(job)
     stems = [_stem(shard.path) for shard in shards]
     missing = [shard.path for shard, stem in zip(shards, stems, strict=True) if stem not in sums]
@@ -184,36 +187,36 @@ def _with_sums(job: Job, shards: list[Shard]) -> list[Shard]:
 
 
 def _published(job: Job) -> dict[str, set[str]]:
-    """Sums by the stems of the shards' names; more than one where they contradict each other."""
+    """Read sums by the stems of the shards' names; more than one where they contradict each other."""
     where = f"--md5 {job.md5}"
-    place = Location(job.md5 or "", job.storage_options if is_url(job.md5 or "") else {})
-    with explaining_errors(place, f"{where} cannot be read"):
-        system, root = place.open()
+    location = Location(job.md5 or "", job.storage_options if is_url(job.md5 or "") else {})
+    with explaining_errors(location, f"{where} cannot be read"):
+        system, root = location.open()
         if system.isdir(root):
             files = sorted(path for path in system.ls(root, detail=False) if path.endswith((".txt", ".md5")))
             if not files:
                 raise InputError(f"{where} holds no file that ends in .txt or .md5")
             contents = {path: content.decode() for path, content in system.cat(files).items()}
         else:
-            contents = {root: "\n".join(read_lines(where, place))}
+            contents = {root: "\n".join(read_lines(where, location))}
     sums: defaultdict[str, set[str]] = defaultdict(set)
     for path, text in contents.items():
         for line in filter(None, map(str.strip, text.splitlines())):
-            found = BSD_MD5.fullmatch(line) or MD5SUM.fullmatch(line)
-            if found is None:
+            match = BSD_MD5.fullmatch(line) or MD5SUM.fullmatch(line)
+            if match is None:
                 raise InputError(f"{where}: {path} holds {line[:80]!r}: expected what md5sum writes (a sum and a name)")
-            sums[_stem(found["name"] or _shard_of(path))].add(found["sum"].lower())
+            sums[_stem(match["name"] or _shard_of(path))].add(match["sum"].lower())
     return sums
 
 
 def _shard_of(path: str) -> str:
-    """The shard that a file with nothing but a sum is about, by its name."""
-    found = MD5_NAME.fullmatch(posixpath.basename(path))
-    assert found is not None
-    return found["stem"]
+    """Return the name of the shard that a file with nothing but a sum is about, by its own name."""
+    match = MD5_NAME.fullmatch(posixpath.basename(path))
+    assert match is not None
+    return match["stem"]
 
 
 def _stem(path: str) -> str:
-    """What a shard is called in lists of sums: its name without folders and extension."""
+    """Return the name of a shard without folders and extension, as lists of sums are matched by it."""
     name = posixpath.basename(path.replace(os.sep, "/"))
     return name[: -len(EXTENSION)] if name.lower().endswith(EXTENSION) else name
