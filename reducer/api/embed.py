@@ -123,7 +123,7 @@ def embed(job: Job, cluster: ClusterSpec | None = None, *, progress: bool = True
         if saved is None:
             plan = _in_pieces(plan, threads)
         todo = Remaining(plan, folder, threads, is_begun=saved is not None)
-        errand, workers = todo.pieces(), Workers(client, spec, progress)
+        errand, workers = todo.pieces(), Workers(client, spec)
         work = None if errand is None else workers.take(errand)
         if saved is not None and work is not None:
             with _named(folder):

@@ -88,7 +88,7 @@ def reduce_images(job: Job, cluster: ClusterSpec | None = None, *, progress: boo
         threads = thread_count(client, spec)
         plan = plan.numbered(threads)
         todo = Remaining(plan, folder, threads, avoid, reuse, is_begun=False, vectors=vectors)
-        workers = Workers(client, spec, progress)
+        workers = Workers(client, spec)
         work = workers.take(todo.first())
         if reuse is not None:
             reuse.check_environment(work.environment)
@@ -227,7 +227,7 @@ def resume(
             job = plan.job
         session.pieced = plan.pieced if plan.is_listed else None
         todo = Remaining(plan, folder, threads, avoid, reuse, failed, again, vectors=vectors)
-        workers = Workers(client, spec, progress)
+        workers = Workers(client, spec)
         work = workers.take(todo.first())
         if needed:
             fingerprint.check_environment(job, work.environment)

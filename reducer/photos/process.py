@@ -31,8 +31,6 @@ class PhotoResult:
     vector: builtins.bytes | None = None
 
 
-#: Gives the vectors of photos by their ids, or what is wrong with each.
-VectorsOf = Callable[[Sequence[str]], Sequence[bytes | str]]
 #: Looks at photos in turn: `process_photos`, or something that does so with more care.
 ProcessPhotos = Callable[[Sequence[PhotoRef], PhotoSettings, Source], Iterator[PhotoResult]]
 

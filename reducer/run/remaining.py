@@ -18,7 +18,7 @@ from reducer.run.join import join_plan, missing_error, unread_rows, with_results
 from reducer.run.known import Reuse, as_known, join_known
 from reducer.run.plan.manifest import samples
 from reducer.run.plan.plan import Plan, as_unread, plan_of
-from reducer.run.tasks.given_vectors import Routing
+from reducer.run.tasks.given_vectors import GivenVectors
 from reducer.run.tasks.messages import PieceReport, wanted_keys
 from reducer.run.tasks.tasks import Division, PartitionTasks, ShardTasks
 from reducer.run.tasks.vector_files import VectorFiles
@@ -166,9 +166,9 @@ class Remaining:
                 partitions |= self._hashed_in_pieces()
         left = partitions.without(names)
         left |= self._retried(partitions, names)
-        routing = None if self.vectors is None or not left else Routing.of(self.vectors, plan.job.source, left)
+        given = None if self.vectors is None or not left else GivenVectors(self.vectors, plan.job.source, left)
         trusted = pieced | frozenset(self.failed)
-        return PartitionTasks(plan.job, left, trusted, avoid=self.avoid, aside=self.spool, routing=routing)
+        return PartitionTasks(plan.job, left, trusted, avoid=self.avoid, aside=self.spool, given=given)
 
     def _retried(self, partitions: Division, names: Mapping[int, str]) -> dict[int, pa.Table]:
         """Return the rows of labels with failures in the partitions to retry, with what is known of their photos.

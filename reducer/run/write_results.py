@@ -132,6 +132,8 @@ def write_partitions(executor: InProcess | Dispatch, remaining: Remaining, monit
     assert isinstance(tasks, PartitionTasks)
     merges = bool(remaining.failed and not remaining.again)
     vector_parts = folder.vectors.names() if merges else []
+    if tasks.given is not None:
+        tasks.given.read(counters.progress)
     with monitor.results(executor, tasks.photos, " photos") as (results, bar):
         for result in results:
             assert isinstance(result, PartitionResult)

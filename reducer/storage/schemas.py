@@ -45,6 +45,14 @@ KNOWN_SCHEMA = pa.schema(
     ]
 )
 
+#: The vectors of photos that `--vectors` files give, in columns behind the others of a task's rows.
+GIVEN_SCHEMA = pa.schema(
+    [
+        _field("given_vector", pa.binary(), "unit vector, float16 numbers; null where none can be ranked"),
+        _field("given_error", pa.string(), "why there is no vector; null where there is one"),
+    ]
+)
+
 #: Where photos of shards lie, in columns behind the others of a row; null for single files.
 SHARD_POSITION_SCHEMA = pa.schema(
     [

@@ -11,22 +11,17 @@ from collections import Counter, deque
 from collections.abc import Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from operator import getitem
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from reducer.config.cluster import ClusterSpec
-from reducer.errors import ClusterError, InputError, ReducerError
+from reducer.errors import ClusterError
 from reducer.run.dask.check import check_photo_access, check_same_environment
 from reducer.run.dask.code import code_digest
 from reducer.run.dask.messages import RunContext, WorkerRejected, WorkItem
-from reducer.run.dask.worker import as_partition, routed, topic, unpacked
+from reducer.run.dask.worker import as_partition, topic, unpacked
 from reducer.run.tasks.environment import compare_with
 from reducer.run.tasks.messages import PartitionResult, PiecesResult
-from reducer.run.tasks.serial import reading
 from reducer.run.tasks.tasks import PartitionTasks, ShardTasks
-from reducer.run.tasks.vector_files import VectorFiles
 
 if TYPE_CHECKING:
     from dask.bag import Bag
@@ -40,8 +35,6 @@ WINDOW = 16
 MOST_BEAT = 10.0
 #: A partition that was lost so often, each time with several workers, is given up.
 MOST_ATTEMPTS = 5
-#: Seconds between two looks at how far the reading of vectors is.
-ROUTING_TICK = 0.05
 #: Seconds between two looks at the cluster, how long the scheduler may take to answer then, and how long a worker to
 #: hand over a result.
 TICK, ANSWER, HAND_OVER = 1.0, 10.0, 30.0
@@ -73,8 +66,6 @@ class Dispatch:
     before : Dispatch, optional
         What this one goes on from: what that one knows of the workers is not asked again, for now there may be none, or
         some that hang.
-    progress : bool
-        Whether to show a progress bar where vectors are read.
 
     Attributes
     ----------
@@ -93,9 +84,8 @@ class Dispatch:
         errand: PartitionTasks | ShardTasks,
         spec: ClusterSpec,
         before: Dispatch | None = None,
-        progress: bool = False,
     ) -> None:
-        self.client, self.errand, self.rules, self.progress = client, errand, spec.rules, progress
+        self.client, self.errand, self.rules = client, errand, spec.rules
         self.may_restart = spec.address is None
         if before is None:
             self.environment = check_same_environment(client, errand.job.photo_settings)
@@ -130,8 +120,6 @@ class Dispatch:
             from dask.delayed import delayed
 
             self.shared = self._persist(delayed(unpacked, pure=False)(shared.tobytes(), shared.shape))
-        #: Of vectors that are given: those that each task of the routing has read, by the task and the bucket.
-        self.slices: dict[Any, Future[Any]] = {}
 
     def results(self) -> Generator[PartitionResult | PiecesResult]:
         """Run all partitions, pieces or shards.
@@ -148,7 +136,6 @@ class Dispatch:
         """
         self._listen()
         try:
-            self._route()
             while self.waiting or self.sent:
                 self._look_at_cluster()
                 self._fill_up()
@@ -160,41 +147,9 @@ class Dispatch:
         except OSError as error:
             raise ClusterError(f"the scheduler cannot be reached: {type(error).__name__}: {error}") from None
         finally:
-            self.slices = {}  # lest they stay on the disks of workers that go on
             with suppress(OSError):  # the scheduler may be gone
                 self.client.cancel([sent.future for sent in self.sent.values()], force=True)
                 self.client.unsubscribe_topic(topic(self.terms.run_token))
-
-    def _route(self) -> None:
-        """Have vectors that are given read, before partitions ask for them."""
-        routing = None if isinstance(self.errand, ShardTasks) else self.errand.routing
-        if routing is None:
-            return
-        from dask.delayed import delayed
-
-        routes = np.ascontiguousarray(routing.routes).view(np.uint8)
-        shared = self._persist(delayed(unpacked, pure=False)(routes.tobytes(), routes.shape))
-        name = f"route-{self.terms.run_token}"
-        graph: dict[Any, Any] = dict(shared.dask)
-        for task in routing.tasks:
-            graph[name, task.number] = (routed, task, shared.key)
-            for bucket in range(routing.buckets):
-                graph[f"slice-{name}", task.number, bucket] = (getitem, (name, task.number), bucket)
-        keys = [key for key in graph if key != shared.key]
-        futures = dict(zip(keys, self.client.get(graph, keys, sync=False), strict=True))
-        self.slices = {key[1:]: futures[key] for key in keys if key[0] != name}
-        left = {futures[name, task.number] for task in routing.tasks}
-        with reading(routing, self.progress) as bar:
-            while left:
-                self._look_at_cluster()
-                done = {future for future in left if future.status != "pending"}
-                for future in done:
-                    if future.status != "finished":
-                        raise _routing_failed(future)
-                bar.update(len(done))
-                left -= done
-                if not done:
-                    time.sleep(ROUTING_TICK)
 
     def _listen(self) -> None:
         self.client.subscribe_topic(topic(self.terms.run_token), self._on_sign)
@@ -216,21 +171,13 @@ class Dispatch:
         from distributed.client import futures_of
 
         self.windows += 1
-        bag = as_bag(f"work_off-{self.terms.run_token}-{self.windows}", window, self.shared, self._given(window))
+        bag = as_bag(f"work_off-{self.terms.run_token}-{self.windows}", window, self.shared)
         now = time.monotonic()
         allowed = None if workers is None else frozenset(workers)
         futures = {future.key: future for future in futures_of(self._persist(bag, workers))}
         for work, key in zip(window, bag.__dask_keys__(), strict=True):
             self.sent[key] = _Sent(work, futures[key], now, allowed)
             futures[key].add_done_callback(self.wake.put)
-
-    def _given(self, window: Sequence[WorkItem]) -> tuple[VectorFiles, list[list[Future[Any]]]] | None:
-        """The vectors of each partition of a window, where these are given."""
-        routing = None if isinstance(self.errand, ShardTasks) else self.errand.routing
-        if routing is None:
-            return None
-        buckets = (routing.bucket_of[work.task.index] for work in window)
-        return routing.files, [[self.slices[task.number, bucket] for task in routing.tasks] for bucket in buckets]
 
     def _persist(self, collection: Any, workers: list[str] | None = None) -> Any:
         with warnings.catch_warnings():
@@ -395,16 +342,7 @@ class Dispatch:
         return True
 
 
-def _routing_failed(future: Future[Any]) -> ReducerError:
-    error = future.exception(timeout=HAND_OVER) if future.status == "error" else RuntimeError(future.status)
-    if isinstance(error, InputError):
-        return InputError(f"a worker cannot read vectors: {error} (it must see the file: a shared folder, or S3)")
-    return ClusterError(f"vectors could not be read: {type(error).__name__}: {' '.join(str(error).split())}")
-
-
-def as_bag(
-    name: str, window: Sequence[WorkItem], shared: Any = None, given: tuple[VectorFiles, list[list[Any]]] | None = None
-) -> Bag:
+def as_bag(name: str, window: Sequence[WorkItem], shared: Any = None) -> Bag:
     """Partitions as a Dask bag, one element each, and one task each.
 
     ``from_sequence(window).map(work_off)`` would make two tasks of each: the second, for which nothing is left to do,
@@ -418,15 +356,10 @@ def as_bag(
         The partitions.
     shared : dask.delayed.Delayed, optional
         What all of them need.
-    given : (VectorFiles, list of list of distributed.Future), optional
-        Where vectors come from, and the slices that hold those of each partition.
     """
     from dask.bag import Bag
     from dask.highlevelgraph import HighLevelGraph
 
     held, above = (None, []) if shared is None else (shared.key, [shared])
     graph: dict[Any, Any] = {(name, number): (as_partition, work, held) for number, work in enumerate(window)}
-    if given is not None:
-        files, slices = given
-        graph = {key: (*task, files, own) for (key, task), own in zip(graph.items(), slices, strict=True)}
     return Bag(HighLevelGraph.from_collections(name, graph, dependencies=above), name, len(window))

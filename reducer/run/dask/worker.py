@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from reducer.config.settings import PhotoSettings, Source
 from reducer.errors import InputError
-from reducer.photos.process import PhotoResult, ProcessPhotos, VectorsOf, process_photos
+from reducer.photos.process import PhotoResult, ProcessPhotos, process_photos
 from reducer.photos.sandbox import (
     MEMORY_SHARE,
     CannotStart,
@@ -26,11 +26,9 @@ from reducer.photos.sandbox import (
 from reducer.run.dask.code import code_digest
 from reducer.run.dask.messages import RunContext, WorkerRejected, WorkItem
 from reducer.run.tasks.environment import environment
-from reducer.run.tasks.given_vectors import Given, RouteTask, Slice, route
 from reducer.run.tasks.hash_stage import InProcessProcessor, run_piece, run_shards
 from reducer.run.tasks.messages import PartitionResult, PiecesResult, ShardTask
 from reducer.run.tasks.rank_stage import run_partition
-from reducer.run.tasks.vector_files import VectorFiles
 from reducer.storage.location import ByteRange, PhotoRef
 
 if TYPE_CHECKING:
@@ -42,7 +40,7 @@ process_here: ProcessPhotos = process_photos
 
 
 def run_item(
-    work: WorkItem, shared: NDArray[np.uint8] | None = None, vectors_of: VectorsOf | None = None
+    work: WorkItem, shared: NDArray[np.uint8] | None = None
 ) -> PartitionResult | PiecesResult | WorkerRejected:
     """Run one partition, one piece or a few shards on the Dask worker that this is called on.
 
@@ -55,8 +53,6 @@ def run_item(
         The work.
     shared : ndarray of uint8, optional
         What all work of a run needs: for partitions the hashes to avoid, for shards the keys that are wanted.
-    vectors_of : callable, optional
-        Gives the vectors of a partition's photos, where these are given.
 
     Returns
     -------
@@ -78,7 +74,7 @@ def run_item(
                 return run_shards(task, None if shared is None else shared.view(np.uint64).reshape(-1), looker)
         if task.is_piece:
             return run_piece(task, looker)
-        return run_partition(task, shared, looker.at_all, vectors_of, beat.steadily())
+        return run_partition(task, shared, looker.at_all, beat.steadily())
     except CannotStart as error:
         return WorkerRejected(worker.address, f"it cannot look at photos in a process of their own: {error}")
 
@@ -236,18 +232,10 @@ def read_failure(ref: PhotoRef, settings: PhotoSettings, source: Source) -> str 
 
 
 def as_partition(
-    work: WorkItem,
-    shared: NDArray[np.uint8] | None,
-    files: VectorFiles | None = None,
-    slices: Sequence[Slice] = (),
+    work: WorkItem, shared: NDArray[np.uint8] | None
 ) -> list[PartitionResult | PiecesResult | WorkerRejected]:
-    """`run_item` as one partition of a Dask bag, which holds one element."""
-    return [run_item(work, shared, None if files is None else Given(files, slices))]
-
-
-def routed(task: RouteTask, routes: NDArray[np.uint8]) -> list[Slice]:
-    """`reducer.run.tasks.given_vectors.route` on a worker, which takes what all need as bytes."""
-    return route(task, routes.view(np.uint64))
+    """Return the result of `run_item` as one partition of a Dask bag, which holds one element."""
+    return [run_item(work, shared)]
 
 
 def unpacked(content: bytes, shape: tuple[int, ...]) -> NDArray[np.uint8]:

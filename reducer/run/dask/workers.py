@@ -24,13 +24,10 @@ class Workers:
         Of a cluster; None for this process.
     spec : ClusterSpec
         Of the cluster.
-    progress : bool
-        Whether to show a progress bar where vectors are read.
     """
 
     client: Client | None
     spec: ClusterSpec
-    progress: bool = False
 
     def take(
         self, errand: PartitionTasks | ShardTasks, before: InProcess | Dispatch | None = None
@@ -50,6 +47,6 @@ class Workers:
             If workers differ in what decides hashes, or some of them cannot read the photos.
         """
         if self.client is None:
-            return InProcess(errand, self.progress)
+            return InProcess(errand)
         going_on = before if isinstance(before, Dispatch) else None
-        return Dispatch(self.client, errand, self.spec, going_on, self.progress)
+        return Dispatch(self.client, errand, self.spec, going_on)

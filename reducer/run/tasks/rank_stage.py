@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from reducer.config.settings import PhotoSettings, Source
 from reducer.photos.hashing import PhotoHash
-from reducer.photos.process import PhotoResult, ProcessPhotos, VectorsOf, embedded, process_photos
+from reducer.photos.process import PhotoResult, ProcessPhotos, embedded, process_photos
 from reducer.photos.reader import are_unchanged
 from reducer.photos.requests import FileState
 from reducer.run.tasks.messages import PartitionResult, PartitionTask, Tally
@@ -34,6 +34,7 @@ from reducer.storage.schemas import (
     BEYOND_KEEP,
     FAILED,
     FLAT,
+    GIVEN_SCHEMA,
     KEPT,
     KNOWN_SCHEMA,
     LEDGER_SCHEMA,
@@ -142,7 +143,6 @@ def run_partition(
     task: PartitionTask,
     avoid: Hashes | None = None,
     look: ProcessPhotos = process_photos,
-    vectors_of: VectorsOf | None = None,
     while_ranking: AbstractContextManager[object] | None = None,
 ) -> PartitionResult:
     """Hash and rank the photos of one partition.
@@ -155,8 +155,6 @@ def run_partition(
         Packed hashes; photos near one of them are not kept.
     look : callable
         What reads and hashes the photos.
-    vectors_of : callable, optional
-        Gives their vectors, where these are given.
     while_ranking : context manager, optional
         Entered while labels are ranked: a large one takes minutes.
 
@@ -174,7 +172,7 @@ def run_partition(
     if "always_keep" in table.column_names:
         always_keep = table["always_keep"].to_numpy()
     refs = photo_refs(task, table)
-    vectors = None if vectors_of is None else vectors_of(ids)
+    vectors = given_vectors(table)
     looks, now = photo_results(task, table, refs, look, vectors)
 
     near_avoided = np.zeros(len(looks), dtype=bool)
@@ -300,6 +298,14 @@ def known_results(table: pa.Table, bits: int) -> list[PhotoResult | None]:
         found = None if text is None else PhotoHash(from_hex(text, bits), width, height, kind, flat)
         looks.append(PhotoResult(found, size, mtime_ns, etag, error, vector=vector) if found or error else None)
     return looks
+
+
+def given_vectors(table: pa.Table) -> list[bytes | str] | None:
+    """Return the vectors that `--vectors` files give the rows of a task, or why there is none; None without files."""
+    if GIVEN_SCHEMA.names[0] not in table.column_names:
+        return None
+    vectors, errors = (table[name].to_pylist() for name in GIVEN_SCHEMA.names)
+    return [error or vector for vector, error in zip(vectors, errors, strict=True)]
 
 
 def _unchanged_since(

@@ -12,12 +12,12 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from reducer.config.job import Job, member_keys, path_rule
-from reducer.run.tasks.given_vectors import Routing
+from reducer.run.tasks.given_vectors import GivenVectors
 from reducer.run.tasks.messages import PartitionTask, ShardTask, WantedKeys
 from reducer.storage.codecs import Hashes, VectorSpool
 from reducer.storage.location import ByteRange, PhotoRef, Shard
 from reducer.storage.paths import with_paths
-from reducer.storage.schemas import KNOWN_SCHEMA, SHARD_POSITION_SCHEMA, to_ipc
+from reducer.storage.schemas import GIVEN_SCHEMA, KNOWN_SCHEMA, SHARD_POSITION_SCHEMA, to_ipc
 
 #: So many photos are tried to see whether workers can read them.
 FEW = 20
@@ -45,8 +45,8 @@ class PartitionTasks:
         Hashes to avoid.
     aside : VectorSpool, optional
         Holds the vectors that are known.
-    routing : Routing, optional
-        How vectors that are given come to partitions.
+    given : GivenVectors, optional
+        The vectors of `--vectors` files; to be read before the first task is made.
     """
 
     job: Job
@@ -55,7 +55,7 @@ class PartitionTasks:
     is_pieces: bool = False
     avoid: Hashes | None = None
     aside: VectorSpool | None = None
-    routing: Routing | None = None
+    given: GivenVectors | None = None
 
     @property
     def numbers(self) -> list[int]:
@@ -94,10 +94,14 @@ class PartitionTasks:
         if self.aside is not None and "known_vector" in columns:
             place = rows.schema.get_field_index("known_vector")
             rows = rows.set_column(place, "known_vector", self.aside.packed(rows["known_vector"]))
+        rows = rows.select(columns)
+        if self.given is not None:
+            for name, column in zip(GIVEN_SCHEMA.names, self.given.columns(index).columns, strict=True):
+                rows = rows.append_column(name, column)
         return PartitionTask(
             index=index,
             photos=rows.num_rows,
-            rows=to_ipc(rows.select(columns)),
+            rows=to_ipc(rows),
             settings=self.job.photo_settings,
             source=self.job.source,
             path_rule=rule,

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 import pyarrow as pa
@@ -43,7 +43,7 @@ class VectorFiles:
         One of lists of numbers, or one a dimension.
     dimensions : int
     groups : tuple of (int, int, int)
-        Row groups: number of the file, number in the file, bytes as they are stored.
+        Row groups: number of the file, number in the file, rows.
     digest : str
         SHA-256, in hex, of the files' footers, which tell sizes and extremes of all that is stored, and of samples of
         their bytes: what else they hold is read once only.
@@ -85,7 +85,7 @@ def find_vectors(job: Job) -> VectorFiles | None:
     found: tuple[tuple[str, ...], int] | None = None
     for number, place in enumerate(places):
         name = where if len(places) == 1 else f"{where}: {place.path}"
-        with _opened(name, place) as file:
+        with open_parquet(name, place) as file:
             metadata = file.metadata
             for sample in _samples(place):
                 digest.update(sample)
@@ -98,7 +98,7 @@ def find_vectors(job: Job) -> VectorFiles | None:
                     f"{', '.join(found[0][:3])}: give files that are alike"
                 )
             found = own
-            groups += [(number, group, _stored(metadata.row_group(group))) for group in range(metadata.num_row_groups)]
+            groups += [(number, n, metadata.row_group(n).num_rows) for n in range(metadata.num_row_groups)]
     if found is None:
         raise InputError(f"{where} holds no vector: it has no rows")
     columns, dimensions = found
@@ -131,7 +131,7 @@ def _files(where: str, place: Location) -> list[Location]:
 
 
 @contextmanager
-def _opened(where: str, place: Location, buffer: int = COLUMN_BUFFER) -> Iterator[pq.ParquetFile]:
+def open_parquet(where: str, place: Location, buffer: int = COLUMN_BUFFER) -> Iterator[pq.ParquetFile]:
     """A Parquet file, of which a little is in memory at a time; whatever is wrong with it names it."""
     try:
         with explaining_errors(place, where), _raw(place) as raw:
@@ -147,10 +147,6 @@ def _raw(place: Location) -> IO[bytes]:
     # Columns are read in turn: what a cache reads ahead would be of no use for the next one.
     file: IO[bytes] = system.open(path, "rb", cache_type="none")
     return file
-
-
-def _stored(group: Any) -> int:
-    return sum(group.column(number).total_compressed_size for number in range(group.num_columns))
 
 
 def vector_columns(

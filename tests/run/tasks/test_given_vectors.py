@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import gc
-import os
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +11,7 @@ import pytest
 from reducer import InputError, Job
 from reducer.config.settings import Source
 from reducer.run.tasks import given_vectors
-from reducer.run.tasks.given_vectors import Given, Routing, route
+from reducer.run.tasks.given_vectors import GivenVectors
 from reducer.run.tasks.vector_files import find_vectors
 from reducer.storage.codecs import as_units
 
@@ -46,12 +43,14 @@ def all_of(path: Path, partitions: dict[int, list[str]], **options: Any) -> dict
     """What each partition gets."""
     files = find_vectors(job(path, **options))
     assert files is not None
-    plan = Routing.of(files, Source(), {number: pa.table({"id": ids}) for number, ids in partitions.items()})
-    routed = [route(task, plan.routes) for task in plan.tasks]
-    return {
-        number: Given(files, [slices[plan.bucket_of[number]] for slices in routed])(ids)
-        for number, ids in partitions.items()
-    }
+    given = GivenVectors(files, Source(), {number: pa.table({"id": ids}) for number, ids in partitions.items()})
+    given.read()
+    found = {}
+    for number in partitions:
+        vectors, errors = (column.to_pylist() for column in given.columns(number).columns)
+        assert [vector is None for vector in vectors] == [error is not None for error in errors]
+        found[number] = [error or vector for vector, error in zip(vectors, errors, strict=True)]
+    return found
 
 
 def units(vectors: np.ndarray) -> list[bytes]:
@@ -87,8 +86,7 @@ def test_ids_are_text_whatever_they_are(tmp_path: Path, ids: Any) -> None:
 
 
 def test_any_division_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Row groups, tasks, batches, buckets, files: nothing of it shows."""
-    monkeypatch.setattr(given_vectors, "TASK_BYTES", 1000)
+    """Row groups, batches, partitions, files: nothing of it shows."""
     monkeypatch.setattr(given_vectors, "BATCH_BYTES", 4 * 6 * 7)
     shuffled = np.random.default_rng(1).permutation(200)
     (tmp_path / "files").mkdir()
@@ -97,9 +95,7 @@ def test_any_division_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "files" / "_SUCCESS").touch()
     partitions = {5: IDS[:90], 9: IDS[80:120], 2: IDS[120:121], 3: IDS[150:]}  # some ids in two of them
     expected = {number: [units(VECTORS)[IDS.index(name)] for name in ids] for number, ids in partitions.items()}
-    for most in (4096, 20):
-        monkeypatch.setattr(given_vectors, "MOST_SLICES", most)
-        assert all_of(tmp_path / "files", partitions) == expected
+    assert all_of(tmp_path / "files", partitions) == expected
 
 
 def test_what_is_wrong_with_a_vector_is_told_of_its_photo(tmp_path: Path) -> None:
@@ -179,23 +175,6 @@ def test_very_many_columns_are_read_a_few_at_a_time(tmp_path: Path, monkeypatch:
     assert all_of(tmp_path / "v.parquet", {0: IDS}) == {0: units(vectors)}
 
 
-def test_slices_land_on_disk_where_they_are_sent_and_go_with_the_last_who_has_them(tmp_path: Path) -> None:
-    files = find_vectors(job(written(tmp_path / "v.parquet")))
-    assert files is not None
-    plan = Routing.of(files, Source(), {0: pa.table({"id": IDS[:50]}), 1: pa.table({"id": IDS[50:]})})
-    here = route(plan.tasks[0], plan.routes)
-    sent = pickle.loads(pickle.dumps(here[1]))
-    assert sent.spill.path != here[1].spill.path
-    assert Given(files, [sent])(IDS[50:]) == units(VECTORS)[50:]
-    assert Given(files, [here[1]])(IDS[50:]) == units(VECTORS)[50:]
-    assert os.path.getsize(sent.spill.path) < os.path.getsize(here[1].spill.path)
-    paths = [sent.spill.path, here[0].spill.path]
-    assert all(map(os.path.exists, paths))
-    del sent, here
-    gc.collect()
-    assert not any(map(os.path.exists, paths))
-
-
 def test_a_file_of_one_row_group_takes_little_memory(tmp_path: Path) -> None:
     """100,000 x 256 numbers, 102 MB in one row group: a few batches of them are in memory."""
     count, dimensions = 100_000, 256
@@ -210,13 +189,13 @@ def test_a_file_of_one_row_group_takes_little_memory(tmp_path: Path) -> None:
     assert files is not None
     assert len(files.groups) == 1
     wanted = [f"{i:08}" for i in range(0, count, 2)]
-    plan = Routing.of(files, Source(), {0: pa.table({"id": wanted[:9]}), 1: pa.table({"id": wanted[9:]})})
+    given = GivenVectors(files, Source(), {0: pa.table({"id": wanted[:9]}), 1: pa.table({"id": wanted[9:]})})
     before = pa.total_allocated_bytes()
     pool = pa.default_memory_pool()
-    slices = route(plan.tasks[0], plan.routes)
+    given.read()
     assert pa.total_allocated_bytes() - before < 2**20
     assert (pool.max_memory() or 0) < 2**30
-    assert sum(batch.num_rows for piece in slices for batch in piece.batches()) == 50_000
+    assert given.columns(1)["given_vector"].null_count == 0
 
 
 @pytest.mark.parametrize(
