@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from reducer.config.cluster import ClusterSpec
 from reducer.config.job import Job, path_rule
+from reducer.config.resolved import resolve
 from reducer.errors import InputError, TooManyFailuresError
 from reducer.run.counters import Counters
 from reducer.run.dask.connect import refuse_import_of_main
@@ -103,10 +104,12 @@ def embed(job: Job, cluster: ClusterSpec | None = None, *, progress: bool = True
         raise InputError("embed needs a model: give --embed MODEL.onnx")
     spec, target = cluster or ClusterSpec(), job.output_location
     _check_target(target, job.overwrite)
-    job = replace(job, output=f"{job.output}{PARTS}", overwrite=True, candidates=None, rank_all=True, report=False)
+    asked = replace(job, output=f"{job.output}{PARTS}", overwrite=True, candidates=None, rank_all=True, report=False)
+    job = resolve(asked)
     session = Counters(job.hash_size**2, "cosine", progress)
     folder = RunFolder(job.output_location)
     with session.timing("plan"):
+        job = job.with_model()
         check_vectors(job)
         saved = folder.plan.read() if folder.is_run() else None
         if saved is None:

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 
 from reducer.config.cluster import ClusterSpec
 from reducer.config.job import Job, path_rule
+from reducer.config.resolved import resolve
 from reducer.config.settings import SAMPLE_PHOTOS, PhotoSettings
 from reducer.draw import TIME_SAMPLE, draw_order
 from reducer.photos.process import PhotoResult, embedded, process_photos
@@ -102,6 +103,7 @@ def forecast(job: Job, cluster: ClusterSpec | None = None, *, sample: int = SAMP
         As for `reducer.reduce_images`.
     """
     RunFolder(job.output_location).check_free(overwrite=job.overwrite, break_lock=job.break_lock)
+    job = resolve(job).with_model()
     check_vectors(job)
     if not job.hashes_photos:
         sample = 0

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from reducer.api.result import Result
 from reducer.config.cluster import ClusterSpec
 from reducer.config.job import Job
+from reducer.config.resolved import ResolvedJob, resolve
 from reducer.errors import InputError, LostLockError, TooManyFailuresError
 from reducer.run.counters import Counters
 from reducer.run.dask.connect import refuse_import_of_main
@@ -74,10 +75,12 @@ def reduce_images(job: Job, cluster: ClusterSpec | None = None, *, progress: boo
     """
     refuse_import_of_main()
     spec = cluster or ClusterSpec()
+    job = resolve(job)
     session = Counters(job.hash_size**2, job.settings_without_model.unit, progress)
     folder = RunFolder(job.output_location)
     folder.check_free(overwrite=job.overwrite, break_lock=job.break_lock)
     with session.timing("plan"):
+        job = job.with_model()
         vectors = check_vectors(job)
         plan = make_plan(job)
         avoid = read_avoided(job)
@@ -186,7 +189,7 @@ def resume(
             raise InputError(f"the run in {run} was begun anew meanwhile: look with reducer status {run}")
         rows, terms = saved
         avoid = folder.plan.read_avoid()
-        job = replace(job_of(summary, changes), rank_all=terms["rank_all"])
+        job = resolve(replace(job_of(summary, changes), rank_all=terms["rank_all"]))
         fingerprint = Fingerprint.from_dict(terms["fingerprint"])
         fingerprint.check_settings(job, avoid)
         session = Counters(job.hash_size**2, job.settings_without_model.unit, progress)
@@ -218,6 +221,8 @@ def resume(
             check_storage_options(summary, job)
             if plan.shards is None:
                 check_images(job)
+            job = job.with_model()
+            plan = replace(plan, job=job)
             reuse = None if job.reuse is None else _reuse_again(job)
         vectors = check_vectors(job) if needed else None
         client = open_client(spec, session, open_cluster, job if needed else None)
@@ -329,7 +334,7 @@ def _is_planned(folder: RunFolder, summary: dict[str, Any]) -> bool:
     return False
 
 
-def _reuse_again(job: Job) -> Reuse | None:
+def _reuse_again(job: ResolvedJob) -> Reuse | None:
     """The run whose hashes are taken may be gone by now: then photos are read."""
     try:
         return Reuse(job)
@@ -339,7 +344,7 @@ def _reuse_again(job: Job) -> Reuse | None:
 
 
 def _draw_report(
-    folder: RunFolder, job: Job, session: Counters, client: Client | None = None, left_out: Collection[str] = ()
+    folder: RunFolder, job: ResolvedJob, session: Counters, client: Client | None = None, left_out: Collection[str] = ()
 ) -> None:
     """The run is done: whatever goes wrong with its report does not undo it."""
     if not job.report:
@@ -356,7 +361,7 @@ def _draw_report(
         log.warning("the report was not drawn: %s. To try again: reducer report %s", error, folder.path)
 
 
-def _result(folder: RunFolder, job: Job, session: Counters) -> Result:
+def _result(folder: RunFolder, job: ResolvedJob, session: Counters) -> Result:
     total, summary = session.total, folder.read_summary()
     failed = summary["reasons"].get(FAILED, 0)
     tried = total.tried

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from reducer.config.job import Job
+from reducer.config.resolved import ResolvedJob
 from reducer.errors import InputError, nearest
 from reducer.formatting import clip, format_distance
 from reducer.run.folder import REPORT, RunFolder
@@ -47,7 +47,7 @@ class Result:
     output: Path | str
     summary: dict[str, Any] = field(repr=False)
     _folder: RunFolder = field(repr=False)
-    _job: Job = field(repr=False)
+    _job: ResolvedJob = field(repr=False)
 
     @property
     def reduced(self) -> pd.DataFrame:

@@ -35,7 +35,8 @@ from reducer.cli.output import (
     print_story,
 )
 from reducer.config.cluster import ClusterSpec
-from reducer.config.job import DEFAULT_KEEP, GLDV2_TEMPLATE, Job
+from reducer.config.cut_rules import DEFAULT_KEEP
+from reducer.config.job import GLDV2_TEMPLATE, Job
 from reducer.config.settings import (
     DECODE_NAMES,
     FORMATS,

@@ -13,16 +13,16 @@ from reducer.formatting import parse_bytes
 
 
 def channels(name: str, value: object) -> tuple[float, ...]:
-    """Three numbers, of the red, green and blue channel, from a sequence or from text with commas.
+    """Return three numbers, for the red, green and blue channel, from a sequence or from text with commas.
 
     Raises
     ------
     InputError
-        If it is something else; names the flag.
+        If the value is something else; names the flag.
     """
-    found = value.split(",") if isinstance(value, str) else value
+    parts = value.split(",") if isinstance(value, str) else value
     try:
-        numbers = tuple(float(number) for number in found)  # type: ignore[attr-defined]
+        numbers = tuple(float(number) for number in parts)  # type: ignore[attr-defined]
     except (TypeError, ValueError):
         numbers = ()
     if len(numbers) != 3 or not all(map(math.isfinite, numbers)):
@@ -31,7 +31,7 @@ def channels(name: str, value: object) -> tuple[float, ...]:
 
 
 def file_digest(where: str, path: str) -> str:
-    """SHA-256 of a local file, in hex; read once while it stays as it is.
+    """Return the SHA-256 of a local file, in hex; the file is read once while its size and mtime stay the same.
 
     Raises
     ------
@@ -39,8 +39,8 @@ def file_digest(where: str, path: str) -> str:
         If it cannot be read.
     """
     try:
-        found = os.stat(path)
-        return _digest(path, found.st_size, found.st_mtime_ns)
+        state = os.stat(path)
+        return _digest(path, state.st_size, state.st_mtime_ns)
     except OSError as error:
         raise InputError(f"{where} {path} cannot be read: {error.strerror or error}") from None
 
@@ -52,17 +52,29 @@ def _digest(path: str, size: int, mtime_ns: int) -> str:
 
 
 def choose(name: str, value: str, known: tuple[str, ...]) -> None:
-    """Refuse a value that is not one of the known ones."""
+    """Refuse a value that is not one of the known values.
+
+    Raises
+    ------
+    InputError
+        Naming the flag, the nearest known value and all known values.
+    """
     if value not in known:
         raise InputError(f"{flag(name)} {value!r}{nearest(str(value), known)}: expected one of {', '.join(known)}")
 
 
 def known_keys(where: str, content: object, known: tuple[str, ...]) -> dict[str, Any]:
-    """Check that a YAML mapping has only known keys, and return it."""
+    """Check that a YAML mapping has only known keys, and return it.
+
+    Raises
+    ------
+    InputError
+        If it is no mapping, or has another key.
+    """
     if not isinstance(content, dict):
         # Not the value itself: it may be a secret.
-        found = "nothing" if content is None else f"a {type(content).__name__}"
-        raise InputError(f"{where}: expected the keys {', '.join(known)}; found {found}")
+        kind = "nothing" if content is None else f"a {type(content).__name__}"
+        raise InputError(f"{where}: expected the keys {', '.join(known)}; found {kind}")
     for key in content:
         if key not in known:
             raise InputError(f"{where}: unknown key {key!r}{nearest(str(key), known)}; known are {', '.join(known)}")
@@ -70,12 +82,12 @@ def known_keys(where: str, content: object, known: tuple[str, ...]) -> dict[str,
 
 
 def bytes_of(name: str, text: str) -> int:
-    """Bytes, from what people write.
+    """Return a number of bytes from text such as ``20GB``.
 
     Raises
     ------
     InputError
-        If it is none; names the flag.
+        If the text is no number of bytes; names the flag.
     """
     try:
         return parse_bytes(text)
@@ -86,11 +98,29 @@ def bytes_of(name: str, text: str) -> int:
 
 
 def check_count(name: str, value: object) -> None:
-    """Refuse what is no whole number of 1 or more; None will do."""
+    """Refuse a value that is neither None nor a whole number of 1 or more.
+
+    Raises
+    ------
+    InputError
+        Naming the flag.
+    """
     if value is not None and (not isinstance(value, int) or value < 1):
         raise InputError(f"{flag(name)} is {value!r}: expected a whole number of 1 or more")
 
 
+def check_bits(name: str, value: object, bits: int) -> None:
+    """Refuse a distance that is no whole number of bits from 0 to those of a hash.
+
+    Raises
+    ------
+    InputError
+        Naming the flag.
+    """
+    if not isinstance(value, int) or not 0 <= value <= bits:
+        raise InputError(f"{flag(name)} is {value!r}: expected a whole number of bits from 0 to {bits}")
+
+
 def flag(name: str) -> str:
-    """A field's name as the command line writes it."""
+    """Return the flag of a field, as the command line writes it."""
     return "--" + name.replace("_", "-")

@@ -1,33 +1,35 @@
-"""Which of the ranked photos are kept: the rules. `reducer.selection.rules` goes by them."""
+"""Rules for which of the ranked photos are kept. `reducer.selection.rules` applies them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from reducer.config.checks import bytes_of, check_count
 from reducer.errors import InputError
 
+#: Photos kept per label in a run, where nothing else bounds the reduced list.
+DEFAULT_KEEP = 25
 #: Photos of each label that a budget must leave room for.
 DEFAULT_MIN_PER_LABEL = 1
 
 
 @dataclass(frozen=True)
 class CutRules:
-    """Which of the ranked photos are kept, in order of meaning.
+    """Rules for which of the ranked photos are kept, in the order in which they apply.
 
     Attributes
     ----------
     min_distance : float, optional
         First: of each label, rank 0 and the photos with at least this insertion distance, in bits.
     keep : int, optional
-        Then: at most so many of these a label, by rank.
+        Then: at most this number of photos per label, by rank.
     total, max_bytes : int, optional
-        Then a budget, at most one: so many photos, or bytes of photos (text such as ``20GB``, 20 x 10^9, or ``20GiB``
-        becomes a number), of all labels. Every label first gets ``min_per_label``, the rest goes over all labels by
-        effective distance: the smallest insertion distance among the photos of the label that are left up to this one.
-        It ends at the first photo that does not fit.
+        Then a budget over all labels, at most one: a number of photos, or bytes of photos (text such as ``20GB``,
+        20 x 10^9, or ``20GiB`` becomes a number). Every label first gets ``min_per_label`` photos; the rest of the
+        budget goes to photos of all labels by falling effective distance: the smallest insertion distance among this
+        photo and those of its label that are left and rank before it. It ends at the first photo that does not fit.
     min_per_label : int, optional
-        With a budget; default 1.
+        Photos of each label that a budget must leave room for; default 1.
 
     Raises
     ------
@@ -60,6 +62,15 @@ class CutRules:
     def has_budget(self) -> bool:
         """Whether photos compete with those of other labels."""
         return self.total is not None or self.max_bytes is not None
+
+    @property
+    def needs_all_ranks(self) -> bool:
+        """Whether photos can be chosen only when all are ranked."""
+        return self.min_distance is not None or self.has_budget
+
+    def with_default_keep(self) -> CutRules:
+        """Return the rules of a run, which keeps `DEFAULT_KEEP` photos per label unless it has another limit."""
+        return self if self.keep is not None or self.has_budget else replace(self, keep=DEFAULT_KEEP)
 
     @property
     def guaranteed(self) -> int:

@@ -1,4 +1,4 @@
-"""The part of a job that workers need, and the names that its options may take."""
+"""The parts of a job that workers need, and the values that its options may take."""
 
 from __future__ import annotations
 
@@ -8,36 +8,36 @@ from typing import Any
 
 STRATEGY_NAMES = ("farthest-first", "facility-location", "pairs", "random")
 HASH_NAMES = ("dhash", "dhash-vertical", "phash", "ahash", "whash")
-#: Bits of a hash are the square of its size.
+#: Size of a hash; it has the square of its size in bits.
 SMALLEST_HASH, LARGEST_HASH = 2, 32
 DECODE_NAMES = ("fast", "fastest", "exact")
 FORMATS = ("csv", "parquet", "both")
 STORAGE_OPTIONS = ("storage_options", "manifest_storage_options", "output_storage_options")
 READER_NAMES = ("s3fs", "obstore")
-#: How exported photos lie, and bytes of a shard of them.
+#: How exported photos are laid out, and bytes per exported shard.
 LAYOUT_NAMES = ("same", "by-label", "tar")
 SHARD_BYTES = "1GB"
 #: Pictures of photos in a report.
 GALLERY_PHOTOS = 400
 #: Photos that a dry run reads to estimate the time.
 SAMPLE_PHOTOS = 64
-#: What an embedding model is given, unless it is said otherwise: the means and deviations of ImageNet's channels.
+#: Input of an embedding model by default: pixels per side, photos per batch, ImageNet's channel means and deviations.
 EMBED_SIZE, EMBED_BATCH = 224, 32
 EMBED_MEAN, EMBED_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
 class Source:
-    """How photos are read; travels to the workers.
+    """Settings for reading photos; sent to the workers.
 
     Attributes
     ----------
     options : mapping
-        For URLs: what opens them; may hold secrets.
+        fsspec options that open URLs; may hold secrets.
     reader : str
-        One of `reducer.config.settings.READER_NAMES`, for ``s3://``.
+        Client for ``s3://``, one of `READER_NAMES`.
     read_ahead : int
-        Photos of a URL that are under way at a time, for each worker thread; of shards a quarter as many blocks.
+        Photos of a URL that are requested ahead, per worker thread; of shards a quarter as many blocks.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict, repr=False)
@@ -47,20 +47,20 @@ class Source:
 
 @dataclass(frozen=True)
 class EmbedSettings:
-    """All that decides the vector that a model makes of a photo.
+    """Settings that decide the vector of a photo.
 
     Attributes
     ----------
     model : str
         SHA-256 of the model file, in hex.
     size : int
-        Side of the square that the model is given, in pixels.
+        Side of the square input of the model, in pixels.
     mean, std : tuple of float
-        Of the red, green and blue channel, 0 to 1: the first is subtracted, then the second divided by.
+        For the red, green and blue channel, whose levels are 0 to 1: the mean is subtracted, the result divided by std.
     batch : int
-        Photos that the model is given at a time.
+        Photos per call of the model.
     output : str or None
-        Which of its outputs holds the vectors; None for the only one.
+        Name of the model's output that holds the vectors; None for the only output.
     """
 
     model: str
@@ -73,18 +73,18 @@ class EmbedSettings:
 
 @dataclass(frozen=True)
 class PhotoSettings:
-    """All that decides the hash and the rank of a photo, as a worker needs it.
+    """Settings that decide the hash and the rank of a photo; sent to the workers.
 
     Attributes
     ----------
     keep : int or None
-        Photos kept a label; None for all.
+        Photos kept per label; None for all.
     strategy : str
         One of `STRATEGY_NAMES`.
     hash : str
         One of `HASH_NAMES`.
     hash_size : int
-        Rows of the hash, of so many bits each.
+        Rows of the hash, and bits per row.
     decode : str
         One of `DECODE_NAMES`.
     exif_orientation : bool
@@ -92,7 +92,7 @@ class PhotoSettings:
     drop_flat : bool
         Whether photos without detail are left out.
     avoid_distance : int
-        A photo at most so many bits from one to avoid is left out.
+        A photo is left out if it is at most this number of bits from a photo to avoid.
     seed : int
         Seed of every keyed draw.
     max_pixels : int
@@ -102,9 +102,9 @@ class PhotoSettings:
     hashed : bool
         Whether photos are read and hashed.
     near_copy : int or None
-        At most so many bits apart photos are near copies, which come last; None where none does.
+        Photos at most this number of bits apart are near copies, which are ranked last; None to rank by vectors alone.
     embed : EmbedSettings or None
-        How their vectors are made; None where they are given, or not asked for.
+        How vectors are made; None where they are given, or not asked for.
     """
 
     keep: int | None
@@ -129,23 +129,24 @@ class PhotoSettings:
 
     @property
     def unit(self) -> str:
-        """What distances are told in."""
+        """Unit of distances, ``bits`` or ``cosine``."""
         return "cosine" if self.by_vectors else "bits"
 
 
 def unit_of(job: Mapping[str, Any]) -> str:
-    """What distances of a run are told in, by the job in its summary."""
+    """Return the unit of the distances of a run, ``bits`` or ``cosine``, from the job in its summary."""
     return "cosine" if job.get("vectors") or job.get("embed") else "bits"
 
 
 def default_strategy(by_vectors: bool) -> str:
-    """How photos are ranked where nothing else is asked for."""
+    """Return the strategy of a job that names none."""
     return "facility-location" if by_vectors else "farthest-first"
 
 
 def near_copy_bits(bits: int) -> int:
-    """At how many bits apart, of so many, two photos of a label still count as near copies.
+    """Return the distance in bits up to which two photos are near copies, for hashes of a number of bits.
 
-    It is 6 of dHash's 64: resizing, recompression and brightness stay within it, crops and flips do not.
+    It is 6 of dHash's 64 bits, in proportion: resizing, recompression and brightness stay within it, crops and flips
+    do not.
     """
     return 6 * bits // 64

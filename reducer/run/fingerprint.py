@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from reducer.config.checks import flag
 from reducer.config.job import Job
+from reducer.config.resolved import ResolvedJob
 from reducer.config.settings import STORAGE_OPTIONS
 from reducer.errors import InputError
 from reducer.run.tasks.environment import Environment, compare_with
@@ -66,7 +67,7 @@ class Fingerprint:
     environment: Environment
 
     @classmethod
-    def of(cls, job: Job, avoid: Hashes | None, environment: Environment) -> Fingerprint:
+    def of(cls, job: ResolvedJob, avoid: Hashes | None, environment: Environment) -> Fingerprint:
         """Return the fingerprint of a run that begins now.
 
         Raises
@@ -93,7 +94,7 @@ class Fingerprint:
         """Return the fingerprint that `as_dict` has written."""
         return cls(**content | {"environment": Environment(**content["environment"])})
 
-    def check_settings(self, job: Job, avoid: Hashes | None) -> None:
+    def check_settings(self, job: ResolvedJob, avoid: Hashes | None) -> None:
         """Refuse to resume a run with another job than it was begun with.
 
         Raises
@@ -102,13 +103,10 @@ class Fingerprint:
             Naming all that differs.
         """
         try:
-            now = settings_of(job)
+            now = settings_of(job.with_model())
         except InputError as error:
             log.warning("%s: whether it has changed cannot be told", error)
-            names = ("vectors", "near_copy", *EMBED_SETTINGS)
-            defaults: dict[str, Any] = {field.name: field.default for field in fields(Job) if field.name in names}
-            now = self.settings | settings_of(replace(job, **defaults))
-            now |= {name: self.settings[name] for name in (*names, "strategy")}
+            now = _settings(job, self.settings["vectors"], self.settings["embed"])
         changed = [
             _changed(name, job, self.settings.get(name), now.get(name))
             for name in dict.fromkeys([*self.settings, *now])
@@ -150,18 +148,24 @@ def _changed(name: str, job: Job, before: object, now: object) -> str:
     return f"{'IMAGES' if name == 'images' else flag(name)} was {before!r} and is {now!r}"
 
 
-def settings_of(job: Job) -> dict[str, Any]:
-    """The fields of a job that decide what is found, as JSON has them."""
-    fields = {name: value for name, value in asdict(job).items() if name not in INDIFFERENT}
+def settings_of(job: ResolvedJob) -> dict[str, Any]:
+    """Return the fields of a job that decide its results, as JSON has them.
+
+    Raises
+    ------
+    InputError
+        If the vectors cannot be read.
+    """
     files = find_vectors(job)
-    # By what they hold, wherever they lie.
-    told = {
-        "images": absolute(job.images),
-        "vectors": None if files is None else files.digest,
-        "embed": None if job.embed_settings is None else job.embed_settings.model,
-    }
-    found: dict[str, Any] = json.loads(json.dumps(fields | told))
-    return found
+    return _settings(job, None if files is None else files.digest, None if job.model is None else job.model.model)
+
+
+def _settings(job: ResolvedJob, vectors: str | None, model: str | None) -> dict[str, Any]:
+    """Return the fields of a job that decide its results, with digests in place of the paths of vectors and model."""
+    deciding = {name: value for name, value in job.as_asked().items() if name not in INDIFFERENT}
+    deciding |= {"images": absolute(job.images), "vectors": vectors, "embed": model}
+    settings: dict[str, Any] = json.loads(json.dumps(deciding))
+    return settings
 
 
 def manifest_digest(job: Job) -> str | None:

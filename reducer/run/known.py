@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from reducer.config.checks import flag
-from reducer.config.job import Job, member_keys, path_rule
+from reducer.config.job import Job, path_rule
+from reducer.config.resolved import ResolvedJob
 from reducer.errors import InputError
 from reducer.run.fingerprint import EMBED_SETTINGS, Fingerprint, settings_of
 from reducer.run.folder import RunFolder
@@ -42,7 +43,7 @@ class Reuse:
 
     Parameters
     ----------
-    job : Job
+    job : ResolvedJob
         Job whose ``reuse`` names the run.
 
     Attributes
@@ -58,9 +59,9 @@ class Reuse:
         If it is no run, or its hashes are not what this job would find.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: ResolvedJob) -> None:
         self.job = job
-        self.folder = folder = RunFolder(job.reuse_place)
+        self.folder = folder = RunFolder(job.reuse_location)
         try:
             summary = folder.summary()
         except InputError as error:
@@ -78,8 +79,7 @@ class Reuse:
         self.known = as_known(self.ledger)
         self.shards = {shard.path: shard for shard in folder.plan.read_shards() or ()}
         own = summary["job"]
-        told_by = {name: own[name] for name in ("manifest", "path_column", "path_template")}
-        then = member_keys(replace(job, **told_by, label_field=None, manifest_storage_options={}))
+        then = member_keys_by(own["manifest"], own["path_column"], own["path_template"])
         #: Keys of the photos that were looked for in the shards; None for all photos that the shards hold.
         self.looked_for = None if then is MemberKeys.SAMPLE else plan["path"].combine_chunks()
         self.keys_then = then

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from reducer.config.cluster import ClusterSpec
-from reducer.config.job import Job
+from reducer.config.resolved import ResolvedJob
 from reducer.photos.model import PATHS, loaded
 from reducer.run.counters import Counters
 from reducer.run.dask.check import model_everywhere
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("reducer")
 
 
-def check_vectors(job: Job) -> VectorFiles | None:
+def check_vectors(job: ResolvedJob) -> VectorFiles | None:
     """What a job ranks by, if that is vectors; whatever is wrong with it shows before a cluster starts.
 
     Raises
@@ -34,11 +34,10 @@ def check_vectors(job: Job) -> VectorFiles | None:
     InputError
         If the vectors or the model cannot be read, or are not what they should be.
     """
-    embed = job.embed_settings
-    if embed is not None and job.embed is not None:
-        PATHS.setdefault(embed.model, []).append(job.embed)
+    if job.model is not None and job.embed is not None:
+        PATHS.setdefault(job.model.model, []).append(job.embed)
         if importlib.util.find_spec("onnxruntime") is not None:  # only the workers need it
-            loaded(embed)
+            loaded(job.model)
     if job.by_vectors and job.strategy == "farthest-first":
         log.warning(
             "--strategy farthest-first on vectors seeks out what is odd: wrong labels and other mistakes come first "
@@ -48,7 +47,9 @@ def check_vectors(job: Job) -> VectorFiles | None:
     return find_vectors(job)
 
 
-def open_client(spec: ClusterSpec, session: Counters, open_cluster: ExitStack, job: Job | None) -> Client | None:
+def open_client(
+    spec: ClusterSpec, session: Counters, open_cluster: ExitStack, job: ResolvedJob | None
+) -> Client | None:
     """A client, whose workers have the model of the job; None where there is nothing to do, or no cluster."""
     with session.timing("cluster_start"):
         client = open_cluster.enter_context(connect(spec)) if job is not None and not spec.serial else None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import uuid
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,8 @@ import pyarrow.compute as pc
 
 from reducer.config.cluster import ClusterSpec
 from reducer.config.job import Job
+from reducer.config.job_checks import PATH_FIELDS
+from reducer.config.resolved import ResolvedJob
 from reducer.config.settings import STORAGE_OPTIONS
 from reducer.errors import InputError
 from reducer.run.fingerprint import Fingerprint
@@ -83,14 +84,14 @@ def shard_figures(plan: Plan, folder: RunFolder) -> dict[str, Any]:
     }
 
 
-def job_figures(job: Job) -> dict[str, Any]:
-    """A job that means the same from every working directory, without what may be secret."""
-    found = asdict(job)
-    for name in ("images", "manifest", "always_keep", "avoid", "reuse", "md5", "vectors", "embed"):
-        if found[name] is not None:
-            found[name] = absolute(found[name])
+def job_figures(job: ResolvedJob) -> dict[str, Any]:
+    """Return a job, as it is in force, that means the same from every working directory, without its secrets."""
+    figures = job.as_asked()
+    for name in PATH_FIELDS:
+        if name != "output" and figures[name] is not None:
+            figures[name] = absolute(figures[name])
     # Names only: values may be secrets.
-    return found | {name: sorted(getattr(job, name)) for name in STORAGE_OPTIONS}
+    return figures | {name: sorted(figures[name]) for name in STORAGE_OPTIONS}
 
 
 def job_of(summary: Mapping[str, Any], changes: Mapping[str, Any]) -> Job:
@@ -165,7 +166,7 @@ def outcome(plan: Plan, folder: RunFolder) -> dict[str, Any]:
     }
 
 
-def _labels_short(job: Job, ledger: pa.Table) -> list[str]:
+def _labels_short(job: ResolvedJob, ledger: pa.Table) -> list[str]:
     """Find labels that keep fewer photos than they should although some of their photos were not drawn."""
     if job.keep is None or job.has_filters:  # fewer are intended
         return []
@@ -181,7 +182,7 @@ def _labels_short(job: Job, ledger: pa.Table) -> list[str]:
     return sorted(labels.filter(short)["label"].to_pylist())
 
 
-def _labels_partitioned(job: Job, ledger: pa.Table) -> list[str]:
+def _labels_partitioned(job: ResolvedJob, ledger: pa.Table) -> list[str]:
     """Find labels with more candidates than facility location compares at once: it chose from parts first (GreeDi)."""
     if job.strategy != "facility-location":
         return []

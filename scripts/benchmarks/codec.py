@@ -16,6 +16,7 @@ from benchmarks.common import looks_at, machine, measured, photos_by_label, say,
 from PIL import Image
 
 from reducer import Job
+from reducer.config.resolved import resolve
 from reducer.config.settings import DECODE_NAMES, HASH_NAMES, PhotoSettings, near_copy_bits
 from reducer.photos.hashing import DRAFT_FLOOR, FLAT_DEVIATION, JPEG_FORMATS, enough_of, grey_deviation, hash_photo
 from reducer.photos.process import PhotoResult
@@ -39,7 +40,7 @@ def codec(photos: str, repetitions: int) -> None:
         ("saved progressively", progressive, "fast"),
         ("saved progressively", progressive, "fastest"),
     ):
-        settings = Job("-", "-", decode=decode).photo_settings
+        settings = resolve(Job("-", "-", decode=decode)).photo_settings
 
         def opened(content: bytes, decode: str = decode) -> Image.Image:
             if decode == "fastest":
@@ -144,7 +145,7 @@ def fidelity(photos: str, repetitions: int) -> None:
         def run_hash_stage(
             decode: str, contents: list[bytes] = contents, hashes: dict[str, list[bytes]] = hashes
         ) -> float:
-            settings = Job("-", "-", decode=decode).photo_settings
+            settings = resolve(Job("-", "-", decode=decode)).photo_settings
             start = time.perf_counter()
             hashes[decode] = [hash_photo(content, settings).bits for content in contents]
             return 1000 * (time.perf_counter() - start) / len(contents)
@@ -154,7 +155,7 @@ def fidelity(photos: str, repetitions: int) -> None:
             for decode in DECODE_NAMES
         }
         milliseconds = measured(ways, repetitions, warm_up=False)
-        settings = Job("-", "-", decode="fastest").photo_settings
+        settings = resolve(Job("-", "-", decode="fastest")).photo_settings
         enough = enough_of(settings) or len
         needed = [min(enough(content) or len(content), len(content)) for content in contents]
         share = f"{100 * sum(needed) / sum(map(len, contents)):.0f} %"
@@ -203,7 +204,7 @@ def flat(photos: str) -> None:
     pictures = [(look.hash, path) for look, path in zip(looks, paths, strict=True) if look.hash]
     deviations = [grey_deviation(Image.open(path)) for _, path in pictures]
     some = random.Random(0).sample(pictures, min(100, len(pictures)))
-    settings = Job("-", "-", decode="exact").photo_settings
+    settings = resolve(Job("-", "-", decode="exact")).photo_settings
     rows = []
     for deviation in (1, 2, 3, 4, 5, 6, 8, 12, 24):
         apart = []

@@ -27,6 +27,7 @@ from PIL import Image
 
 from reducer import ClusterSpec, Job, reduce_images
 from reducer.api.sample import label_sizes, write_sample
+from reducer.config.resolved import resolve
 from reducer.photos.process import PhotoResult, process_photos
 from reducer.run.plan.manifest import read_manifest
 from reducer.run.tasks.environment import versions
@@ -269,7 +270,7 @@ def run_job(folder: Path, manifest: Path, name: str, workers: int = PROCESSES, *
 
 def looks_at(paths: list[str], **options: object) -> list[PhotoResult]:
     """Look at photos in this process."""
-    return list(process_photos(paths, Job("-", "-", **options).photo_settings))
+    return list(process_photos(paths, resolve(Job("-", "-", **options)).photo_settings))
 
 
 def photos_by_label(photos: str) -> dict[str, list[tuple[str, str]]]:

@@ -23,6 +23,7 @@ from benchmarks.common import PROCESSES, machine, measured, say, sizes_of, table
 
 from reducer import ClusterSpec, Job, reduce_images
 from reducer.api.sample import label_sizes
+from reducer.config.resolved import resolve
 from reducer.run.plan.plan import make_plan
 from reducer.run.tasks.rank_stage import peak_memory
 from reducer.run.tasks.tasks import PartitionTasks
@@ -77,7 +78,7 @@ def plan(photos: int, repetitions: int) -> None:
 def plan_one(folder: str, name: str) -> tuple[int, int, float, float]:
     """Plan a manifest: photos to read, partitions, seconds, peak memory in MiB."""
     start = time.perf_counter()
-    planned = make_plan(Job(f"{folder}/train", f"{folder}/run", manifest=f"{folder}/{name}"))
+    planned = make_plan(resolve(Job(f"{folder}/train", f"{folder}/run", manifest=f"{folder}/{name}")))
     errand = PartitionTasks(planned.job, planned.numbered(PROCESSES).partitions())
     for index in errand.rows:
         errand.task(index)

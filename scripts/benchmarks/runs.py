@@ -11,7 +11,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from benchmarks.common import LAUNCHER, PROCESSES, kibibytes, machine, measured,
 from reducer import Job
 from reducer.api.sample import write_sample
 from reducer.config.job import path_rule
+from reducer.config.resolved import resolve
 from reducer.config.settings import STORAGE_OPTIONS
 from reducer.run.folder import RunFolder
 from reducer.run.plan.partitions import assign, partition_count
@@ -144,7 +144,7 @@ def generate_run(folder: Path, sizes: np.ndarray) -> None:
     summary = {
         "run": "generated",
         "resumed": 0,
-        "job": asdict(job) | {name: [] for name in STORAGE_OPTIONS},
+        "job": resolve(job).as_asked() | {name: [] for name in STORAGE_OPTIONS},
         "manifest": {"rows": photos, "duplicate_rows": 0, "ids_under_several_labels": 0},
         "labels": labels,
         "photos": photos,
@@ -169,7 +169,7 @@ def complete_run(folder: Path, photos: list[str]) -> None:
     """
     run = RunFolder(str(folder))
     summary = run.read_summary()
-    settings = Job("-", "-", keep=summary["job"]["keep"]).photo_settings
+    settings = resolve(Job("-", "-", keep=summary["job"]["keep"])).photo_settings
     total = Quality()
     for name in run.parts.names():
         rows, tally = run.parts.read(name)

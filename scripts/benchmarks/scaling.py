@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 import reducer.run.dask.worker
 from reducer import ClusterSpec, Job
+from reducer.config.resolved import resolve
 from reducer.run.dask.connect import DASK_SETTINGS
 from reducer.run.dask.dispatch import Dispatch
 from reducer.run.plan.manifest import Manifest
@@ -211,7 +212,7 @@ def plan_for(sizes: NDArray[np.int64]) -> Plan:
         "bytes": pa.nulls(photos, pa.int64()),
     }
     job = Job("/photos/train", "/run", manifest="/photos/train.csv", path_template="{label}/{id}.jpg", keep=25)
-    return plan_of(job, Manifest(pa.table(columns, schema=MANIFEST_SCHEMA)))
+    return plan_of(resolve(job), Manifest(pa.table(columns, schema=MANIFEST_SCHEMA)))
 
 
 def phases_of(plan: Plan, recorded: Recorded) -> list[Phase]:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from reducer import ClusterSpec, Job, reduce_images
 from reducer.api.sample import label_sizes
+from reducer.config.resolved import resolve
 from reducer.photos.hashing import hash_photo
 from reducer.photos.model import PATHS, picture_of, vectors_of
 from reducer.run.tasks.rank_stage import peak_memory
@@ -163,7 +164,7 @@ def embed_only(work: tuple[list[str], str, bool]) -> int:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(model, options)
-    settings = Job("-", "-", embed=model).photo_settings
+    settings = resolve(Job("-", "-", embed=model)).with_model().photo_settings
     assert settings.embed is not None
     mean, std = (np.array(numbers, np.float32) for numbers in (settings.embed.mean, settings.embed.std))
     count = 0
@@ -204,7 +205,7 @@ def embed(photos: int, model: str | None, repetitions: int) -> None:
             import models
 
             model = str(models.mobilenet(folder / "mobilenet.onnx"))
-        settings = Job("-", "-", embed=model).photo_settings
+        settings = resolve(Job("-", "-", embed=model)).with_model().photo_settings
         assert settings.embed is not None
         PATHS.setdefault(settings.embed.model, []).append(model)
         vectors_of([picture_of(Path(paths[0]).read_bytes(), settings)], settings.embed)  # does it fit?

@@ -1,8 +1,14 @@
 from __future__ import annotations
 
+import builtins
+import os
+from dataclasses import fields, replace
+from typing import NoReturn
+
 import pytest
 
 from reducer import InputError, Job
+from reducer.config.resolved import ResolvedJob, resolve
 from reducer.storage.location import template_fields
 
 
@@ -49,3 +55,87 @@ def test_template_fields() -> None:
         ("", "id", None),
         (".jpg", None, None),
     ]
+
+
+@pytest.mark.parametrize(
+    ("before", "change"),
+    [
+        ({}, {"total": 300}),
+        ({"total": 300}, {"total": None}),
+        ({}, {"max_bytes": "20GB"}),
+        ({"max_bytes": "20GB"}, {"max_bytes": None}),
+        ({"max_bytes": "20GB"}, {"max_bytes": None, "total": 9}),
+        ({}, {"min_distance": 4}),
+        ({"min_distance": 4}, {"min_distance": None}),
+        ({"rank_all": True, "total": 9}, {"total": None}),
+        ({"keep": 7, "total": 9}, {"total": None}),
+        ({"keep": 7}, {"keep": None}),
+        ({}, {"vectors": "v.parquet"}),
+        ({"vectors": "v.parquet"}, {"vectors": None}),
+        ({"vectors": "v.parquet", "strategy": "random"}, {"vectors": None}),
+        ({"vectors": "v.parquet", "near_copy": 3}, {"vectors": None, "embed": "m.onnx"}),
+        ({}, {"embed": "m.onnx", "embed_size": 32}),
+        ({"embed": "m.onnx"}, {"embed": None}),
+        ({"avoid": "old", "avoid_distance": 3}, {"avoid_distance": None}),
+        ({"avoid": "old"}, {"hash_size": 16}),
+        ({"drop_flat": True}, {"drop_flat": False}),
+        ({"manifest": "m.csv"}, {"manifest": None}),
+        ({"manifest": "m.csv", "path_template": "{id}"}, {"path_template": None}),
+    ],
+)
+def test_a_replaced_job_is_the_job_that_would_have_been_asked_for(
+    before: dict[str, object], change: dict[str, object]
+) -> None:
+    replaced, fresh = replace(Job("photos", "run", **before), **change), Job("photos", "run", **before | change)
+    assert replaced == fresh
+    assert resolve(replaced) == resolve(fresh)
+
+
+def test_a_job_holds_what_was_asked() -> None:
+    job = Job("photos", "run", max_bytes="20GB", vectors="v.parquet")
+    assert (job.keep, job.strategy, job.rank_all, job.max_bytes) == (None, None, False, "20GB")
+
+
+@pytest.mark.parametrize(
+    ("options", "in_force"),
+    [
+        ({}, {"keep": 25, "strategy": "farthest-first", "rank_all": False, "max_bytes": None}),
+        ({"total": 300}, {"keep": None, "rank_all": True}),
+        ({"max_bytes": "20GB", "keep": 3}, {"keep": 3, "rank_all": True, "max_bytes": 20 * 10**9}),
+        ({"min_distance": 4}, {"keep": 25, "rank_all": True}),
+        ({"vectors": "v.parquet"}, {"strategy": "facility-location"}),
+        ({"embed": "m.onnx", "strategy": "random"}, {"strategy": "random"}),
+    ],
+)
+def test_a_resolved_job_holds_what_is_in_force(options: dict[str, object], in_force: dict[str, object]) -> None:
+    job = resolve(Job("photos", "run", **options))
+    assert {name: getattr(job, name) for name in in_force} == in_force
+    assert resolve(job) == job
+    # A run folder stores these values; the job that is made of them is the same.
+    assert resolve(Job(**job.as_asked())) == job
+    assert list(job.as_asked()) == [field.name for field in fields(Job)]
+
+
+def test_a_job_opens_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **options: object) -> NoReturn:
+        raise AssertionError(f"opened or asked for: {args}")
+
+    job = Job("/nowhere/photos", "/nowhere/run", embed="/nowhere/m.onnx", avoid="/nowhere/old", reuse="/nowhere/older")
+    monkeypatch.setattr(builtins, "open", refuse)
+    monkeypatch.setattr(os, "stat", refuse)
+    resolved = resolve(replace(job, total=3))
+    for name in dir(job):
+        if not name.startswith("_"):
+            getattr(job, name)
+    for name in set(dir(ResolvedJob)) - {"photo_settings"}:
+        if not name.startswith("_"):
+            getattr(resolved, name)
+    assert resolved.settings_without_model.near_copy == 6
+    with pytest.raises(RuntimeError, match="the model is not read yet"):
+        _ = resolved.photo_settings
+
+
+def test_a_model_that_cannot_be_read_is_told_when_it_is_read() -> None:
+    job = resolve(Job("photos", "run", embed="/nowhere/m.onnx"))
+    with pytest.raises(InputError, match=r"--embed /nowhere/m\.onnx cannot be read: No such file"):
+        job.with_model()

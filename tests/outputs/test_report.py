@@ -27,6 +27,7 @@ from s3server import S3Server
 from shardjobs import run_of
 
 from reducer import ClusterSpec, InputError, Job, reduce_images, resume, write_report
+from reducer.config.resolved import resolve
 from reducer.errors import LostLockError
 from reducer.formatting import format_bytes
 from reducer.outputs.report.page import PICTURES_BYTES, as_html, command_of, draw_report
@@ -459,7 +460,7 @@ def test_where_no_worker_is_left_pictures_are_drawn_here(tiny: Path, tmp_path: P
         (worker,) = client.scheduler_info()["workers"]
         for avoid in ([], [worker]):
             (tmp_path / "run" / "report.html").unlink()
-            draw_report(folder, job, client=client, avoid=avoid)
+            draw_report(folder, resolve(job), client=client, avoid=avoid)
             assert pictures_of(tmp_path / "run" / "report.html") == drawn
 
 
@@ -494,7 +495,7 @@ def test_a_run_whose_folder_another_one_has_taken_says_so(
 
 def test_secrets_in_urls_are_not_shown() -> None:
     job = Job("s3://key:PLANTED@bucket/x", "out", manifest="https://host/p.csv?X-Amz-Signature=PLANTED")
-    shown = as_html("report.html", **page_of(job_figures(job)))
+    shown = as_html("report.html", **page_of(job_figures(resolve(job))))
     assert "PLANTED" not in shown
     assert "s3://bucket/x" in shown
     assert "https://host/p.csv?…" in shown

@@ -17,6 +17,7 @@ from s3server import S3Server
 from tarfiles import packed, photos_below, write_tars
 
 from reducer import Job
+from reducer.config.resolved import resolve
 from reducer.config.settings import Source
 from reducer.outputs.report import thumbnails
 from reducer.outputs.report.thumbnails import PictureRequest, _Group, draw, draw_on
@@ -25,7 +26,7 @@ from reducer.photos.resize import SMALLEST_SIDE, Thumbnail, thumbnail
 from reducer.storage.location import ByteRange
 
 LIMITS = {"max_pixels": 10**8, "most_bytes": 40_000}
-SETTINGS = Job("-", "-", max_pixels=10**8).photo_settings
+SETTINGS = resolve(Job("-", "-", max_pixels=10**8)).photo_settings
 
 
 def small(content: bytes, side: int = 120, most_bytes: int = 40_000, max_pixels: int = 10**8) -> Image.Image:

@@ -19,6 +19,7 @@ from jobs import job_on, kept_vectors, reduced_files, run_on
 from PIL import Image, ImageOps
 
 from reducer import ClusterSpec, InputError, Job, TooManyFailuresError, embed, reduce_images, resume
+from reducer.config.resolved import resolve
 from reducer.config.settings import EMBED_MEAN, EMBED_STD, PhotoSettings
 from reducer.photos.model import PATHS, Model, loaded, picture_of, vectors_of
 from reducer.run.tasks.tasks import PartitionTasks
@@ -41,7 +42,7 @@ def embedded_run(tiny: Path, model: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 def settings_of(model: Path, **options: object) -> PhotoSettings:
-    settings = Job("photos", "run", embed=str(model), **{**OWN, **options}).photo_settings  # type: ignore[arg-type]
+    settings = resolve(Job("photos", "run", embed=str(model), **{**OWN, **options})).with_model().photo_settings  # type: ignore[arg-type]
     assert settings.embed is not None
     PATHS.setdefault(settings.embed.model, []).append(str(model))
     return settings

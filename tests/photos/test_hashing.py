@@ -15,6 +15,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from reducer import InputError, Job
 from reducer.api.sample import draw_view
+from reducer.config.resolved import resolve
 from reducer.config.settings import DECODE_NAMES, HASH_NAMES, near_copy_bits
 from reducer.photos.hashing import FLAT_DEVIATION, HASHES, PhotoError, grey_deviation, pillow_settings
 from reducer.photos.process import process_photos
@@ -306,7 +307,7 @@ def test_every_malformed_file_gives_a_hash_or_an_error(trial_files: Path) -> Non
     try:
         for number, path in enumerate(files):
             for name in ("dhash", others[number % len(others)]):
-                settings = Job("-", "-", decode="exact", hash=name).photo_settings
+                settings = resolve(Job("-", "-", decode="exact", hash=name)).photo_settings
                 try:
                     with warnings.catch_warnings():
                         warnings.simplefilter("ignore")

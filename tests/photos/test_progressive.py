@@ -23,6 +23,7 @@ import reducer.photos.reader
 import reducer.photos.requests
 from reducer import Job, reduce_images
 from reducer.api.sample import draw_view
+from reducer.config.resolved import resolve
 from reducer.config.settings import HASH_NAMES
 from reducer.photos.hashing import PhotoError, enough_of
 from reducer.photos.progressive import bytes_needed, first_scan_only
@@ -98,7 +99,7 @@ def test_every_size(size: tuple[int, int], mode: str) -> None:
 def test_all_hashes(name: str, hash_size: int) -> None:
     content = jpeg(VIEW.resize((2400, 2100)), quality=85)
     options: dict[str, Any] = {"hash": name, "hash_size": hash_size}
-    enough = enough_of(Job("-", "-", decode="fastest", **options).photo_settings)
+    enough = enough_of(resolve(Job("-", "-", decode="fastest", **options)).photo_settings)
     assert enough is not None
     needed = enough(content)
     # 64 x 64 pixels times 8 are more than it has blocks.

@@ -14,18 +14,21 @@ from machine import ROOT
 from waiting import wait_for
 
 from reducer import Job
+from reducer.config.resolved import resolve
 from reducer.config.settings import Source
 from reducer.photos.process import PhotoResult, process_photos
 from reducer.photos.sandbox import CannotStart, may_be_innocent, process_in_sandbox, process_one_in_sandbox
 
-SETTINGS = Job("-", "-").photo_settings
+SETTINGS = resolve(Job("-", "-")).photo_settings
 WATCH = """
 import sys
 from reducer import Job
-from reducer.photos.sandbox import process_one_in_sandbox
+from reducer.config.resolved import resolve
 from reducer.config.settings import Source
+from reducer.photos.sandbox import process_one_in_sandbox
 
-process_one_in_sandbox(sys.argv[1], Job("-", "-").photo_settings, Source(), memory=None, patience=60, beat=lambda: None)
+settings = resolve(Job("-", "-")).photo_settings
+process_one_in_sandbox(sys.argv[1], settings, Source(), memory=None, patience=60, beat=lambda: None)
 """
 
 

@@ -28,6 +28,7 @@ import reducer.run.monitor
 import reducer.run.tasks.environment
 from reducer import ClusterSpec, InputError, TooManyFailuresError, reduce_images, resume
 from reducer.config.job import path_rule
+from reducer.config.resolved import resolve
 from reducer.errors import LostLockError
 from reducer.run.folder import RunFolder
 from reducer.run.folder.files import RunFiles
@@ -272,7 +273,7 @@ def test_a_manifest_that_has_changed_is_refused_and_one_that_is_gone_is_not_need
 
 @pytest.mark.parametrize("package", ["pillow", "imagehash", "numpy", "reducer", "probes"])
 def test_other_versions_are_refused_by_name(half: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
-    now = reducer.run.tasks.environment.environment(job_on(half, half).photo_settings)
+    now = reducer.run.tasks.environment.environment(resolve(job_on(half, half)).photo_settings)
     probes = now.probes | ({"grey.jpg": "0" * 16} if package == "probes" else {})
     other = Environment(now.versions | ({} if package == "probes" else {package: "1.2.3"}), probes)
     monkeypatch.setattr("reducer.run.tasks.serial.environment", lambda settings: other)

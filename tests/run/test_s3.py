@@ -29,6 +29,7 @@ import reducer.photos.reader
 import reducer.run.dask.worker
 from reducer import ClusterError, InputError, Job, reduce_images
 from reducer.api.result import Result
+from reducer.config.resolved import resolve
 from reducer.config.settings import Source
 from reducer.photos.reader import read_all
 from reducer.photos.requests import PhotoFile
@@ -547,8 +548,8 @@ def test_no_secret_is_shown_or_stored_and_workers_give_the_same(
 def test_no_secret_is_in_a_repr_or_a_local_run(s3: S3Server, tmp_path: Path) -> None:
     every = {f"{name}storage_options": planted(s3) for name in ("", "manifest_", "output_")}
     job = Job("s3://trial/train", "s3://trial/run", manifest="s3://trial/train.csv", keep=8, **every)
-    plan = make_plan(job)
-    task = PartitionTasks(job, plan.numbered(1).partitions()).task(0)
+    plan = make_plan(resolve(job))
+    task = PartitionTasks(plan.job, plan.numbered(1).partitions()).task(0)
     shown = [
         repr(thing) for thing in (job, task, task.source, plan, job.images_location, RunFolder(job.output_location))
     ]

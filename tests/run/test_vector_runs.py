@@ -18,6 +18,7 @@ from vectorcases import apart
 from waiting import when_begun
 
 from reducer import ClusterSpec, InputError, Job, TooManyFailuresError, cut, explain, reduce_images, resume, status
+from reducer.config.resolved import resolve
 from reducer.selection.distance import COSINE_STEPS
 from reducer.storage.codecs import as_units
 
@@ -353,10 +354,10 @@ def test_the_command_line(collection: Path, vectors: Path, tmp_path: Path) -> No
 def test_the_job_is_told_as_it_is(collection: Path, vectors: Path, tmp_path: Path) -> None:
     job = job_on(collection, tmp_path / "run", vectors=str(vectors))
     assert not job.hashes_photos
-    assert job.photo_settings.unit == "cosine"
+    assert resolve(job).photo_settings.unit == "cosine"
     for options in ({"near_copy": 0}, {"drop_flat": True}, {"cross_label": True}, {"max_bytes": "1GB"}):
         job = job_on(collection, tmp_path / "run", vectors=str(vectors), **options)
         assert job.hashes_photos
         # What else needs hashes does not change which photos are kept.
-        assert job.photo_settings.near_copy == options.get("near_copy")
-    assert job_on(collection, tmp_path / "run").photo_settings.near_copy is None
+        assert resolve(job).photo_settings.near_copy == options.get("near_copy")
+    assert resolve(job_on(collection, tmp_path / "run")).photo_settings.near_copy is None

@@ -9,6 +9,7 @@ from PIL import Image
 
 from reducer import Job
 from reducer.api.sample import draw_view
+from reducer.config.resolved import resolve
 from reducer.photos.hashing import hash_photo, pillow_settings
 
 PHOTO = draw_view(np.random.default_rng(7)).resize((400, 300))
@@ -65,6 +66,6 @@ def saved(kind: str, mode: str, options: dict[str, object]) -> bytes:
 
 
 def hashed(content: bytes, decode: str = "exact", max_pixels: int = 10**8, **options: object):
-    settings = Job("-", "-", decode=decode, max_pixels=max_pixels, **options).photo_settings
+    settings = resolve(Job("-", "-", decode=decode, max_pixels=max_pixels, **options)).photo_settings
     with pillow_settings(max_pixels):
         return hash_photo(content, settings)

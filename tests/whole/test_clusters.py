@@ -30,6 +30,7 @@ from waiting import wait_for, when_begun
 from reducer import ClusterError, ClusterSpec, InputError, Job, reduce_images
 from reducer.cli.main import main
 from reducer.config.job import path_rule
+from reducer.config.resolved import resolve
 from reducer.run.dask.ship_code import PLUGIN
 from reducer.run.plan.plan import make_plan
 from reducer.storage.paths import with_paths
@@ -448,7 +449,7 @@ def test_a_late_worker_with_another_pillow_gets_no_work(
 
 def first_photo(job: Job, threads: int) -> dict[str, Any]:
     """The plan's row of the photo that is to be read first."""
-    rows = make_plan(job).numbered(threads).partitions()[0]
+    rows = make_plan(resolve(job)).numbered(threads).partitions()[0]
     found: dict[str, Any] = with_paths(path_rule(job), rows.slice(0, 1)).to_pylist()[0]
     return found
 

@@ -22,6 +22,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from reducer import Job, cut
 from reducer.api.sample import label_sizes
+from reducer.config.resolved import resolve
 from reducer.config.settings import DECODE_NAMES, STRATEGY_NAMES
 from reducer.photos.hashing import hash_photo
 from reducer.run.plan.plan import Plan, make_plan
@@ -52,7 +53,7 @@ def pictures(collection: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("decode", DECODE_NAMES)
 @pytest.mark.parametrize("picture", ["jpeg", "jpeg-12mp", "png"])
 def test_hashing(benchmark: BenchmarkFixture, pictures: dict[str, bytes], picture: str, decode: str) -> None:
-    settings = Job("-", "-", decode=decode).photo_settings
+    settings = resolve(Job("-", "-", decode=decode)).photo_settings
     found = benchmark(hash_photo, pictures[picture], settings)
     assert len(found.bits) == 8
     with Image.open(io.BytesIO(pictures[picture])) as image:
@@ -98,7 +99,7 @@ def test_planning(benchmark: BenchmarkFixture, manifest: Path) -> None:
     job = Job(str(manifest.parent / "train"), str(manifest.parent / "run"), manifest=str(manifest))
 
     def planned() -> Plan:
-        return make_plan(job).numbered(2)
+        return make_plan(resolve(job)).numbered(2)
 
     plan = benchmark(planned)
     assert plan.rows.num_rows == ROWS
@@ -109,7 +110,7 @@ def test_planning(benchmark: BenchmarkFixture, manifest: Path) -> None:
 
 def test_partitions(benchmark: BenchmarkFixture, manifest: Path) -> None:
     job = Job(str(manifest.parent / "train"), str(manifest.parent / "run"), manifest=str(manifest))
-    plan = make_plan(job).numbered(2)
+    plan = make_plan(resolve(job)).numbered(2)
     partitions = benchmark(plan.partitions)
     assert list(partitions) == sorted(partitions)
     labels = [set(rows["label"].to_pylist()) for rows in partitions.values()]

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from reducer.config.cluster import ClusterSpec
 from reducer.config.job import Job
+from reducer.config.resolved import resolve
 from reducer.config.settings import SHARD_BYTES
 from reducer.errors import InputError, ReducerError
 from reducer.formatting import format_bytes
@@ -142,7 +143,7 @@ def export(
     options = ExportOptions(layout, link, resize, shard_bytes)
     folder = RunFolder(Location(str(run), output_storage_options or {}))
     summary = folder.finished()
-    job = job_of(summary, {"output": str(run), "storage_options": storage_options or {}})
+    job = resolve(job_of(summary, {"output": str(run), "storage_options": storage_options or {}}))
     check_storage_options(summary, job)
     exported = Exported(Location(str(target), target_storage_options or {}))
     spec = _where(job, exported.place, options, cluster)

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from reducer.config.checks import flag
 from reducer.config.cluster import ClusterSpec
 from reducer.config.job import Job
+from reducer.config.resolved import ResolvedJob, resolve
 from reducer.config.settings import GALLERY_PHOTOS, STORAGE_OPTIONS, default_strategy, unit_of
 from reducer.errors import InputError
 from reducer.formatting import SHOWN_CHARACTERS, clip, format_bytes, format_duration, format_labels
@@ -128,7 +129,7 @@ def write_report(
         raise InputError(f"--labels names {len(asked)} labels: a report shows at most {MOST_LABELS}")
     folder = RunFolder(Location(str(run), output_storage_options or {}))
     summary = folder.finished()
-    job = job_of(summary, {"output": str(run), "storage_options": storage_options or {}})
+    job = resolve(job_of(summary, {"output": str(run), "storage_options": storage_options or {}}))
     if gallery_photos:
         check_storage_options(summary, job)
     with ExitStack() as open_cluster:
@@ -144,7 +145,7 @@ def write_report(
 
 def draw_report(
     folder: RunFolder,
-    job: Job,
+    job: ResolvedJob,
     asked: Sequence[str] = (),
     gallery_photos: int = GALLERY_PHOTOS,
     *,
@@ -158,7 +159,7 @@ def draw_report(
     ----------
     folder : RunFolder
         The folder.
-    job : Job
+    job : ResolvedJob
         Its job, with the storage options that open its photos.
     asked, gallery_photos, progress
         As ``labels``, ``gallery_photos`` and ``progress`` of `write_report`.
@@ -259,7 +260,13 @@ def with_vectors(folder: RunFolder, rows: pa.Table, job: Job) -> pa.Table:
 
 
 def _figures(
-    folder: RunFolder, counts: LabelCounts, curve: InsertionCurve, ledger: pa.Table, job: Job, bits: int, near: int
+    folder: RunFolder,
+    counts: LabelCounts,
+    curve: InsertionCurve,
+    ledger: pa.Table,
+    job: ResolvedJob,
+    bits: int,
+    near: int,
 ) -> dict[str, Markup]:
     """The plots, as elements of the page."""
     found = {
@@ -370,7 +377,7 @@ def _drawn(galleries: Iterable[Gallery], like: Iterable[Pair]) -> list[Photo]:
 
 
 def _pictures(
-    photos: Sequence[Photo], job: Job, client: Client | None, avoid: Collection[str], progress: bool
+    photos: Sequence[Photo], job: ResolvedJob, client: Client | None, avoid: Collection[str], progress: bool
 ) -> Pictures:
     """Pictures of photos, each read once a size."""
     # In the order of the shards and their offsets, which is that of the disk.

@@ -12,6 +12,7 @@ from distributed import Client
 from distributed.diagnostics.plugin import UploadFile
 
 from reducer.config.job import Job
+from reducer.config.resolved import ResolvedJob
 from reducer.config.settings import PhotoSettings
 from reducer.errors import ClusterError, InputError, ReducerError, one_line
 from reducer.photos.model import PATHS
@@ -72,26 +73,25 @@ class ShipModel(UploadFile):
 
 
 @contextmanager
-def model_everywhere(client: Client | None, job: Job) -> Iterator[None]:
+def model_everywhere(client: Client | None, job: ResolvedJob) -> Iterator[None]:
     """See to it that the model of a job, if it has one, is where photos are embedded.
 
     Parameters
     ----------
     client : distributed.Client or None
         Of the cluster; None for this process.
-    job : Job
-        The job.
+    job : ResolvedJob
+        The job, with its model read.
 
     Raises
     ------
     InputError
         If it cannot be sent.
     """
-    embed = job.embed_settings
-    if embed is None or job.embed is None or client is None:
+    if job.model is None or job.embed is None or client is None:
         yield
         return
-    plugin = ShipModel(job.embed, embed.model, client.id)
+    plugin = ShipModel(job.embed, job.model.model, client.id)
     try:
         client.register_plugin(plugin, name=plugin.name)
     except OSError as error:
@@ -103,15 +103,15 @@ def model_everywhere(client: Client | None, job: Job) -> Iterator[None]:
             client.unregister_worker_plugin(plugin.name)
 
 
-def check_photo_access(client: Client, job: Job, photos: Sequence[PhotoRef], wait: float) -> PhotoRef | None:
+def check_photo_access(client: Client, job: ResolvedJob, photos: Sequence[PhotoRef], wait: float) -> PhotoRef | None:
     """Let one worker of each host read a photo.
 
     Parameters
     ----------
     client : distributed.Client
         Of the cluster.
-    job : Job
-        Whose photos they are.
+    job : ResolvedJob
+        Job whose photos they are.
     photos : sequence of str or ByteRange
         A few of them, or pieces of their shards. The first is read; the next one where nobody can read it, for that
         tells nothing.

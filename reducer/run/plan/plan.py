@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from reducer.config.job import Job, member_keys
+from reducer.config.resolved import ResolvedJob
 from reducer.draw import CANDIDATES, TRIAL_LABELS, draw_order
 from reducer.errors import BudgetError, InputError, nearest
 from reducer.run.plan.keep_avoid import find_always_keep
@@ -38,7 +39,7 @@ class Plan:
 
     Attributes
     ----------
-    job : Job
+    job : ResolvedJob
         Job that is planned.
     rows : pyarrow.Table
         `PLAN_SCHEMA` rows of all photos, of the chosen labels only, sorted by (label, id). The partitions are null
@@ -51,7 +52,7 @@ class Plan:
         Whether the photos are known; without a manifest, shards have to be read first.
     """
 
-    job: Job
+    job: ResolvedJob
     rows: pa.Table
     manifest: Mapping[str, Any]
     shards: tuple[Shard, ...] | None = None
@@ -221,13 +222,13 @@ class Labels:
         return np.diff(self.starts)
 
 
-def make_plan(job: Job) -> Plan:
+def make_plan(job: ResolvedJob) -> Plan:
     """Find the photos, choose the labels, draw the candidates.
 
     Parameters
     ----------
-    job : Job
-        Job to plan.
+    job : ResolvedJob
+        ResolvedJob to plan.
 
     Raises
     ------
@@ -244,13 +245,13 @@ def make_plan(job: Job) -> Plan:
     return plan_of(job, manifest, shards)
 
 
-def plan_of(job: Job, manifest: Manifest, shards: tuple[Shard, ...] | None = None) -> Plan:
+def plan_of(job: ResolvedJob, manifest: Manifest, shards: tuple[Shard, ...] | None = None) -> Plan:
     """Choose the labels, draw the candidates.
 
     Parameters
     ----------
-    job : Job
-        Job to plan.
+    job : ResolvedJob
+        ResolvedJob to plan.
     manifest : Manifest
         The photos.
     shards : tuple of Shard, optional
@@ -334,7 +335,7 @@ def _not_drawn(
     return np.concatenate(rows)
 
 
-def _check_always_keep(job: Job, labels: Labels, always_keep: NDArray[np.bool_]) -> None:
+def _check_always_keep(job: ResolvedJob, labels: Labels, always_keep: NDArray[np.bool_]) -> None:
     """Refuse more photos of a label that are always kept than a label may keep."""
     wanted = np.bincount(labels.of_row, weights=always_keep, minlength=len(labels.names))
     if job.keep is not None and wanted.max() > job.keep:
@@ -344,7 +345,7 @@ def _check_always_keep(job: Job, labels: Labels, always_keep: NDArray[np.bool_])
         )
 
 
-def _check_total(job: Job, label: NDArray[np.int32], always_keep: NDArray[np.bool_]) -> None:
+def _check_total(job: ResolvedJob, label: NDArray[np.int32], always_keep: NDArray[np.bool_]) -> None:
     """Refuse a budget of fewer photos than are guaranteed, before any is read."""
     rules = job.cut_rules
     if rules.total is None:

@@ -151,8 +151,8 @@ class PartitionResult:
     index : int
         Number of the partition.
     found : bytes
-        `RESULT_SCHEMA` rows, one for each of the task's and in their order, packed by `to_ipc`, with a column ``vector``
-        behind them where photos are compared by vectors.
+        `RESULT_SCHEMA` rows, one for each of the task's and in their order, packed by `to_ipc`, with a column
+        ``vector`` behind them where photos are compared by vectors.
     tally : Tally
         What came of the photos.
     first_failure : str or None

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from reducer.config.job import Job, member_keys, path_rule
+from reducer.config.job import member_keys, path_rule
+from reducer.config.resolved import ResolvedJob
 from reducer.run.tasks.given_vectors import GivenVectors
 from reducer.run.tasks.messages import PartitionTask, ShardTask, WantedKeys
 from reducer.storage.codecs import Hashes, VectorSpool
@@ -32,7 +33,7 @@ class PartitionTasks:
 
     Attributes
     ----------
-    job : Job
+    job : ResolvedJob
         Whose they are.
     rows : Division
         Rows of each by its number, in the order in which they are to be done: `TASK_SCHEMA`, `KNOWN_SCHEMA` where
@@ -49,7 +50,7 @@ class PartitionTasks:
         The vectors of `--vectors` files; to be read before the first task is made.
     """
 
-    job: Job
+    job: ResolvedJob
     rows: Division
     trusted: frozenset[int] = frozenset()
     is_pieces: bool = False
@@ -120,7 +121,7 @@ class ShardTasks:
 
     Attributes
     ----------
-    job : Job
+    job : ResolvedJob
         Whose they are.
     groups : dict of int to tuple of Shard
         Shards that one task reads, by the number of the first.
@@ -128,12 +129,12 @@ class ShardTasks:
         From `reducer.run.tasks.messages.wanted_keys`; None for every photo.
     """
 
-    job: Job
+    job: ResolvedJob
     groups: dict[int, tuple[Shard, ...]]
     wanted: WantedKeys | None = None
 
     @classmethod
-    def of(cls, job: Job, shards: Sequence[Shard], wanted: WantedKeys | None, threads: int) -> ShardTasks:
+    def of(cls, job: ResolvedJob, shards: Sequence[Shard], wanted: WantedKeys | None, threads: int) -> ShardTasks:
         """That of some shards, in groups for so many worker threads in all."""
         most = min(GROUP_BYTES, sum(shard.bytes for shard in shards) // (GROUPS_A_THREAD * threads))
         groups: list[list[Shard]] = []

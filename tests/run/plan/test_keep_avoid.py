@@ -10,6 +10,7 @@ import pytest
 from jobs import job_on, run_on
 
 from reducer import InputError, Job
+from reducer.config.resolved import resolve
 from reducer.run.known import read_avoided
 from reducer.run.plan.keep_avoid import find_always_keep
 from reducer.storage.codecs import Hashes
@@ -157,7 +158,7 @@ def test_a_run_that_avoids_another_keeps_none_of_its_photos(collection: Path, tm
     run_on(collection, tmp_path / "held-out", manifest=str(test), rank_all=True)
     held_out = {line.split(",")[0] for line in lines[1:40:3]}
     job = job_on(collection, tmp_path / "run", avoid=str(tmp_path / "held-out"))
-    assert job.photo_settings.avoid_distance == 6
+    assert resolve(job).photo_settings.avoid_distance == 6
     result = run_on(collection, tmp_path / "run", avoid=str(tmp_path / "held-out"))
     by_id = result.images.set_index("id")
     assert (by_id.loc[sorted(held_out), "reason"] == "avoided").all()

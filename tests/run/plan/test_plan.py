@@ -9,6 +9,7 @@ from distributed.protocol.pickle import dumps
 
 from reducer import InputError, Job
 from reducer.config.job import path_rule
+from reducer.config.resolved import resolve
 from reducer.draw import CANDIDATES, draw_order
 from reducer.formatting import parse_labels
 from reducer.run.dask.dispatch import as_bag
@@ -31,7 +32,7 @@ def listed(tmp_path: Path) -> Path:
 
 def plan_of(folder: Path, **options: object):
     settings: dict[str, object] = {"keep": 4, "path_template": "{id}", "manifest": str(folder / "train.csv"), **options}
-    return make_plan(Job(str(folder / "train"), str(folder / "run"), **settings))
+    return make_plan(resolve(Job(str(folder / "train"), str(folder / "run"), **settings)))
 
 
 def test_small_labels_are_kept_whole_and_unread(listed: Path) -> None:

@@ -18,6 +18,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 import reducer.run.tasks.environment
 from reducer import Job
+from reducer.config.resolved import resolve
 from reducer.config.settings import DECODE_NAMES, HASH_NAMES, PhotoSettings
 from reducer.photos.hashing import HASHES
 from reducer.photos.progressive import first_scan_only
@@ -32,13 +33,15 @@ from reducer.run.tasks.environment import (
 )
 
 PROBES = ROOT / "reducer" / "run" / "tasks" / "probes"
-SETTINGS = Job("-", "-").photo_settings
-DIGEST = "import sys; from reducer import Job; from reducer.run.tasks.environment import environment; import reducer; "
-DIGEST += "print(environment(Job('-', '-').photo_settings).digest, reducer.__file__, 'dask' in sys.modules, sep='\\n')"
+SETTINGS = resolve(Job("-", "-")).photo_settings
+DIGEST = "import sys, reducer; from reducer import Job; from reducer.config.resolved import resolve; "
+DIGEST += "from reducer.run.tasks.environment import environment; "
+DIGEST += "print(environment(resolve(Job('-', '-')).photo_settings).digest, reducer.__file__, 'dask' in sys.modules, "
+DIGEST += "sep='\\n')"
 
 
 def settings(**options: object) -> PhotoSettings:
-    return Job("-", "-", **options).photo_settings  # type: ignore[arg-type]
+    return resolve(Job("-", "-", **options)).photo_settings  # type: ignore[arg-type]
 
 
 def here(probes: dict[str, str] | None = None, **changed: str) -> Environment:

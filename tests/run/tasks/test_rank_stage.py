@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from reducer import Job
+from reducer.config.resolved import resolve
 from reducer.config.settings import STRATEGY_NAMES, Source
 from reducer.draw import RANDOM_ORDER, draw_order
 from reducer.run.join import as_ledger
@@ -36,7 +37,7 @@ def result_of(rows: list[tuple[str, str, str]], always_keep: tuple[str, ...] = (
         schema=TASK_SCHEMA,
     )
     named = None if avoid is None else "given below"
-    settings = Job("-", "-", avoid=named, **{"keep": 3, "max_pixels": 10**8, **options}).photo_settings
+    settings = resolve(Job("-", "-", avoid=named, **{"keep": 3, "max_pixels": 10**8, **options})).photo_settings
     task = PartitionTask(0, len(rows), to_ipc(table), settings, Source())
     result = run_partition(task, avoid)
     ledger = as_ledger(table, from_ipc(result.found))
