@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from reducer.api.cut import CutResult, cut
     from reducer.api.embed import EmbedResult, embed
     from reducer.api.explain import Story, explain
-    from reducer.api.reduce import reduce_images, resume
+    from reducer.api.reduce import reduce_images
     from reducer.api.result import Result
+    from reducer.api.resume import resume
     from reducer.api.status import Status, status
     from reducer.outputs.export.export import ExportResult, export
     from reducer.outputs.report.page import write_report
@@ -33,7 +34,7 @@ _LATER = {
     "explain": "api.explain",
     "export": "outputs.export.export",
     "reduce_images": "api.reduce",
-    "resume": "api.reduce",
+    "resume": "api.resume",
     "status": "api.status",
     "write_report": "outputs.report.page",
 }

@@ -388,14 +388,14 @@ def resume(
     spec = spec_of(cluster, address, workers, threads)
     options |= parsed_storage(options)
     # Dask and Arrow are imported from here on.
-    from reducer.api.reduce import resume as go_on
+    from reducer.api.resume import resume as resume_run
     from reducer.run.folder import RunFolder
     from reducer.storage.location import Location
 
     place = Location(run, options["output_storage_options"])
     before = RunFolder(place).summary()
     try:
-        result = go_on(run, spec, **options, progress=not quiet)
+        result = resume_run(run, spec, **options, progress=not quiet)
     except TooManyFailuresError:
         print_result(place, quiet)
         raise

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from reducer.config.checks import flag
-from reducer.config.job import Job, path_rule
+from reducer.config.job import Job, member_keys_by, path_rule
 from reducer.config.resolved import ResolvedJob
 from reducer.errors import InputError
 from reducer.run.fingerprint import EMBED_SETTINGS, Fingerprint, settings_of

@@ -256,7 +256,7 @@ def test_an_unexpected_error_is_exit_1(collection: Path, tmp_path: Path, monkeyp
     def broken(*arguments: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("reducer.api.reduce.make_plan", broken)
+    monkeypatch.setattr("reducer.run.prepare.make_plan", broken)
     done = CliRunner().invoke(main, ["run", str(collection / "train"), "--output", str(tmp_path / "run")])
     assert done.exit_code == 1
 

@@ -15,7 +15,7 @@ from reducer.cli.main import main
 # A server that has imported all forks a process for each command: that takes a tenth of a new one's second.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    [__name__, "reducer.api.reduce", "reducer.outputs.export.export"]
+    [__name__, "reducer.api.resume", "reducer.outputs.export.export"]
 )  # what commands import when they run
 
 
