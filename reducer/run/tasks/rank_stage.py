@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -15,23 +15,24 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from reducer.config.cut_rules import CutRules
 from reducer.config.settings import PhotoSettings, Source
 from reducer.photos.hashing import PhotoHash
 from reducer.photos.process import PhotoResult, ProcessPhotos, embedded, process_photos
 from reducer.photos.reader import are_unchanged
 from reducer.photos.requests import FileState
 from reducer.run.tasks.messages import PartitionResult, PartitionTask, Tally
-from reducer.selection.distance import near_any
+from reducer.selection.distance import Points, near_any
 from reducer.selection.facility_location import NearCopies
-from reducer.selection.quality import evaluate, points_of
+from reducer.selection.quality import Evaluation, evaluate, points_of
 from reducer.selection.quality_sums import Quality
+from reducer.selection.rules import DECIDING, select
 from reducer.selection.strategies import rank
-from reducer.storage.codecs import Hashes, from_hex, to_hex
+from reducer.storage.codecs import Hashes, Positions, from_hex, to_hex
 from reducer.storage.location import ByteRange, PhotoRef, file_of
 from reducer.storage.paths import paths_by_rule
 from reducer.storage.schemas import (
     AVOIDED,
-    BEYOND_KEEP,
     FAILED,
     FLAT,
     GIVEN_SCHEMA,
@@ -47,69 +48,103 @@ from reducer.storage.schemas import (
 RANKED_SCHEMA = pa.schema(list(LEDGER_SCHEMA)[LEDGER_SCHEMA.get_field_index("hash") :])
 
 
+@dataclass(frozen=True)
+class RankedLabel:
+    """The photos of one label that could be compared, n of them, and the order of the candidates among them.
+
+    Attributes
+    ----------
+    label : str
+        The label.
+    rows : ndarray of int64, shape (n,)
+        Row of each photo in the task.
+    ids : list of str
+        Id of each photo.
+    points : Points
+        Each photo by its vector, else by its hash.
+    hashes : ndarray of uint8, shape (n, hash bytes), or None
+        Packed hash of each photo; None where they have none.
+    candidates : ndarray of int64, shape (c,)
+        Positions of the photos that may be kept.
+    order : ndarray of int64, shape (c,)
+        Positions of the candidates, the first rank first.
+    insertion_distance : ndarray of float64, shape (c,)
+        Distance of each in that order to the nearest candidate of a smaller rank, in bits or cosine.
+    some_always_kept : bool
+        Whether any photo was ranked before the others because it is always kept.
+    """
+
+    label: str
+    rows: Positions
+    ids: list[str]
+    points: Points
+    hashes: Hashes | None
+    candidates: Positions
+    order: Positions
+    insertion_distance: NDArray[np.float64]
+    some_always_kept: bool
+
+
 def rank_label(
     label: str,
     ids: Sequence[str],
-    looks: Sequence[PhotoResult],
+    results: Sequence[PhotoResult],
     settings: PhotoSettings,
     always_keep: NDArray[np.bool_],
     near_avoided: NDArray[np.bool_],
-) -> tuple[pa.RecordBatch, Quality, Quality]:
+    columns: dict[str, list[Any]],
+    start: int,
+) -> RankedLabel | None:
     """Rank the photos of one label.
 
     Parameters
     ----------
     label : str
         The label.
-    ids : sequence of str
-        Ids of its candidates.
-    looks : sequence of PhotoResult
-        What was seen of each.
+    ids : sequence of str, shape (photos,)
+        Id of each photo.
+    results : sequence of PhotoResult, shape (photos,)
+        Hash, vector or error of each photo.
     settings : PhotoSettings
         Strategy, number to keep, seed.
-    always_keep : ndarray of bool, shape (candidates,)
-        Which of them are ranked before all others, flat or to be avoided as they may be.
-    near_avoided : ndarray of bool, shape (candidates,)
-        Which of them are near a photo to avoid.
+    always_keep : ndarray of bool, shape (photos,)
+        Which photos are ranked before all others, be they flat or near a photo to avoid.
+    near_avoided : ndarray of bool, shape (photos,)
+        Which photos are near a photo to avoid.
+    columns : dict of str to list
+        Columns of `RANKED_SCHEMA` over the whole task; those that ranking decides are filled in.
+    start : int
+        Row of the first photo in the task.
 
     Returns
     -------
-    pyarrow.RecordBatch
-        `RANKED_SCHEMA`, a row a candidate, in the order of ``ids``.
-    Quality
-        Of the kept photos, against a random choice of as many from the same candidates.
-    Quality
-        The same by hashes, as for `reducer.selection.quality.Evaluation`.
+    RankedLabel or None
+        None where no photo of the label can be kept.
     """
-    rows: list[dict[str, Any]] = [{"kept": False, "reason": FAILED, "error": look.error} for look in looks]
-    row_of = [i for i, look in enumerate(looks) if look.error is None]
-    if not row_of:
-        return pa.RecordBatch.from_pylist(rows, schema=RANKED_SCHEMA), Quality(), Quality()
-    names, seen = [ids[i] for i in row_of], [looks[i] for i in row_of]
+    compared = [i for i, result in enumerate(results) if result.error is None]
+    if not compared:
+        return None
+    names, seen = [ids[i] for i in compared], [results[i] for i in compared]
+    rows = start + np.array(compared)
     hashes = units = None
     if settings.hashed:
-        bits = b"".join(look.hash.bits for look in seen if look.hash is not None)
+        bits = b"".join(result.hash.bits for result in seen if result.hash is not None)
         hashes = np.frombuffer(bits, dtype=np.uint8).reshape(len(seen), -1)
+        for row, packed in zip(rows.tolist(), hashes, strict=True):
+            columns["hash"][row] = to_hex(packed.tobytes(), settings.bits)
     if settings.by_vectors:
-        numbers = b"".join([look.vector for look in seen if look.vector is not None])
+        numbers = b"".join([result.vector for result in seen if result.vector is not None])
         units = np.frombuffer(numbers, dtype=np.float16).reshape(len(seen), -1)
-    always = always_keep[row_of]
-    flat = np.array([look.hash is not None and look.hash.flat for look in seen]) & ~always
-    avoided = near_avoided[row_of] & ~flat & ~always
-    for position, row in enumerate(row_of):
-        rows[row] = {
-            "hash": None if hashes is None else to_hex(hashes[position].tobytes(), settings.bits),
-            "kept": False,
-            "reason": FLAT if flat[position] else AVOIDED,
-        }
-    candidates = np.flatnonzero(~flat & ~avoided)
+    always = always_keep[compared]
+    flat = np.array([result.hash is not None and result.hash.flat for result in seen]) & ~always
+    left_out = flat | (near_avoided[compared] & ~always)
+    for row, is_flat in zip(rows[left_out].tolist(), flat[left_out].tolist(), strict=True):
+        columns["reason"][row] = FLAT if is_flat else AVOIDED
+    candidates = np.flatnonzero(~left_out)
     if not len(candidates):
-        return pa.RecordBatch.from_pylist(rows, schema=RANKED_SCHEMA), Quality(), Quality()
+        return None
 
     points = points_of(hashes, units)
-    copies = (
-        None if hashes is None or settings.near_copy is None else NearCopies(hashes[candidates], settings.near_copy)
-    )
     ranking = rank(
         settings.strategy,
         points.take(candidates),
@@ -118,31 +153,120 @@ def rank_label(
         keep=settings.keep or 1,
         label=label,
         seed=settings.seed,
-        copies=copies,
+        copies=None
+        if hashes is None or settings.near_copy is None
+        else NearCopies(hashes[candidates], settings.near_copy),
     )
-    ranked = candidates[ranking.order]
-    kept = ranked[: settings.keep]
-    for place, (position, insertion) in enumerate(
-        zip(ranked.tolist(), ranking.insertion_distance.tolist(), strict=True)
+    order = candidates[ranking.order]
+    for number, (row, distance) in enumerate(
+        zip(rows[order].tolist(), ranking.insertion_distance.tolist(), strict=True)
     ):
-        keep = place < len(kept)
-        rows[row_of[position]] |= {
-            "rank": place,
-            "insertion_distance": insertion if place else None,
-            "kept": keep,
-            "reason": KEPT if keep else BEYOND_KEEP,
-        }
-    insertion = ranking.insertion_distance[: len(kept)]
-    found = evaluate(label, points, hashes, names, candidates, kept, insertion, bool(always.any()), settings)
-    for row, position, apart in zip(row_of, found.nearest.tolist(), found.distance.tolist(), strict=True):
-        rows[row] |= {"nearest_kept": names[position], "nearest_kept_distance": apart}
-    return pa.RecordBatch.from_pylist(rows, schema=RANKED_SCHEMA), found.quality, found.by_hash
+        columns["rank"][row] = number
+        columns["insertion_distance"][row] = distance if number else None
+    return RankedLabel(
+        label, rows, names, points, hashes, candidates, order, ranking.insertion_distance, bool(always.any())
+    )
+
+
+def evaluate_label(
+    ranked: RankedLabel, kept: NDArray[np.bool_], settings: PhotoSettings, columns: dict[str, list[Any]]
+) -> Evaluation:
+    """Return what the choice of a label's photos is worth, and fill in which kept photo is nearest to each.
+
+    Parameters
+    ----------
+    ranked : RankedLabel
+        The label; at least one of its photos is kept.
+    kept : ndarray of bool, shape (rows of the task,)
+        Which photos of the task are kept.
+    settings : PhotoSettings
+        Strategy, hash, seed.
+    columns : dict of str to list
+        As for `rank_label`.
+    """
+    chosen = kept[ranked.rows[ranked.order]]
+    evaluation = evaluate(
+        ranked.label,
+        ranked.points,
+        ranked.hashes,
+        ranked.ids,
+        ranked.candidates,
+        ranked.order[chosen],
+        ranked.insertion_distance[chosen],
+        ranked.some_always_kept,
+        settings,
+    )
+    for row, nearest, distance in zip(
+        ranked.rows.tolist(), evaluation.nearest.tolist(), evaluation.distance.tolist(), strict=True
+    ):
+        columns["nearest_kept"][row] = ranked.ids[nearest]
+        columns["nearest_kept_distance"][row] = distance
+    return evaluation
+
+
+def rank_partition(
+    table: pa.Table,
+    results: Sequence[PhotoResult],
+    near_avoided: NDArray[np.bool_],
+    settings: PhotoSettings,
+) -> tuple[pa.Table, Quality, Quality]:
+    """Rank the labels of a partition and choose from each.
+
+    Parameters
+    ----------
+    table : pyarrow.Table
+        The rows of the task: whole labels, sorted by (label, id).
+    results : sequence of PhotoResult, shape (rows,)
+        Hash, vector or error of each photo.
+    near_avoided : ndarray of bool, shape (rows,)
+        Which photos are near a photo to avoid.
+    settings : PhotoSettings
+        Strategy, number to keep, seed.
+
+    Returns
+    -------
+    pyarrow.Table
+        `RANKED_SCHEMA`, a row per row of the task.
+    Quality
+        Of the kept photos, against a random choice of the same size from the same candidates.
+    Quality
+        By hashes, as for `reducer.selection.quality.Evaluation`.
+    """
+    ids: list[str] = table["id"].to_pylist()
+    always_keep = np.zeros(len(ids), dtype=bool)
+    if "always_keep" in table.column_names:
+        always_keep = table["always_keep"].to_numpy()
+    columns: dict[str, list[Any]] = {name: [None] * len(ids) for name in RANKED_SCHEMA.names}
+    columns["error"] = [result.error for result in results]
+    columns["reason"] = [FAILED if result.error is not None else KEPT for result in results]
+    labels = []
+    start = 0
+    for label, group in groupby(table["label"].to_pylist()):
+        rows = slice(start, start + sum(1 for _ in group))
+        ranked = rank_label(
+            label, ids[rows], results[rows], settings, always_keep[rows], near_avoided[rows], columns, start
+        )
+        labels += [] if ranked is None else [ranked]
+        start = rows.stop
+
+    deciding = {name: pa.array(columns[name], RANKED_SCHEMA.field(name).type) for name in DECIDING if name in columns}
+    sizes = pa.array([result.bytes for result in results], pa.int64())
+    selection = select(
+        pa.table(deciding | {"label": table["label"], "bytes": sizes}), CutRules(keep=settings.keep), always_keep
+    )
+    quality, by_hash = Quality(), Quality()
+    for ranked in labels:
+        evaluation = evaluate_label(ranked, selection.kept, settings, columns)
+        quality, by_hash = quality + evaluation.quality, by_hash + evaluation.by_hash
+    decided = columns | {"kept": selection.kept, "reason": selection.reason}
+    arrays = [pa.array(decided[field.name], field.type) for field in RANKED_SCHEMA]
+    return pa.Table.from_arrays(arrays, schema=RANKED_SCHEMA), quality, by_hash
 
 
 def run_partition(
     task: PartitionTask,
     avoid: Hashes | None = None,
-    look: ProcessPhotos = process_photos,
+    process: ProcessPhotos = process_photos,
     while_ranking: AbstractContextManager[object] | None = None,
 ) -> PartitionResult:
     """Hash and rank the photos of one partition.
@@ -153,8 +277,8 @@ def run_partition(
         Whole labels, rows sorted by (label, id).
     avoid : ndarray of uint8, shape (m, hash bytes), optional
         Packed hashes; photos near one of them are not kept.
-    look : callable
-        What reads and hashes the photos.
+    process : callable, optional
+        Reads and hashes the photos.
     while_ranking : context manager, optional
         Entered while labels are ranked: a large one takes minutes.
 
@@ -166,43 +290,28 @@ def run_partition(
     started = time.perf_counter()
     settings = task.settings
     table = from_ipc(task.rows)
-    ids: list[str] = table["id"].to_pylist()
-    labels: list[str] = table["label"].to_pylist()
-    always_keep = np.zeros(len(ids), dtype=bool)
-    if "always_keep" in table.column_names:
-        always_keep = table["always_keep"].to_numpy()
     refs = photo_refs(task, table)
     vectors = given_vectors(table)
-    looks, now = photo_results(task, table, refs, look, vectors)
+    results, now = photo_results(task, table, refs, process, vectors)
 
-    near_avoided = np.zeros(len(looks), dtype=bool)
+    near_avoided = np.zeros(len(results), dtype=bool)
     if avoid is not None:
-        hashed = [(i, np.frombuffer(look.hash.bits, np.uint8)) for i, look in enumerate(looks) if look.hash]
+        hashed = [(i, np.frombuffer(result.hash.bits, np.uint8)) for i, result in enumerate(results) if result.hash]
         if hashed:
-            places, hashes = zip(*hashed, strict=True)
-            near_avoided[list(places)] = near_any(np.array(hashes), avoid, settings.avoid_distance)
-
-    batches = []
-    quality, by_hash = Quality(), Quality()
-    start = 0
+            rows, hashes = zip(*hashed, strict=True)
+            near_avoided[list(rows)] = near_any(np.array(hashes), avoid, settings.avoid_distance)
     with while_ranking or nullcontext():
-        for label, group in groupby(labels):
-            stop = start + sum(1 for _ in group)
-            own = slice(start, stop)
-            batch, worth, its = rank_label(label, ids[own], looks[own], settings, always_keep[own], near_avoided[own])
-            batches.append(batch)
-            quality, by_hash = quality + worth, by_hash + its
-            start = stop
+        ranked, quality, by_hash = rank_partition(table, results, near_avoided, settings)
 
-    tally = replace(tally_of(looks, now), quality=quality, by_hash=by_hash)
+    tally = replace(tally_of(results, now), quality=quality, by_hash=by_hash)
     if vectors is not None:
-        known = sum(look.hash is not None for look, by_us in zip(looks, now, strict=True) if not by_us)
-        tally = replace(tally, reused=known, looked_up=len(looks))
+        known = sum(result.hash is not None for result, by_us in zip(results, now, strict=True) if not by_us)
+        tally = replace(tally, reused=known, looked_up=len(results))
     return PartitionResult(
         index=task.index,
-        found=to_ipc(_result_table(looks, pa.Table.from_batches(batches, RANKED_SCHEMA), settings)),
+        found=to_ipc(_result_table(results, ranked, settings)),
         tally=tally,
-        first_failure=first_failure(refs, looks),
+        first_failure=first_failure(refs, results),
         seconds=time.perf_counter() - started,
         peak_memory=peak_memory(),
     )
