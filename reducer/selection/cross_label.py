@@ -1,13 +1,12 @@
-"""Near copies under different labels, most of them label errors: which photo is like which of another label.
+"""Near copies under different labels, most of them label errors: photos that are like a photo of another label.
 
-Pure and deterministic; of a million photos no two are compared without a reason (multi-index hashing).
+Pure and deterministic. The search is `reducer.selection.near_pairs`; here the pairs are limited per photo and told of.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
-from itertools import combinations
 
 import numpy as np
 import pyarrow as pa
@@ -15,31 +14,21 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from reducer.config.settings import near_copy_bits
+from reducer.selection.near_pairs import Words, pairs_at
 from reducer.storage.codecs import Hashes, Positions, all_from_hex
 from reducer.storage.schemas import CROSS_LABEL_SCHEMA
 from reducer.storage.sorting import is_new, text_ranks
 
-Words = NDArray[np.uint64]
-
-#: At how many bits apart, of 64, two photos of different labels are told of; also of longer hashes, and of shorter ones
-#: as many in proportion. It is less than within a label: between labels there are far more pairs that could be alike by
-#: chance.
+#: Largest distance, in bits of a hash of 64, at which two photos of different labels are told of; also of longer
+#: hashes, and in proportion of shorter ones. It is less than within a label: between labels there are far more pairs
+#: that could be alike by chance.
 CROSS_LABEL_BITS = 2
-#: Pairs that one photo is in. Of a thousand photos that are all alike, as placeholders are, the first few say it all.
+#: Most pairs per photo. Of a thousand photos that are all alike, as placeholders are, the first few say it all.
 MOST_PAIRS = 20
 
-#: Bits are cut into so many blocks more than two hashes can differ in. One more makes longer keys, so that fewer pairs
-#: are compared, but more tables of them; with 1.6 million hashes 2 was the fastest for pairs 2 bits apart.
-SPARE_BLOCKS = 2
-#: Hashes by which the bits are dealt to the blocks.
-SAMPLED_HASHES = 2**14
-#: Pairs that are compared at a time.
-COMPARED_PAIRS = 2**19
-#: Of hashes with equal keys so many pairs are compared; with more, their other bits are cut into blocks in their turn.
-DIRECT_PAIRS = 2**18
 #: Pairs of hashes that are held until they are sorted. More come only of sets made for it.
 HELD_PAIRS = 2**22
-#: So many of them are tried before those are passed over, all at once, that can come to nothing any more.
+#: Pairs of groups that are tried between two looks at which groups can still be in a pair.
 EDGES = 2**12
 #: Rows of the table that are gathered at a time; as a whole their text may be more than one Arrow array holds.
 GATHERED_ROWS = 2**20
@@ -48,42 +37,38 @@ GATHERED_ROWS = 2**20
 def cross_label_pairs(
     hashes: Hashes, labels: NDArray[np.int64], bits: int, *, most: int = MOST_PAIRS
 ) -> tuple[Positions, Positions, NDArray[np.int64]]:
-    """Pairs of photos of different labels whose hashes are near each other.
+    """Return pairs of photos of different labels whose hashes are near each other.
 
     Parameters
     ----------
     hashes : ndarray of uint8, shape (n, hash bytes)
         Packed hashes, the photos in the order of their labels and, within a label, of their ids. Those with at most
-        `near_copy_bits` ones, or so many zeros, are left out: a plain wall and a smooth gradient have
-        them, whatever is to be seen.
+        `near_copy_bits` ones, or as few zeros, are left out: a plain wall and a smooth gradient have them, whatever is
+        to be seen.
     labels : ndarray of int64, shape (n,)
-        Numbers of their labels, 0 or more, none less than the one before it.
+        Number of each photo's label, 0 or more, ascending.
     bits : int
-        Bits of a hash. Pairs are at most `CROSS_LABEL_BITS` apart, of a hash under 64 bits as many in proportion.
+        Bits of a hash. Pairs are at most `CROSS_LABEL_BITS` apart, of a hash under 64 bits in proportion.
     most : int
-        Pairs that one photo is in, 1 to 255.
+        Most pairs per photo, 1 to 255.
 
     Returns
     -------
     first, second : ndarray of int64, shape (pairs,)
-        Positions of the two, first < second.
+        Positions of the two photos, first < second.
     distance : ndarray of int64, shape (pairs,)
         In bits. The pairs are sorted by (distance, first, second).
 
     Notes
     -----
-    Where there are too many, the nearest are taken: pairs come in the order of (distance, smaller hash, larger hash,
-    position of the photo with the smaller hash, position of the other), and each is taken if both photos are in less
-    than ``most`` so far. So none can be added to those taken. (Over `HELD_PAIRS` pairs of hashes at one distance the
-    order holds for each such share of them, which depends on nothing but the hashes either.)
+    Where there are too many pairs, the nearest are taken: pairs come in the order of (distance, smaller hash, larger
+    hash, position of the photo with the smaller hash, position of the other), and each is taken if both photos are in
+    fewer than ``most`` pairs so far. So no pair can be added to those taken. (Over `HELD_PAIRS` pairs of hashes at one
+    distance the order holds for each such share of them, which depends on nothing but the hashes either.)
 
-    The search is multi-index hashing (Norouzi, Punjani and Fleet 2012, "Fast search in Hamming space with multi-index
-    hashing"; with keys of several blocks as by Manku, Jain and Das Sarma 2007, "Detecting near-duplicates for web
-    crawling"): hashes d bits apart agree on all but d blocks of their bits, so it is enough to sort them by the other
-    blocks, for each choice of d, and to compare those with equal keys. Time and memory grow as n, apart from the
-    sorting, unless the hashes themselves crowd.
+    Time and memory grow as n, apart from the sorting, unless the hashes themselves crowd.
     """
-    photos = np.flatnonzero(~_flat(hashes, bits))
+    photos = np.flatnonzero(~_are_flat(hashes, bits))
     if len(photos) == 0:
         return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int64)
     words = _as_numbers(hashes[photos])
@@ -92,39 +77,45 @@ def cross_label_pairs(
     starts = np.flatnonzero(is_new(*words))
     words = np.ascontiguousarray(words[:, starts])
 
-    taken = _PairLimit(photos, labels[photos], starts, most)
-    taken.within()
-    found = [len(taken.pairs)]
+    limit = _PairLimit(photos, labels[photos], starts, most)
+    limit.take_within()
+    counts = [len(limit.pairs)]
     for distance in range(1, min(CROSS_LABEL_BITS, CROSS_LABEL_BITS * bits // 64) + 1):
-        # What has become full, or can meet its own label only, need not be looked for any more.
-        groups = np.flatnonzero(taken.sole != FULL)
-        held: list[NDArray[np.int64]] = []
-        count = 0
-        for one, other in _pairs_at(words[:, groups], taken.sole[groups], distance):
-            # In the order of the groups, as in that of their hashes.
-            held.append(groups[np.minimum(one, other)] << 32 | groups[np.maximum(one, other)])
-            count += len(one)
-            if count > HELD_PAIRS:
-                taken.between(np.sort(np.concatenate(held)))
-                held, count = [], 0
-        if held:
-            taken.between(np.sort(np.concatenate(held)))
-        found.append(len(taken.pairs))
+        for edges in _sorted_edges(words, limit.sole, distance):
+            limit.take_between(edges)
+        counts.append(len(limit.pairs))
 
-    pairs = np.asarray(taken.pairs, dtype=np.int64)
-    for share in np.split(pairs, found[:-1]):
+    pairs = np.asarray(limit.pairs, dtype=np.int64)
+    for share in np.split(pairs, counts[:-1]):
         share.sort()  # in place: views
-    return pairs >> 32, pairs & 0xFFFFFFFF, np.repeat(np.arange(len(found)), np.diff(found, prepend=0))
+    return pairs >> 32, pairs & 0xFFFFFFFF, np.repeat(np.arange(len(counts)), np.diff(counts, prepend=0))
+
+
+def _sorted_edges(words: Words, sole: NDArray[np.int64], distance: int) -> Iterator[NDArray[np.int64]]:
+    """Yield the pairs of groups that are a distance apart and can meet, as for `_PairLimit.take_between`."""
+    # Groups that are full, or can meet their own label only, need not be looked for any more.
+    groups = np.flatnonzero(sole != FULL)
+    held: list[NDArray[np.int64]] = []
+    count = 0
+    for left, right in pairs_at(words[:, groups], sole[groups], distance):
+        # Groups are numbered in the order of their hashes.
+        held.append(groups[np.minimum(left, right)] << 32 | groups[np.maximum(left, right)])
+        count += len(left)
+        if count > HELD_PAIRS:
+            yield np.sort(np.concatenate(held))
+            held, count = [], 0
+    if held:
+        yield np.sort(np.concatenate(held))
 
 
 def cross_label_table(ledger: pa.Table, bits: int) -> pa.Table:
-    """The rows of ``cross_label.parquet``: `cross_label_pairs` of a ledger.
+    """Return the rows of ``cross_label.parquet``: `cross_label_pairs` of a ledger.
 
     Parameters
     ----------
     ledger : pyarrow.Table
         With the text columns ``id``, ``label``, ``path`` and ``hash`` (by `reducer.storage.codecs.to_hex`, null if
-        not hashed), in any order. A file that stands under two labels is like itself, and told of too.
+        not hashed), in any order. A file that stands under two labels is like itself, and told of, too.
     bits : int
         Bits of a hash.
 
@@ -137,7 +128,7 @@ def cross_label_table(ledger: pa.Table, bits: int) -> pa.Table:
     Raises
     ------
     ValueError
-        If a hash is none of so many bits.
+        If a text is no hash of this number of bits.
     """
     names = ["id", "label", "path", "hash"]
     photos = ledger.select(names)
@@ -159,8 +150,8 @@ def cross_label_table(ledger: pa.Table, bits: int) -> pa.Table:
     return pa.concat_tables(parts) if parts else CROSS_LABEL_SCHEMA.empty_table()
 
 
-def _flat(hashes: Hashes, bits: int) -> NDArray[np.bool_]:
-    """Which hashes say nothing of a picture."""
+def _are_flat(hashes: Hashes, bits: int) -> NDArray[np.bool_]:
+    """Return for each hash whether it is nearly all zeros or ones and so says nothing of a picture, shape (n,)."""
     ones = np.zeros(len(hashes), dtype=np.int32)
     for column in hashes.T:
         ones += np.bitwise_count(column)
@@ -169,7 +160,7 @@ def _flat(hashes: Hashes, bits: int) -> NDArray[np.bool_]:
 
 
 def _as_numbers(hashes: Hashes) -> Words:
-    """Packed hashes as 64-bit words, shape (words, n), whose order as numbers is that of the hashes as bytes."""
+    """Return packed hashes as words, shape (words, n), whose order as numbers is that of the hashes as bytes."""
     padded = np.pad(hashes, ((0, 0), (0, -hashes.shape[1] % 8)))
     return np.ascontiguousarray(padded.view(">u8").T.astype(np.uint64))
 
@@ -179,30 +170,30 @@ FULL = -1
 
 
 class _PairLimit:
-    """The pairs taken so far, and which photos can still be in more.
+    """The pairs taken so far, and the photos that can still be in more.
 
     The photos stand in groups of equal hashes, sorted by label within each. A full photo is passed over by a pointer to
-    the next one that is not (union-find with path halving), and what is left of one's own label by the end of its run,
-    so every step but a few a pair of groups takes a pair.
+    the next one that is not (union-find with path halving), and the rest of a photo's label by the end of its run, so
+    all but a few steps per pair of groups take a pair.
 
     Parameters
     ----------
     photos : ndarray of int64, shape (n,)
         Position of the photo that stands at each place.
     labels : ndarray of int64, shape (n,)
-        Its label.
+        Label of each photo.
     starts : ndarray of int64, shape (groups,)
-        Place of the first of each group.
+        Place of the first photo of each group.
     most : int
-        Pairs that a photo can be in.
+        Most pairs per photo.
 
     Attributes
     ----------
     pairs : array of int64
         Position of the first photo, and 32 bits below it that of the second, in the order in which they were taken.
     sole : ndarray of int64, shape (groups,)
-        The label of all photos of the group that can still be in more pairs; a number of its own if they are of more
-        than one; `FULL` if there are none. Two groups of one number cannot meet.
+        The label of all photos of the group that can still be in more pairs; a number that no other group has if they
+        are of more than one label; `FULL` if there are none. Two groups of one number cannot meet.
     """
 
     def __init__(self, photos: Positions, labels: NDArray[np.int64], starts: Positions, most: int) -> None:
@@ -224,32 +215,12 @@ class _PairLimit:
         self.sole = np.where(labels[starts] == last, last, self._mixed + np.arange(len(starts)))
         self._sole = self.sole.data
 
-    def within(self) -> None:
+    def take_within(self) -> None:
         """Take pairs of equal hashes."""
-        pairs, most, photos, following, used = self.pairs, self._most, self._photos, self._next, self._used
         for group in np.flatnonzero(self.sole >= self._mixed).tolist():
-            end = self._starts[group + 1]
-            one = self._starts[group]  # all are free
-            while one < end:
-                other = _free(following, self._run_end[one])
-                if other >= end:
-                    break  # only one label is left
-                high = photos[one] << 32
-                room = most - used[one]
-                while room and other < end:
-                    pairs.append(high | photos[other])
-                    room -= 1
-                    used[other] += 1
-                    if used[other] == most:
-                        following[other] = other + 1
-                    other = _free(following, other + 1)
-                used[one] = most - room
-                if not room:
-                    following[one] = one + 1
-                one = _free(following, one + 1)
-            self._settle(group)
+            self._meet(group, group)
 
-    def between(self, edges: NDArray[np.int64]) -> None:
+    def take_between(self, edges: NDArray[np.int64]) -> None:
         """Take pairs of different hashes.
 
         Parameters
@@ -260,169 +231,63 @@ class _PairLimit:
         """
         for start in range(0, len(edges), EDGES):
             share = edges[start : start + EDGES]
-            one, other = self.sole[share >> 32], self.sole[share & 0xFFFFFFFF]
-            for edge in share[(one != other) & (one != FULL) & (other != FULL)].tolist():
+            left, right = self.sole[share >> 32], self.sole[share & 0xFFFFFFFF]
+            for edge in share[(left != right) & (left != FULL) & (right != FULL)].tolist():
                 self._meet(edge >> 32, edge & 0xFFFFFFFF)
 
-    def _meet(self, group: int, its: int) -> None:
-        """Take pairs of a photo of one group and a photo of another."""
+    def _meet(self, group: int, other_group: int) -> None:
+        """Take pairs of a photo of one group and a photo of another, or of two photos of one group."""
         following, labels, used, most = self._next, self._labels, self._used, self._most
-        end, its_start, its_end = self._starts[group + 1], self._starts[its], self._starts[its + 1]
-        filled = False
-        one = _free(following, self._starts[group])
-        while one < end:
-            other = _free(following, its_start)
-            if other >= its_end:
+        photos, pairs = self._photos, self.pairs
+        end, other_start, other_end = self._starts[group + 1], self._starts[other_group], self._starts[other_group + 1]
+        any_full = False
+        place = _free(following, self._starts[group])
+        while place < end:
+            # Within one group each photo meets those behind its label's: the others have met it.
+            other = _free(following, self._run_end[place] if group == other_group else other_start)
+            if other >= other_end:
                 break
-            label, high = labels[one], self._photos[one]
-            room = before = most - used[one]
-            while room and other < its_end:
+            label, photo = labels[place], photos[place]
+            room = before = most - used[place]
+            while room and other < other_end:
                 if labels[other] == label:
                     other = _free(following, self._run_end[other])
                     continue
-                low = self._photos[other]
-                self.pairs.append(high << 32 | low if high < low else low << 32 | high)
+                mate = photos[other]
+                pairs.append(photo << 32 | mate if photo < mate else mate << 32 | photo)
                 room -= 1
                 used[other] += 1
                 if used[other] == most:
                     following[other] = other + 1
-                    filled = True
+                    any_full = True
                 other = _free(following, other + 1)
             if room == before:
-                # All that is free there is of this photo's label.
-                one = _free(following, self._run_end[one])
+                # All that is free in the other group is of this photo's label.
+                place = _free(following, self._run_end[place])
                 continue
-            used[one] = most - room
+            used[place] = most - room
             if not room:
-                following[one] = one + 1
-                filled = True
-            one = _free(following, one + 1)
-        if filled:
-            self._settle(group)
-            self._settle(its)
+                following[place] = place + 1
+                any_full = True
+            place = _free(following, place + 1)
+        if any_full:
+            self._update_sole(group)
+            self._update_sole(other_group)
 
-    def _settle(self, group: int) -> None:
-        """Bring ``sole`` up to date."""
+    def _update_sole(self, group: int) -> None:
+        """Bring ``sole`` of a group up to date."""
         end = self._starts[group + 1]
-        one = _free(self._next, self._starts[group])
-        if one >= end:
+        place = _free(self._next, self._starts[group])
+        if place >= end:
             self._sole[group] = FULL
-        elif _free(self._next, self._run_end[one]) >= end:
-            self._sole[group] = self._labels[one]
+        elif _free(self._next, self._run_end[place]) >= end:
+            self._sole[group] = self._labels[place]
 
 
 def _free(following: memoryview, place: int) -> int:
-    """The first place from one on whose photo is not full; that behind the last if there is none."""
+    """Return the first place from a given one on whose photo is not full; the place behind the last if all are."""
     after = following[place]
     while after != place:
         following[place] = after = following[after]
         place, after = after, following[after]
     return place
-
-
-def _pairs_at(words: Words, numbers: NDArray[np.int64], distance: int) -> Iterator[tuple[Positions, Positions]]:
-    """All pairs of hashes that are so far apart and have different numbers, each once.
-
-    Parameters
-    ----------
-    words : ndarray of uint64, shape (words, n)
-        The hashes, no two equal.
-    numbers : ndarray of int64, shape (n,)
-        Their numbers. Equal ones cost nothing, however many there are.
-    distance : int
-        In bits, 1 or more.
-
-    Yields
-    ------
-    one, other : ndarray of int64, shape (m,)
-        Positions of the two.
-    """
-    if len(numbers) < 2:
-        return
-    # Sorting by key keeps this order, so that those of one number stand together among those of one key.
-    by_number = np.argsort(numbers, kind="stable")
-    words, numbers = words[:, by_number], numbers[by_number]
-    masks = _masks(words, distance)
-    for table, mask in enumerate(masks):
-        key = _key(words, mask)
-        order = np.argsort(key, kind="stable")
-        for one, other in _pairs_of_equal_key(key[order], words[:, order], numbers[order], distance):
-            here, there = order[one], order[other]
-            apart = words[:, here] ^ words[:, there]
-            # Each pair by the first table only that it agrees on; two keys can be equal by chance, too.
-            earlier = [_differ(apart, its) for its in masks[:table]]
-            new = ~_differ(apart, mask) & np.all(earlier, axis=0)
-            yield by_number[here[new]], by_number[there[new]]
-
-
-def _differ(apart: Words, mask: Words) -> NDArray[np.bool_]:
-    """Which pairs differ in a bit of a mask."""
-    differ: NDArray[np.bool_] = np.any(apart & mask[:, np.newaxis], axis=0)
-    return differ
-
-
-def _masks(words: Words, distance: int) -> Words:
-    """The bits that each table's key is made of, shape (tables, words).
-
-    Two hashes so far apart agree on all bits of one of the masks at least, whatever bits the blocks are made of. So
-    those that hardly any hashes differ in are spread over all blocks, as are those that many do: otherwise many keys
-    would be equal.
-    """
-    sample = np.ascontiguousarray(words[:, :: -(-words.shape[1] // SAMPLED_HASHES)])
-    ones = np.unpackbits(sample.view(np.uint8).reshape(*sample.shape, 8), axis=2).sum(axis=1, dtype=np.int64)
-    rarer = np.minimum(ones, sample.shape[1] - ones).ravel()
-    blocks = distance + SPARE_BLOCKS
-    block = np.empty(len(rarer), dtype=np.int64)
-    block[np.argsort(-rarer, kind="stable")] = np.arange(len(rarer)) % blocks
-    block[rarer == 0] = -1
-    kept = combinations(range(blocks), SPARE_BLOCKS)
-    return np.array([np.packbits(np.isin(block, choice)).view(np.uint64) for choice in kept])
-
-
-def _key(words: Words, mask: Words) -> Words:
-    """One number for the bits of a mask; different bits have the same seldom, if there is more than one word."""
-    key: Words = words[0] & mask[0]
-    for word, its in zip(words[1:], mask[1:], strict=True):
-        key *= np.uint64(0x9E3779B97F4A7C15)  # odd, and its bits look random (2**64 over the golden ratio)
-        key ^= key >> np.uint64(32)
-        key += word & its
-    return key
-
-
-def _pairs_of_equal_key(
-    key: Words, words: Words, numbers: NDArray[np.int64], distance: int
-) -> Iterator[tuple[Positions, Positions]]:
-    """`_pairs_at`, of those with equal keys only; all are sorted by (key, number)."""
-    count = len(key)
-    key_starts, run_starts = np.flatnonzero(is_new(key)), np.flatnonzero(is_new(key, numbers))
-    if len(key_starts) == len(run_starts):
-        return  # wherever keys are equal, so are the numbers
-    key_ends, run_ends = np.append(key_starts[1:], count), np.append(run_starts[1:], count)
-    # Each is compared with those of its key that stand behind those of its number.
-    begin = np.repeat(run_ends, np.diff(run_starts, append=count))
-    others = np.repeat(key_ends, key_ends - key_starts) - begin
-    pairs = np.add.reduceat(others, key_starts)
-    # All at once they are not divided again: that would not end.
-    for group in np.flatnonzero((pairs > DIRECT_PAIRS) & (key_ends - key_starts < count)):
-        start, end = key_starts[group], key_ends[group]
-        others[start:end] = 0
-        for one, other in _pairs_at(words[:, start:end], numbers[start:end], distance):
-            yield start + one, start + other
-    compared = np.flatnonzero(others)
-    begin, others = begin[compared], others[compared]
-    until = np.cumsum(others)
-    done = 0
-    while done < len(compared):
-        before = until[done] - others[done]
-        stop = max(done + 1, int(np.searchsorted(until, before + COMPARED_PAIRS, side="right")))
-        times = others[done:stop]
-        one = np.repeat(compared[done:stop], times)
-        first_pair = until[done:stop] - times - before
-        other = np.arange(len(one)) + np.repeat(begin[done:stop] - first_pair, times)
-        apart = np.zeros(len(one), dtype=np.uint16)
-        for word in words:
-            apart += np.bitwise_count(word[one] ^ word[other])
-        near = apart == distance
-        if near.any():
-            yield one[near], other[near]
-        done = stop

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reducer.config.settings import LARGEST_HASH, SMALLEST_HASH, near_copy_bits
-from reducer.selection import cross_label
+from reducer.selection import cross_label, near_pairs
 from reducer.selection.cross_label import CROSS_LABEL_SCHEMA, MOST_PAIRS, cross_label_pairs, cross_label_table
 from reducer.storage.codecs import all_from_hex, from_hex, to_hex
 
@@ -126,16 +126,16 @@ def test_a_crowd_is_divided_again_and_again(bits: int, most: int, monkeypatch: p
     expected = greedy(near(values, labels, bits), most)
     assert pairs_of(values, labels, bits, most) == expected
     # Buckets in buckets; few pairs compared at a time; few tried at a time; bits dealt by a share of the hashes.
-    monkeypatch.setattr(cross_label, "DIRECT_PAIRS", 20)
-    monkeypatch.setattr(cross_label, "COMPARED_PAIRS", 50)
+    monkeypatch.setattr(near_pairs, "DIRECT_PAIRS", 20)
+    monkeypatch.setattr(near_pairs, "COMPARED_PAIRS", 50)
     monkeypatch.setattr(cross_label, "EDGES", 3)
-    monkeypatch.setattr(cross_label, "SAMPLED_HASHES", 100)
+    monkeypatch.setattr(near_pairs, "SAMPLED_HASHES", 100)
     assert pairs_of(values, labels, bits, most) == expected
 
 
 def test_keys_that_are_equal_by_chance_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     values, labels = crowd(256, 300, 20, 6)
-    monkeypatch.setattr(cross_label, "_key", lambda words, mask: (words[0] & mask[0]) % np.uint64(3))
+    monkeypatch.setattr(near_pairs, "_key", lambda words, mask: (words[0] & mask[0]) % np.uint64(3))
     assert pairs_of(values, labels, 256) == greedy(near(values, labels, 256), MOST_PAIRS)
 
 
