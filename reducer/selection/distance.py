@@ -1,6 +1,6 @@
-"""How far apart the photos of a label are: by their hashes, or by vectors. Whole numbers, so that no order matters.
+"""Distances between the photos of a label, by hashes or by vectors: whole numbers, so that no order matters.
 
-Both kinds tell distances as whole numbers of steps: a step is a bit, or 2**-30 of a cosine distance. Sums of steps are
+Both kinds give distances as whole numbers of steps: a step is a bit, or 2**-30 of a cosine distance. Sums of steps are
 exact whatever the order, the blocks or the number of threads, and so are the vectors' products: two float16 numbers
 have a product of at most 22 significant bits, a multiple of 2**-48, and all sums of those of two unit vectors stay
 under 2, so they fit the 53 bits of a float64.
@@ -23,7 +23,7 @@ Steps = NDArray[Any]
 MEDOID_BLOCK = 1000
 #: Steps of a cosine distance of 1.
 COSINE_STEPS = 2**30
-#: Of so many photos at most the distances of all pairs are held, 4 bytes each: 256 MiB.
+#: Most photos of which the distances of all pairs are held, 4 bytes each: 256 MiB.
 HELD_PHOTOS = 8192
 #: Bytes that float64 copies of vectors may take, and that one block of distances may.
 WIDENED_BYTES, BLOCK_BYTES = 2**28, 2**25
@@ -32,45 +32,45 @@ WIDENED_BYTES, BLOCK_BYTES = 2**28, 2**25
 class Points(Protocol):
     """The photos of a label, by what they are compared by."""
 
-    #: What a distance is counted in: ``bits`` or ``cosine``.
+    #: Unit of distances: ``bits`` or ``cosine``.
     unit: str
-    #: So much of the unit is one step.
+    #: One step, in the unit.
     step: float
-    #: No two photos can be farther apart, in steps.
+    #: Largest distance that two photos can have, in steps.
     farthest: int
-    #: Of arrays of steps.
+    #: Type of arrays of steps.
     dtype: type[np.signedinteger[Any]]
 
     def __len__(self) -> int:
-        """How many photos there are."""
+        """Return the number of photos."""
 
     def take(self, positions: Positions) -> Points:
-        """Only some of them, in this order."""
+        """Return some of the photos, in the order of their positions given here."""
 
     def to(self, position: int) -> Steps:
-        """Distances of all photos to one, shape (n,), in steps."""
+        """Return the distances of all photos to one, shape (n,), in steps."""
 
     def rows(self, positions: Positions) -> Steps:
-        """Distances of some to all, shape (positions, n), in steps, as small as they can be stored."""
+        """Return the distances of some photos to all, shape (positions, n), in steps, of the smallest type."""
 
     def between(self, some: Positions, others: Positions) -> Steps:
-        """Distances of some to others, shape (some, others), in steps."""
+        """Return the distances of some photos to others, shape (some, others), in steps."""
 
     @property
     def is_costly(self) -> bool:
-        """Whether a photo's distances to all take so long that those of many photos are better told together."""
+        """True where distances of one photo to all take so long that many photos are better computed together."""
 
     def medoid(self) -> int:
-        """Position of the photo with the smallest sum of distances to all others, the first of equals; n >= 1."""
+        """Return the position of the photo with the smallest sum of distances to all, the first of equals; n >= 1."""
 
 
 class Hamming:
-    """Photos by their hashes; distances in bits.
+    """Photos compared by their hashes; distances in bits.
 
     Parameters
     ----------
     hashes : ndarray of uint8, shape (n, hash bytes)
-        Packed.
+        Packed hashes.
     """
 
     unit = "bits"
@@ -87,26 +87,31 @@ class Hamming:
         return len(self.hashes)
 
     def take(self, positions: Positions) -> Hamming:
+        """Return some of the photos, in this order."""
         return self if _are_all(positions, len(self)) else Hamming(self.hashes[positions])
 
     def to(self, position: int) -> Steps:
+        """Return the distances of all photos to one, shape (n,), in bits."""
         return distances_to(self.words, self.words[:, position])
 
     def rows(self, positions: Positions) -> Steps:
-        found = np.zeros((len(positions), len(self)), dtype=self._small)
-        for row, position in zip(found, positions.tolist(), strict=True):
+        """Return the distances of some photos to all, shape (positions, n), in bits, of one byte or two each."""
+        distances = np.zeros((len(positions), len(self)), dtype=self._small)
+        for row, position in zip(distances, positions.tolist(), strict=True):
             for word in self.words:
                 np.add(row, np.bitwise_count(word ^ word[position]), out=row)
-        return found
+        return distances
 
     def between(self, some: Positions, others: Positions) -> Steps:
+        """Return the distances of some photos to others, shape (some, others), in bits."""
         return np.stack([self.to(position)[others] for position in some.tolist()])
 
     is_costly = False
 
     def medoid(self) -> int:
+        """Return the position of the photo with the smallest sum of distances, the first of equals."""
         # A hash differs in a bit from as many others as do not have that bit's value, so the sums follow from one count
-        # a bit. A block at a time: as numbers, bits take up to 64 times their room.
+        # per bit. A block at a time: as numbers, bits take up to 64 times their room.
         hashes = self.hashes
         blocks = [hashes[start : start + MEDOID_BLOCK] for start in range(0, len(hashes), MEDOID_BLOCK)]
         ones = sum(np.unpackbits(block, axis=1).sum(axis=0, dtype=np.int64) for block in blocks)
@@ -116,7 +121,7 @@ class Hamming:
 
 
 class Cosine:
-    """Photos by their vectors; distances are one minus the cosine of the angle between two, 0 to 2.
+    """Photos compared by their vectors; distances are one minus the cosine of the angle between two, 0 to 2.
 
     Parameters
     ----------
@@ -147,32 +152,38 @@ class Cosine:
         return len(self.units)
 
     def take(self, positions: Positions) -> Cosine:
-        # What is held of all pairs serves on: the photos of a label come in the order of their ids.
+        """Return some of the photos, in this order."""
+        # The distances held of all pairs stay in use: the photos of a label come in the order of their ids.
         return self if _are_all(positions, len(self)) else Cosine(self.units[positions])
 
     def to(self, position: int) -> Steps:
+        """Return the distances of all photos to one, shape (n,), in steps."""
         row = self._all()[position] if len(self) <= HELD_PHOTOS else self._computed(np.array([position]))[0]
         steps: Steps = row.astype(np.int64)
         return steps
 
     def rows(self, positions: Positions) -> Steps:
+        """Return the distances of some photos to all, shape (positions, n), in steps."""
         if len(self) > HELD_PHOTOS:
             return self._computed(positions)
         return self._all() if _are_all(positions, len(self)) else self._all()[positions]
 
     def between(self, some: Positions, others: Positions) -> Steps:
+        """Return the distances of some photos to others, shape (some, others), in steps."""
         wide = self.units[others].astype(np.float64)
         return self._steps(some, wide, self._squares[others]).astype(np.int64)
 
     @property
     def is_costly(self) -> bool:
+        """True where not all pairs are held, so that each distance is computed when it is asked for."""
         return len(self) > HELD_PHOTOS
 
     def medoid(self) -> int:
+        """Return the position of the photo with the smallest sum of distances, the first of equals."""
         size = max(1, BLOCK_BYTES // (8 * len(self)))
         starts = range(0, len(self), size)
-        places = (np.arange(start, min(start + size, len(self))) for start in starts)
-        sums = np.concatenate([self.rows(own).sum(axis=1, dtype=np.int64) for own in places])
+        blocks = (np.arange(start, min(start + size, len(self))) for start in starts)
+        sums = np.concatenate([self.rows(block).sum(axis=1, dtype=np.int64) for block in blocks])
         return int(np.argmin(sums))
 
     def _all(self) -> NDArray[np.uint32]:
@@ -181,20 +192,20 @@ class Cosine:
         return self._held
 
     def _computed(self, positions: Positions) -> NDArray[np.uint32]:
-        found = np.empty((len(positions), len(self)), dtype=np.uint32)
+        distances = np.empty((len(positions), len(self)), dtype=np.uint32)
         for start, block in self._blocks():
             stop = start + len(block)
             size = max(1, BLOCK_BYTES // (8 * len(block)))
             for first in range(0, len(positions), size):
-                own = slice(first, first + size)
-                found[own, start:stop] = self._steps(positions[own], block, self._squares[start:stop])
-        return found
+                rows = slice(first, first + size)
+                distances[rows, start:stop] = self._steps(positions[rows], block, self._squares[start:stop])
+        return distances
 
     def _steps(
         self, positions: Positions, others: NDArray[np.float64], squares: NDArray[np.float64]
     ) -> NDArray[np.float64]:
-        own = self.units[positions].astype(np.float64)
-        cosine: NDArray[np.float64] = own @ others.T
+        """Return distances in steps, not yet as integers; ``others`` are vectors and ``squares`` their squares."""
+        cosine: NDArray[np.float64] = self.units[positions].astype(np.float64) @ others.T
         cosine /= np.sqrt(self._squares[positions][:, None] * squares)
         np.subtract(1.0, cosine, out=cosine)
         cosine *= COSINE_STEPS
@@ -202,7 +213,7 @@ class Cosine:
         return np.clip(cosine, 0, self.farthest, out=cosine)
 
     def _blocks(self) -> Iterator[tuple[int, NDArray[np.float64]]]:
-        """The vectors as float64, where each block begins."""
+        """Yield the vectors as float64 in blocks, each with the position of its first."""
         if self._widened is not None:
             yield 0, self._widened
             return
@@ -212,6 +223,7 @@ class Cosine:
 
 
 def _are_all(positions: Positions, count: int) -> bool:
+    """Return whether positions are those of all photos, in order."""
     return len(positions) == count and bool((positions == np.arange(count)).all())
 
 
@@ -233,38 +245,38 @@ def as_words(hashes: Hashes) -> NDArray[np.uint64]:
     return np.ascontiguousarray(padded.view(np.uint64).T)
 
 
-def distances_to(words: NDArray[np.uint64], one: NDArray[np.uint64]) -> NDArray[np.int32]:
-    """Hamming distances of all hashes to one.
+def distances_to(words: NDArray[np.uint64], target: NDArray[np.uint64]) -> NDArray[np.int32]:
+    """Return the Hamming distances of all hashes to one.
 
     Parameters
     ----------
     words : ndarray of uint64, shape (words, n)
         From `as_words`.
-    one : ndarray of uint64, shape (words,)
-        A column of it, or of another's.
+    target : ndarray of uint64, shape (words,)
+        The one hash: a column of ``words``, or of other hashes as words.
 
     Returns
     -------
     ndarray of int32, shape (n,)
         In bits.
     """
-    distance: NDArray[np.int32] = np.bitwise_count(words[0] ^ one[0]).astype(np.int32)
-    for word, its in zip(words[1:], one[1:], strict=True):
-        distance += np.bitwise_count(word ^ its)
+    distance: NDArray[np.int32] = np.bitwise_count(words[0] ^ target[0]).astype(np.int32)
+    for word, target_word in zip(words[1:], target[1:], strict=True):
+        distance += np.bitwise_count(word ^ target_word)
     return distance
 
 
 def near_any(hashes: Hashes, others: Hashes, distance: int) -> NDArray[np.bool_]:
-    """Which hashes are near one of others.
+    """Return for each hash whether it is near any of some other hashes.
 
     Parameters
     ----------
     hashes : ndarray of uint8, shape (n, hash bytes)
         Packed hashes.
     others : ndarray of uint8, shape (m, hash bytes)
-        Those to be near to.
+        Packed hashes to be near to.
     distance : int
-        How near, in bits: at most so far apart.
+        Largest distance at which two hashes are near, in bits.
 
     Returns
     -------
@@ -273,4 +285,4 @@ def near_any(hashes: Hashes, others: Hashes, distance: int) -> NDArray[np.bool_]
     if len(others) == 0:
         return np.zeros(len(hashes), dtype=bool)
     words = as_words(others)
-    return np.array([distances_to(words, one).min() <= distance for one in as_words(hashes).T], dtype=bool)
+    return np.array([distances_to(words, target).min() <= distance for target in as_words(hashes).T], dtype=bool)

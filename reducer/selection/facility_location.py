@@ -1,4 +1,4 @@
-"""Greedy facility location, and which photos stand back as near copies."""
+"""Greedy facility location, and the filter that puts near copies last."""
 
 from __future__ import annotations
 
@@ -11,42 +11,43 @@ import numpy as np
 from reducer.selection.distance import Points, Steps, as_words, distances_to
 from reducer.storage.codecs import Hashes, Positions
 
-#: Of labels with more candidates, so many at a time are chosen from first (`facility_location_order`).
+#: Candidates that the plain rule chooses from; larger labels are divided into parts first (`facility_location_order`).
 FACILITY_LOCATION_CANDIDATES = 20_000
-#: Bytes that the distances of all pairs may take; where they take more they are computed when they are needed, those of
-#: so many photos at a time.
-MATRIX_BYTES, ASKED_TOGETHER = 2**29, 64
+#: Bytes that the distances of all pairs may take; where they would take more they are computed when they are needed.
+MATRIX_BYTES = 2**29
+#: Photos whose distances are computed at a time then.
+ASKED_TOGETHER = 64
 
 
 @dataclass(frozen=True)
 class NearCopies:
-    """What tells near copies among the photos of a label.
+    """Hashes that tell near copies among the photos of a label.
 
     Attributes
     ----------
     hashes : ndarray of uint8, shape (n, hash bytes)
         Packed hashes.
     near : int
-        At most so many bits apart two photos are near copies.
+        Largest distance, in bits, at which two photos are near copies.
     """
 
     hashes: Hashes
     near: int
 
     def among(self, positions: Positions) -> NearCopies:
-        """Of some of the photos."""
+        """Return those of some of the photos."""
         return NearCopies(self.hashes[positions], self.near)
 
 
 class NearCopyFilter:
-    """Which photos may be taken now: near copies of those taken wait until none else is left.
+    """A filter of the photos that may be taken now: near copies of those taken wait until no other is left.
 
     Parameters
     ----------
     copies : NearCopies or None
         None where no photo waits.
     order : ndarray of int64, shape (n,)
-        The order in which positions are told here, as positions in ``copies``.
+        Positions in ``copies`` of the photos, in the order in which this filter counts them.
     """
 
     def __init__(self, copies: NearCopies | None, order: Positions) -> None:
@@ -54,32 +55,32 @@ class NearCopyFilter:
         self._words = None if self._copies is None else as_words(self._copies.hashes)
         self._waits = np.zeros(len(order), dtype=bool)
 
-    def anew(self) -> NearCopyFilter:
-        """The same, where nothing is taken yet."""
+    def restarted(self) -> NearCopyFilter:
+        """Return a filter of the same photos where nothing is taken yet."""
         return NearCopyFilter(self._copies, np.arange(len(self._waits)))
 
     def of(self, positions: Positions) -> NearCopyFilter:
-        """Of some of the photos, where nothing is taken yet."""
+        """Return a filter of some of the photos where nothing is taken yet."""
         return NearCopyFilter(self._copies, positions) if self._copies is not None else NearCopyFilter(None, positions)
 
     def take(self, position: int) -> None:
-        """A photo is taken: its near copies wait."""
+        """Make the near copies of a photo that is taken wait."""
         if self._copies is not None and self._words is not None:
             self._waits |= distances_to(self._words, self._words[:, position]) <= self._copies.near
 
     def waits(self, position: int) -> bool:
-        """Whether a photo is a near copy of one that is taken."""
+        """Return whether a photo is a near copy of one that is taken."""
         return bool(self._waits[position])
 
     def only_ready(self, worth: Steps) -> Steps:
-        """What photos are worth, but -1 for those that may not be taken now; taken ones have -1 already."""
+        """Return the worth of photos, but -1 for those that may not be taken now; taken ones have -1 already."""
         if self._copies is None:
             return worth
         ready = np.where(self._waits, -1, worth)
         return ready if (ready >= 0).any() else worth
 
     def split(self, order: Positions) -> Positions:
-        """An order of photos that are not taken, near copies of those before them put last."""
+        """Return an order of photos that are not taken, near copies of those before them put last."""
         if self._copies is None:
             return order
         now, later = [], []
@@ -95,7 +96,7 @@ class NearCopyFilter:
 def facility_location_order(
     points: Points, picked: Positions, count: int, distinct: NearCopyFilter, draw: Callable[[], Positions]
 ) -> Positions:
-    """The first photos of a label by greedy facility location.
+    """Choose the first photos of a label by greedy facility location.
 
     Up to `FACILITY_LOCATION_CANDIDATES` photos it is the plain rule, within a factor 1 - 1/e of the best sum
     (Nemhauser, Wolsey and Fisher 1978), computed lazily (Minoux 1978): no gain ever grows, so the old ones are upper
@@ -110,9 +111,9 @@ def facility_location_order(
     picked : ndarray of int64, shape (m,)
         Positions of photos that are taken already.
     count : int
-        So many are to be taken, with those.
+        Photos to take, those included.
     distinct : NearCopyFilter
-        Of the same photos, where nothing is taken yet; it is used up.
+        Filter of the same photos, where nothing is taken yet; it is used up.
     draw : callable
         Gives the photos in an order drawn at random.
 
@@ -131,9 +132,9 @@ def facility_location_order(
     order, parts = draw(), -(-len(points) // FACILITY_LOCATION_CANDIDATES)
     chosen = []
     for number in range(parts):
-        own = np.sort(order[number::parts])
-        taken = np.flatnonzero(np.isin(own, picked))
-        chosen.append(own[_greedy(points.take(own), np.arange(len(own)), taken, count, distinct.of(own))])
+        part = np.sort(order[number::parts])
+        taken = np.flatnonzero(np.isin(part, picked))
+        chosen.append(part[_greedy(points.take(part), np.arange(len(part)), taken, count, distinct.of(part))])
     return _greedy(points, np.union1d(np.concatenate(chosen), picked), picked, count, distinct)
 
 
@@ -149,18 +150,18 @@ class _Rows:
             self.held = points.rows(candidates)
             self.place = np.zeros(len(points), dtype=np.int64)
             self.place[candidates] = np.arange(len(candidates))
-        #: So many are asked for at a time.
+        #: Photos that are asked for at a time.
         self.together = 1 if self.held is not None else ASKED_TOGETHER
 
     def __getitem__(self, positions: list[int]) -> Steps:
-        own = np.array(positions, dtype=np.int64)
-        return self.points.rows(own) if self.held is None else self.held[self.place[own]]
+        wanted = np.array(positions, dtype=np.int64)
+        return self.points.rows(wanted) if self.held is None else self.held[self.place[wanted]]
 
 
 def _greedy(
     points: Points, candidates: Positions, picked: Positions, count: int, distinct: NearCopyFilter
 ) -> Positions:
-    """Picks of the greedy rule among some photos, for the good of all; positions are in id order."""
+    """Return the picks of the greedy rule among some photos, for the good of all; positions are in id order."""
     picks: list[int] = picked.tolist()
     if len(candidates) == 0 or len(picks) >= count:
         return picked
@@ -174,7 +175,7 @@ def _greedy(
 
     def gains(positions: list[int], total: int) -> list[int]:
         moved = np.minimum(nearest, rows[positions]).sum(axis=1, dtype=np.uint64)
-        return [total - found for found in moved.tolist()]
+        return [total - after for after in moved.tolist()]
 
     for pick in picks:
         take(pick)
@@ -183,8 +184,8 @@ def _greedy(
     # (minus the gain, position in id order, number of picks when it was computed)
     heap: list[tuple[int, int, int]] = []
     for start in range(0, len(left), ASKED_TOGETHER):
-        own = left[start : start + ASKED_TOGETHER]
-        heap += [(-gain, i, len(picks)) for i, gain in zip(own, gains(own, total), strict=True)]
+        block = left[start : start + ASKED_TOGETHER]
+        heap += [(-gain, i, len(picks)) for i, gain in zip(block, gains(block, total), strict=True)]
     heapq.heapify(heap)
     waiting: list[tuple[int, int, int]] = []
     while len(picks) < count and (heap or waiting):

@@ -14,7 +14,15 @@ from reducer.draw import RANDOM_ORDER, draw_order
 from reducer.selection import distance
 from reducer.selection.distance import COSINE_STEPS, Cosine, Hamming
 from reducer.selection.facility_location import NearCopies
-from reducer.selection.strategies import STRATEGIES, facility_location, farthest_first, nearest_kept, random, rank
+from reducer.selection.strategies import (
+    STRATEGIES,
+    Candidates,
+    facility_location,
+    farthest_first,
+    nearest_kept,
+    random,
+    rank,
+)
 from reducer.storage.codecs import as_units
 
 BY_VECTORS = ("facility-location", "farthest-first", "random")
@@ -57,7 +65,7 @@ def by_loops(
 @given(VECTORS, st.sampled_from(BY_VECTORS), st.randoms())
 def test_orders_are_the_rules_by_loops(vectors: list[list[int]], name: str, shuffler: object) -> None:
     units, ids = units_of(vectors), names(len(vectors))
-    ranking = STRATEGIES[name](Cosine(units), ids)
+    ranking = STRATEGIES[name](Candidates(Cosine(units), ids))
     assert [ids[i] for i in ranking.order] == by_loops(name, units, ids)
     assert np.isnan(ranking.insertion_distance[0])
     for place in range(1, len(ids)):
@@ -65,7 +73,7 @@ def test_orders_are_the_rules_by_loops(vectors: list[list[int]], name: str, shuf
         assert ranking.insertion_distance[place] == min(earlier) / COSINE_STEPS
     shuffled = list(range(len(ids)))
     shuffler.shuffle(shuffled)  # type: ignore[attr-defined]
-    again = STRATEGIES[name](Cosine(units[shuffled]), [ids[i] for i in shuffled])
+    again = STRATEGIES[name](Candidates(Cosine(units[shuffled]), [ids[i] for i in shuffled]))
     assert [ids[shuffled[i]] for i in again.order] == [ids[i] for i in ranking.order]
 
 
@@ -75,7 +83,7 @@ def test_near_copies_by_hash_come_last(vectors: list[list[int]], name: str, near
     units, ids = units_of(vectors), names(len(vectors))
     hashes = data.draw(st.lists(st.integers(0, 31), min_size=len(ids), max_size=len(ids)))
     copies = NearCopies(np.array(hashes, dtype=np.uint8).reshape(-1, 1), near)
-    ranking = STRATEGIES[name](Cosine(units), ids, copies=copies)
+    ranking = STRATEGIES[name](Candidates(Cosine(units), ids, copies=copies))
     order = [ids[i] for i in ranking.order]
     if len({*hashes}) == len(hashes) and near == 0:
         assert order == by_loops(name, units, ids)
@@ -90,8 +98,8 @@ def test_photos_that_are_always_kept_come_first_and_their_copies_last() -> None:
     always = np.zeros(40, dtype=bool)
     always[[3, 30]] = True
     for name in BY_VECTORS:
-        options = {"always_keep": always, "keep": 5, "label": "a", "seed": 0, "copies": NearCopies(hashes, 6)}
-        order = rank(name, Cosine(units), ids, **options).order.tolist()
+        candidates = Candidates(Cosine(units), ids, keep=5, label="a", copies=NearCopies(hashes, 6))
+        order = rank(name, candidates, always).order.tolist()
         assert set(order[:2]) == {3, 30}
         assert set(order[-5:]) == {10, 11, 12, 13, 14}
 
@@ -111,12 +119,12 @@ def test_distances_need_not_be_held(monkeypatch: pytest.MonkeyPatch, kind: str) 
     hashes = generator.integers(0, 4, (300, 8), dtype=np.uint8)
     points, ids = (Cosine(units) if kind == "vectors" else Hamming(hashes)), names(300)
     copies = NearCopies(hashes, 3) if kind == "vectors" else None
-    expected = facility_location(points, ids, keep=150, copies=copies)
+    expected = facility_location(Candidates(points, ids, keep=150, copies=copies))
     monkeypatch.setattr("reducer.selection.facility_location.MATRIX_BYTES", 0)
     monkeypatch.setattr("reducer.selection.facility_location.ASKED_TOGETHER", 7)
     monkeypatch.setattr(distance, "HELD_PHOTOS", 0)
     points = Cosine(units) if kind == "vectors" else Hamming(hashes)
-    found = facility_location(points, ids, keep=150, copies=copies)
+    found = facility_location(Candidates(points, ids, keep=150, copies=copies))
     assert found.order.tolist() == expected.order.tolist()
     np.testing.assert_array_equal(found.insertion_distance, expected.insertion_distance)
 
@@ -127,7 +135,7 @@ def test_of_more_photos_than_it_takes_parts_choose_first(monkeypatch: pytest.Mon
     units, ids = as_units(generator.normal(size=(90, 6)))[0], names(90)
     monkeypatch.setattr("reducer.selection.facility_location.FACILITY_LOCATION_CANDIDATES", 40)
     monkeypatch.setattr("reducer.selection.strategies.FACILITY_LOCATION_RANKS", 8)
-    order = [ids[i] for i in facility_location(Cosine(units), ids, keep=8, label="x", seed=3).order]
+    order = [ids[i] for i in facility_location(Candidates(Cosine(units), ids, keep=8, label="x", seed=3)).order]
     by_id = sorted(ids)
     own = {name: units[ids.index(name)] for name in ids}
 
@@ -156,11 +164,11 @@ def test_parts_lose_little() -> None:
     def worth(order: np.ndarray) -> float:
         return float(points.farthest * 1200 - nearest_kept(points, ids, order[:25])[1].sum())
 
-    whole = worth(facility_location(points, ids, keep=25).order)
+    whole = worth(facility_location(Candidates(points, ids, keep=25)).order)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("reducer.selection.facility_location.FACILITY_LOCATION_CANDIDATES", 300)
-        parts = worth(facility_location(points, ids, keep=25).order)
-    drawn = worth(random(points, ids).order)
+        parts = worth(facility_location(Candidates(points, ids, keep=25)).order)
+    drawn = worth(random(Candidates(points, ids)).order)
     assert whole >= parts > whole - 0.1 * (whole - drawn)
 
 
@@ -175,7 +183,7 @@ def test_a_large_label_by_vectors_stays_small() -> None:
         patch.setattr("reducer.selection.facility_location.MATRIX_BYTES", 0)
         patch.setattr("reducer.selection.strategies._farthest_behind", lambda points, picks, by_id, distinct: picks)
         tracemalloc.start()
-        picks = facility_location(Cosine(units), ids)
+        picks = facility_location(Candidates(Cosine(units), ids))
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert len(set(picks.tolist())) == 100  # type: ignore[attr-defined]
@@ -198,7 +206,7 @@ def test_a_mixture_with_wrong_labels(dimensions: int) -> None:
         vectors[wrong] = generator.normal(size=(int(wrong.sum()), dimensions))
         points, ids = Cosine(as_units(vectors)[0]), names(450)
         for name in BY_VECTORS:
-            order = STRATEGIES[name](points, ids, keep=25, seed=seed).order[:25]
+            order = STRATEGIES[name](Candidates(points, ids, keep=25, seed=seed)).order[:25]
             there = len(set(of_mode[~wrong].tolist()))
             kept_modes[name] += len(set(of_mode[order][~wrong[order]].tolist())) / there
             kept_wrong[name] += wrong[order].mean()
@@ -213,7 +221,7 @@ def test_farthest_first_by_vectors_is_within_a_factor_4_of_the_best() -> None:
     generator = np.random.default_rng(5)
     for _ in range(20):
         units = as_units(generator.normal(size=(9, 3)))[0]
-        order = farthest_first(Cosine(units), names(9)).order.tolist()[:4]
+        order = farthest_first(Candidates(Cosine(units), names(9))).order.tolist()[:4]
         steps = [[apart(a, b) for b in units] for a in units]
 
         def smallest(chosen: tuple[int, ...], steps: list[list[int]] = steps) -> int:

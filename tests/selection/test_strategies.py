@@ -15,6 +15,7 @@ from reducer.selection.facility_location import FACILITY_LOCATION_CANDIDATES, MA
 from reducer.selection.strategies import (
     FACILITY_LOCATION_RANKS,
     STRATEGIES,
+    Candidates,
     facility_location,
     farthest_first,
     nearest_kept,
@@ -98,14 +99,14 @@ def test_the_strategies_are_those_of_the_command_line() -> None:
 @given(HASHES)
 def test_farthest_first_is_the_rule_by_loops(values: list[int]) -> None:
     ids = names(len(values))
-    ranking = farthest_first(points(values), ids)
+    ranking = farthest_first(Candidates(points(values), ids))
     assert [ids[i] for i in ranking.order] == by_loops_farthest_first(values, ids)
 
 
 @given(HASHES)
 def test_facility_location_is_the_plain_greedy_rule(values: list[int]) -> None:
     ids = names(len(values))
-    ranking = facility_location(points(values), ids)
+    ranking = facility_location(Candidates(points(values), ids))
     assert [ids[i] for i in ranking.order] == by_loops_facility_location(values, ids, len(ids))
 
 
@@ -118,7 +119,7 @@ def test_facility_location_goes_on_by_farthest_first() -> None:
     greedy = by_loops_facility_location(values, ids, 120)
     hash_of = dict(zip(ids, values, strict=True))
     for keep, count in [(1, FACILITY_LOCATION_RANKS), (120, 120)]:
-        order = [ids[i] for i in facility_location(points(values), ids, keep=keep).order]
+        order = [ids[i] for i in facility_location(Candidates(points(values), ids, keep=keep)).order]
         assert order[:count] == greedy[:count]
         for place in range(count, 140):
             nearest = {i: min(apart(hash_of[i], hash_of[p]) for p in order[:place]) for i in order[place:]}
@@ -133,15 +134,15 @@ def test_photos_that_are_always_kept_come_first(values: list[int], name: str, da
     ids = names(len(values))
     always = np.array(data.draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids))))
     options = {"keep": 3, "label": "label", "seed": 1}
-    ranking = rank(name, points(values), ids, always_keep=always, **options)
+    ranking = rank(name, Candidates(points(values), ids, **options), always)
     order = ranking.order.tolist()
     count = int(always.sum())
     assert sorted(order) == list(range(len(ids)))
     assert set(order[:count]) == set(np.flatnonzero(always).tolist())
     chosen = np.flatnonzero(always)
-    alone = STRATEGIES[name](points(values).take(chosen), [ids[i] for i in chosen], **options).order
+    alone = STRATEGIES[name](Candidates(points(values).take(chosen), [ids[i] for i in chosen], **options)).order
     assert order[:count] == chosen[alone].tolist()
-    plain = STRATEGIES[name](points(values), ids, **options).order.tolist()
+    plain = STRATEGIES[name](Candidates(points(values), ids, **options)).order.tolist()
     if count == 0:
         assert order == plain
     elif name in ("pairs", "random"):
@@ -167,20 +168,22 @@ def test_near_any(values: list[int], others: list[int], distance: int) -> None:
 @given(HASHES.filter(lambda values: len(values) > 1), st.integers(1, 30))
 def test_pairs_is_the_notebook_s_rule_by_loops(values: list[int], keep: int) -> None:
     ids = names(len(values))
-    ranking = pairs(points(values), ids)
+    ranking = pairs(Candidates(points(values), ids))
     assert [ids[i] for i in ranking.order[:keep]] == by_loops_notebook(values, ids, keep)
 
 
 @given(HASHES, st.sampled_from(sorted(STRATEGIES)), st.randoms())
 def test_every_order_is_whole_and_independent_of_the_input_s(values: list[int], name: str, shuffler: object) -> None:
     ids = names(len(values))
-    ranking = STRATEGIES[name](points(values), ids, label="label", seed=3)
+    ranking = STRATEGIES[name](Candidates(points(values), ids, label="label", seed=3))
     assert sorted(ranking.order.tolist()) == list(range(len(ids)))
     assert ranking.order.dtype == np.int64
     assert ranking.insertion_distance.dtype == np.float64
     shuffled = list(range(len(ids)))
     shuffler.shuffle(shuffled)  # type: ignore[attr-defined]
-    again = STRATEGIES[name](points([values[i] for i in shuffled]), [ids[i] for i in shuffled], label="label", seed=3)
+    again = STRATEGIES[name](
+        Candidates(points([values[i] for i in shuffled]), [ids[i] for i in shuffled], label="label", seed=3)
+    )
     assert [ids[i] for i in ranking.order] == [ids[shuffled[i]] for i in again.order]
     np.testing.assert_array_equal(ranking.insertion_distance, again.insertion_distance)
 
@@ -188,7 +191,7 @@ def test_every_order_is_whole_and_independent_of_the_input_s(values: list[int], 
 @given(HASHES, st.sampled_from(sorted(STRATEGIES)))
 def test_insertion_distance_is_to_the_nearest_earlier_pick(values: list[int], name: str) -> None:
     ids = names(len(values))
-    ranking = STRATEGIES[name](points(values), ids, label="label", seed=0)
+    ranking = STRATEGIES[name](Candidates(points(values), ids, label="label", seed=0))
     order = ranking.order.tolist()
     assert np.isnan(ranking.insertion_distance[0])
     for place in range(1, len(order)):
@@ -201,7 +204,7 @@ def test_insertion_distance_is_to_the_nearest_earlier_pick(values: list[int], na
 @settings(max_examples=60)
 @given(st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 63), min_size=4, max_size=9), st.integers(2, 4))
 def test_farthest_first_is_within_a_factor_2_of_the_best(values: list[int], keep: int) -> None:
-    order = farthest_first(points(values), names(len(values))).order.tolist()[:keep]
+    order = farthest_first(Candidates(points(values), names(len(values)))).order.tolist()[:keep]
     distance = [[apart(a, b) for b in values] for a in values]
 
     def smallest(chosen: tuple[int, ...]) -> int:
@@ -218,7 +221,7 @@ def test_farthest_first_is_within_a_factor_2_of_the_best(values: list[int], keep
 def test_every_smaller_k_is_a_prefix() -> None:
     generator = np.random.default_rng(0)
     hashes = generator.integers(0, 256, (200, 8), dtype=np.uint8)
-    full = farthest_first(Hamming(hashes), names(200)).order.tolist()
+    full = farthest_first(Candidates(Hamming(hashes), names(200))).order.tolist()
     for keep in (1, 7, 25):
         kept = full[:keep]
         assert by_loops_farthest_first([int.from_bytes(bytes(h)) for h in hashes], names(200))[:keep] == [
@@ -248,11 +251,11 @@ def test_longer_hashes_rank_too() -> None:
     for size in (1, 9, 32, 128):
         hashes = generator.integers(0, 256, (40, size), dtype=np.uint8)
         values = [int.from_bytes(bytes(h)) for h in hashes]
-        order = farthest_first(Hamming(hashes), names(40)).order
+        order = farthest_first(Candidates(Hamming(hashes), names(40))).order
         assert [f"p{i}" for i in order] == by_loops_farthest_first(values, names(40))
         some = near_any(hashes, hashes[:3], 4 * size).tolist()
         assert some == [min(apart(value, other) for other in values[:3]) <= 4 * size for value in values]
-        order = facility_location(Hamming(hashes), names(40)).order
+        order = facility_location(Candidates(Hamming(hashes), names(40))).order
         assert [f"p{i}" for i in order] == by_loops_facility_location(values, names(40), 40)
 
 
@@ -264,7 +267,7 @@ def test_fifty_thousand_candidates_in_under_200_mib(size: int) -> None:
     hashes[:, 1] &= 7
     ids = names(len(hashes))
     tracemalloc.start()
-    ranking = farthest_first(Hamming(hashes), ids)
+    ranking = farthest_first(Candidates(Hamming(hashes), ids))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(np.unique(ranking.order)) == 50_000
@@ -276,7 +279,7 @@ def test_facility_location_takes_one_matrix_of_memory() -> None:
     hashes = np.random.default_rng(3).integers(0, 256, (n, 8), dtype=np.uint8)
     hashes[:, 1:] = 0
     tracemalloc.start()
-    ranking = facility_location(Hamming(hashes), names(n))
+    ranking = facility_location(Candidates(Hamming(hashes), names(n)))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(np.unique(ranking.order)) == n
@@ -302,5 +305,9 @@ def test_draw_is_nested_and_tells_labels_seeds_and_purposes_apart() -> None:
 def test_random_is_another_draw_than_the_candidates() -> None:
     ids = names(50)
     hashes = np.zeros((50, 8), dtype=np.uint8)
-    assert random(Hamming(hashes), ids, label="a", seed=0).order.tolist() == draw_order(RANDOM_ORDER, 0, "a", ids)
-    assert random(Hamming(hashes), ids, label="a", seed=0).order.tolist() != draw_order(CANDIDATES, 0, "a", ids)
+    assert random(Candidates(Hamming(hashes), ids, label="a", seed=0)).order.tolist() == draw_order(
+        RANDOM_ORDER, 0, "a", ids
+    )
+    assert random(Candidates(Hamming(hashes), ids, label="a", seed=0)).order.tolist() != draw_order(
+        CANDIDATES, 0, "a", ids
+    )

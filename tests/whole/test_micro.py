@@ -27,7 +27,7 @@ from reducer.config.settings import DECODE_NAMES, STRATEGY_NAMES
 from reducer.photos.hashing import hash_photo
 from reducer.run.plan.plan import Plan, make_plan
 from reducer.selection.distance import Hamming
-from reducer.selection.strategies import STRATEGIES
+from reducer.selection.strategies import STRATEGIES, Candidates
 
 #: Photos of the manifest that is planned, and its labels: as many a label as in GLDv2.
 ROWS, LABELS = 100_000, 5_144
@@ -76,7 +76,7 @@ def clustered_hashes(count: int) -> tuple[NDArray[np.uint8], list[str]]:
 )
 def test_ranking(benchmark: BenchmarkFixture, strategy: str, count: int) -> None:
     hashes, ids = clustered_hashes(count)
-    ranking = benchmark(STRATEGIES[strategy], Hamming(hashes), ids, keep=25, label="label")
+    ranking = benchmark(STRATEGIES[strategy], Candidates(Hamming(hashes), ids, keep=25, label="label"))
     assert sorted(ranking.order.tolist()) == list(range(count))
     assert np.isnan(ranking.insertion_distance[0])
     first, second = np.unpackbits(hashes[ranking.order[:2]], axis=1)

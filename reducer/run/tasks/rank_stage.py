@@ -27,7 +27,7 @@ from reducer.selection.facility_location import NearCopies
 from reducer.selection.quality import Evaluation, evaluate, points_of
 from reducer.selection.quality_sums import Quality
 from reducer.selection.rules import DECIDING, select
-from reducer.selection.strategies import rank
+from reducer.selection.strategies import Candidates, rank
 from reducer.storage.codecs import Hashes, Positions, from_hex, to_hex
 from reducer.storage.location import ByteRange, PhotoRef, file_of
 from reducer.storage.paths import paths_by_rule
@@ -145,18 +145,9 @@ def rank_label(
         return None
 
     points = points_of(hashes, units)
-    ranking = rank(
-        settings.strategy,
-        points.take(candidates),
-        [names[i] for i in candidates.tolist()],
-        always_keep=always[candidates],
-        keep=settings.keep or 1,
-        label=label,
-        seed=settings.seed,
-        copies=None
-        if hashes is None or settings.near_copy is None
-        else NearCopies(hashes[candidates], settings.near_copy),
-    )
+    copies = None if hashes is None or settings.near_copy is None else NearCopies(hashes, settings.near_copy)
+    everyone = Candidates(points, names, None, settings.keep or 1, label, settings.seed, copies)
+    ranking = rank(settings.strategy, everyone.among(candidates), always[candidates])
     order = candidates[ranking.order]
     for number, (row, distance) in enumerate(
         zip(rows[order].tolist(), ranking.insertion_distance.tolist(), strict=True)
