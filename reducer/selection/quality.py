@@ -1,10 +1,10 @@
-"""What a selection is worth: how far apart its photos are, how near all others are to them, how good it could be."""
+"""Quality of a selection: distances between its photos, of all others to them, and how good any selection could be."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import groupby
 from typing import Any
@@ -28,18 +28,18 @@ COMPARED_PAIRS = 2**18
 
 
 def spread(points: Points, chosen: Positions, nearest: Steps, near: int) -> Spread:
-    """How different the chosen photos of one label are, and how near its candidates are to them.
+    """Measure how different the chosen photos of one label are, and how near its candidates are to them.
 
     Parameters
     ----------
     points : Points
         Photos of the label.
     chosen : ndarray of int64, shape (k,)
-        Positions of the chosen ones.
+        Positions of the chosen photos.
     nearest : ndarray of int, shape (n,)
         Distance of each candidate to the nearest chosen photo, in steps; n >= 1 where k >= 1.
     near : int
-        At most so many steps apart two photos are near copies; -1 where none are.
+        Largest distance, in steps, at which two photos are near copies; -1 where none are.
 
     Returns
     -------
@@ -74,7 +74,7 @@ def spread(points: Points, chosen: Positions, nearest: Steps, near: int) -> Spre
 
 
 def pair_histogram(hashes: Hashes, bits: int) -> NDArray[np.int64]:
-    """How many pairs of photos are how far apart: small whatever their number is, and enough for all figures.
+    """Count the pairs of photos at each distance: small whatever their number is, and enough for all figures.
 
     Parameters
     ----------
@@ -86,7 +86,7 @@ def pair_histogram(hashes: Hashes, bits: int) -> NDArray[np.int64]:
     Returns
     -------
     ndarray of int64, shape (bits + 1,)
-        Pairs that are 0, 1, ... bits apart; they sum up to k (k - 1) / 2.
+        Pairs that are 0, 1, ... bits apart; their sum is k (k - 1) / 2.
     """
     words = as_words(hashes)
     count = len(hashes)
@@ -95,22 +95,22 @@ def pair_histogram(hashes: Hashes, bits: int) -> NDArray[np.int64]:
     for start in range(0, count, rows):
         end = min(start + rows, count)
         block, rest = words[:, start:end], words[:, end:]
-        own = _histogram(block, block, bits)
-        own[0] -= end - start  # of each with itself
-        histogram += own // 2 + _histogram(block, rest, bits)
+        within = _histogram(block, block, bits)
+        within[0] -= end - start  # of each with itself
+        histogram += within // 2 + _histogram(block, rest, bits)
     return histogram
 
 
-def _histogram(one: NDArray[np.uint64], other: NDArray[np.uint64], bits: int) -> NDArray[np.int64]:
-    """Distances of all of one to all of another, counted."""
-    distance = np.zeros((one.shape[1], other.shape[1]), dtype=np.int64)
-    for its, others in zip(one, other, strict=True):
-        distance += np.bitwise_count(its[:, None] ^ others[None, :])
+def _histogram(left: NDArray[np.uint64], right: NDArray[np.uint64], bits: int) -> NDArray[np.int64]:
+    """Count the distances of all hashes of one set to all of another, both as words."""
+    distance = np.zeros((left.shape[1], right.shape[1]), dtype=np.int64)
+    for left_word, right_word in zip(left, right, strict=True):
+        distance += np.bitwise_count(left_word[:, None] ^ right_word[None, :])
     return np.bincount(distance.ravel(), minlength=bits + 1)
 
 
 def counting_bound(hashes: Hashes, bits: int, keep: int) -> int:
-    """No so many photos of a label have a smallest pair distance above this.
+    """Return an upper bound for the smallest pair distance of any choice of a label's photos.
 
     Parameters
     ----------
@@ -129,8 +129,8 @@ def counting_bound(hashes: Hashes, bits: int, keep: int) -> int:
     Notes
     -----
     Plotkin's argument (1960, "Binary codes with specified minimum distance"): a bit that k of the K chosen have set
-    adds k (K - k) to the sum of all pair distances, and the smallest is at most their mean. What k can be is limited
-    by how many of the candidates have the bit set, and unset.
+    adds k (K - k) to the sum of all pair distances, and the smallest is at most their mean. The number of candidates
+    that have the bit set, and unset, limits k.
     """
     ones = np.unpackbits(hashes, axis=1, count=bits).sum(axis=0, dtype=np.int64)
     zeros = len(hashes) - ones
@@ -139,7 +139,7 @@ def counting_bound(hashes: Hashes, bits: int, keep: int) -> int:
 
 
 def certificate(hashes: Hashes, bits: int, insertion_distance: NDArray[np.float64]) -> Certificate:
-    """How near farthest-first has come to the best that there can be, for one label.
+    """Compare the choice of farthest-first with an upper bound for any choice, for one label.
 
     Parameters
     ----------
@@ -148,7 +148,7 @@ def certificate(hashes: Hashes, bits: int, insertion_distance: NDArray[np.float6
     bits : int
         Bits of a hash.
     insertion_distance : ndarray of float64, shape (k,)
-        Of the chosen photos, in rank order, in bits. None of them may have been set beforehand.
+        Insertion distance of the chosen photos, in rank order, in bits. None of them may have been set beforehand.
 
     Returns
     -------
@@ -169,18 +169,18 @@ def certificate(hashes: Hashes, bits: int, insertion_distance: NDArray[np.float6
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How near the photos of a label are to the kept ones, and what their choice is worth.
+    """Distances of the photos of a label to the kept ones, and the quality of their choice.
 
     Attributes
     ----------
     nearest : ndarray of int64, shape (n,)
         Position of the kept photo nearest to each.
     distance : ndarray of float64, shape (n,)
-        How far it is, in bits or cosine.
+        Distance to that photo, in bits or cosine.
     quality : Quality
-        Against a random choice of as many from the same candidates.
+        Quality of the choice, against a random choice of as many from the same candidates.
     by_hash : Quality
-        The same by hashes, where photos have some and are compared by vectors.
+        Quality by hashes, where photos have some and are compared by vectors.
     """
 
     nearest: Positions
@@ -190,64 +190,79 @@ class Evaluation:
 
 
 def points_of(hashes: Hashes | None, units: Vectors | None) -> Points:
-    """Photos by their vectors, where they have some, else by their hashes."""
+    """Return the photos compared by their vectors, where they have some, else by their hashes."""
     if units is not None:
         return Cosine(units)
     assert hashes is not None
     return Hamming(hashes)
 
 
-def evaluate(
-    label: str,
-    points: Points,
-    hashes: Hashes | None,
-    ids: Sequence[str],
-    candidates: Positions,
-    kept: Positions,
-    insertion_distance: NDArray[np.float64],
-    some_always_kept: bool,
-    settings: PhotoSettings,
-) -> Evaluation:
-    """How near every photo of a label is to the kept ones, and what their choice is worth.
+@dataclass(frozen=True)
+class LabelChoice:
+    """The photos of one label that can be compared, n of them, and those that are chosen.
 
-    Parameters
+    Attributes
     ----------
     label : str
         The label.
     points : Points
-        All its photos that were hashed or have a vector, n of them.
+        The photos, by what they are compared by.
     hashes : ndarray of uint8, shape (n, hash bytes), or None
-        Their packed hashes; None where they have none.
+        Packed hash of each photo; None where photos have none.
     ids : sequence of str
-        Their ids.
+        Id of each photo.
     candidates : ndarray of int64, shape (c,)
-        Positions of those that could be kept.
-    kept : ndarray of int64, shape (k,)
-        Positions of the kept ones, by rank; k >= 1.
+        Positions of the photos that could be kept.
+    chosen : ndarray of int64, shape (k,)
+        Positions of the chosen photos, by rank.
     insertion_distance : ndarray of float64, shape (k,)
-        Theirs.
+        Distance of each chosen photo to the nearest candidate of a smaller rank, in bits or cosine.
     some_always_kept : bool
-        Whether any of the label was set beforehand.
+        Whether any photo was ranked before the others because it is always kept.
+    """
+
+    label: str
+    points: Points
+    hashes: Hashes | None
+    ids: Sequence[str]
+    candidates: Positions
+    chosen: Positions
+    insertion_distance: NDArray[np.float64]
+    some_always_kept: bool
+
+    def only(self, kept: NDArray[np.bool_]) -> LabelChoice:
+        """Return the choice of those chosen photos, shape (k,), that are kept."""
+        return replace(self, chosen=self.chosen[kept], insertion_distance=self.insertion_distance[kept])
+
+
+def evaluate(choice: LabelChoice, settings: PhotoSettings) -> Evaluation:
+    """Measure how near the photos of a label are to the chosen ones, and the quality of their choice.
+
+    Parameters
+    ----------
+    choice : LabelChoice
+        The label; at least one photo is chosen.
     settings : PhotoSettings
         Strategy, hash, seed.
     """
-    order = draw_order(RANDOM_ORDER, settings.seed, label, [ids[i] for i in candidates.tolist()])
-    drawn = candidates[order[: len(kept)]]
-    nearest, steps = nearest_kept(points, ids, kept)
+    points, ids, chosen, candidates = choice.points, choice.ids, choice.chosen, choice.candidates
+    order = draw_order(RANDOM_ORDER, settings.seed, choice.label, [ids[i] for i in candidates.tolist()])
+    drawn = candidates[order[: len(chosen)]]
+    nearest, steps = nearest_kept(points, ids, chosen)
 
-    def worth(by: Points, to_kept: Steps, near: int) -> Quality:
+    def quality_by(by: Points, to_chosen: Steps, near: int) -> Quality:
         to_drawn = nearest_kept(by, ids, drawn)[1]
-        return Quality(spread(by, kept, to_kept[candidates], near), spread(by, drawn, to_drawn[candidates], near))
+        return Quality(spread(by, chosen, to_chosen[candidates], near), spread(by, drawn, to_drawn[candidates], near))
 
     near = near_copy_bits(settings.bits)
-    quality = worth(points, steps, -1 if settings.by_vectors else near)
+    quality = quality_by(points, steps, -1 if settings.by_vectors else near)
     by_hash = Quality()
-    if settings.by_vectors and hashes is not None:
-        by = Hamming(hashes)
-        by_hash = worth(by, nearest_kept(by, ids, kept)[1], near)
-    elif hashes is not None and settings.strategy == "farthest-first" and not some_always_kept:
-        # Farthest-first promises something of its own choice only.
-        promised = certificate(hashes[candidates], settings.bits, insertion_distance)
+    if settings.by_vectors and choice.hashes is not None:
+        hamming = Hamming(choice.hashes)
+        by_hash = quality_by(hamming, nearest_kept(hamming, ids, chosen)[1], near)
+    elif choice.hashes is not None and settings.strategy == "farthest-first" and not choice.some_always_kept:
+        # The promise of farthest-first holds for photos that it has chosen itself only.
+        promised = certificate(choice.hashes[candidates], settings.bits, choice.insertion_distance)
         quality += Quality(certificate=promised)
     return Evaluation(nearest, steps * points.step, quality, by_hash)
 
@@ -255,79 +270,87 @@ def evaluate(
 def reevaluate_ledger(
     rows: pa.Table, vectors: pa.Array | pa.ChunkedArray | None, always_keep: NDArray[np.bool_], settings: PhotoSettings
 ) -> tuple[pa.Table, Quality, Quality]:
-    """Tell anew of rows of the ledger, of which others are kept now, how near they are to the kept ones.
+    """Evaluate rows of the ledger again, of which others are kept now.
 
     Parameters
     ----------
     rows : pyarrow.Table
         `LEDGER_SCHEMA` rows of whole labels that were ranked, rows of a label together; ``kept`` holds.
     vectors : pyarrow.Array of binary, or None
-        Their vectors as bytes of float16 numbers, null where they have none; None where photos are compared by hashes.
+        Vectors of the rows as bytes of float16 numbers, null where they have none; None where photos are compared by
+        hashes.
     always_keep : ndarray of bool, shape (rows,)
-        Which of them were set beforehand.
+        Which rows were set beforehand.
     settings : PhotoSettings
         Strategy, hash, seed.
 
     Returns
     -------
     pyarrow.Table
-        The rows, ``nearest_kept`` and ``nearest_kept_distance`` set anew.
+        The rows, with new ``nearest_kept`` and ``nearest_kept_distance``.
     Quality
-        Of all labels.
+        Quality of all labels.
     Quality
-        The same by hashes, as for `Evaluation`.
+        Quality by hashes, as in `Evaluation`.
     """
-    columns = ("label", "id", "hash", "rank", "insertion_distance", "kept")
+    columns = ("id", "hash", "rank", "insertion_distance", "kept")
     photos = list(zip(*(rows[name].to_pylist() for name in columns), always_keep.tolist(), strict=True))
+    labels, kept = rows["label"].to_pylist(), rows["kept"].to_pylist()
     compared = pc.is_valid(rows["hash"] if vectors is None else vectors).to_pylist()
     ids: list[str | None] = [None] * len(photos)
     distances: list[float | None] = [None] * len(photos)
     quality, by_hash = Quality(), Quality()
-    for label, group in groupby(range(len(photos)), key=lambda row: photos[row][0]):
-        own = [row for row in group if compared[row]]
-        _, names, texts, ranks, insertion, kept, always = (
-            zip(*(photos[row] for row in own), strict=True) if own else ((),) * 7
-        )
-        chosen = sorted((position for position in range(len(own)) if kept[position]), key=ranks.__getitem__)
-        if not chosen:
+    for label, group in groupby(range(len(photos)), key=labels.__getitem__):
+        numbers = [row for row in group if compared[row]]
+        if not any(kept[row] for row in numbers):
             continue
-        hashes = None
-        if None not in texts:
-            packed = b"".join(from_hex(text, settings.bits) for text in texts)
-            hashes = np.frombuffer(packed, dtype=np.uint8).reshape(len(own), -1)
-        units = None if vectors is None else units_of(vectors.take(pa.array(own)))
-        found = evaluate(
-            label,
-            points_of(hashes, units),
-            hashes,
-            names,
-            np.array([position for position, rank in enumerate(ranks) if rank is not None]),
-            np.array(chosen),
-            np.array([insertion[position] for position in chosen], dtype=np.float64),
-            any(always),
-            settings,
-        )
-        quality, by_hash = quality + found.quality, by_hash + found.by_hash
-        for row, position, apart in zip(own, found.nearest.tolist(), found.distance.tolist(), strict=True):
-            ids[row], distances[row] = names[position], apart
+        units = None if vectors is None else units_of(vectors.take(pa.array(numbers)))
+        choice = _choice_in_ledger(label, [photos[row] for row in numbers], units, settings)
+        evaluation = evaluate(choice, settings)
+        quality, by_hash = quality + evaluation.quality, by_hash + evaluation.by_hash
+        nearest = [choice.ids[position] for position in evaluation.nearest.tolist()]
+        for row, nearest_id, distance in zip(numbers, nearest, evaluation.distance.tolist(), strict=True):
+            ids[row], distances[row] = nearest_id, distance
     for name, values in (("nearest_kept", ids), ("nearest_kept_distance", distances)):
         rows = with_column(rows, name, pa.array(values, LEDGER_SCHEMA.field(name).type))
     return rows, quality, by_hash
 
 
+def _choice_in_ledger(
+    label: str, photos: Sequence[tuple[Any, ...]], units: Vectors | None, settings: PhotoSettings
+) -> LabelChoice:
+    """Return the choice that the rows of one label hold: (id, hash, rank, insertion distance, kept, always kept)."""
+    ids, texts, ranks, insertion, kept, always = zip(*photos, strict=True)
+    chosen = sorted((position for position in range(len(ids)) if kept[position]), key=ranks.__getitem__)
+    hashes = None
+    if None not in texts:
+        packed = b"".join(from_hex(text, settings.bits) for text in texts)
+        hashes = np.frombuffer(packed, dtype=np.uint8).reshape(len(ids), -1)
+    return LabelChoice(
+        label,
+        points_of(hashes, units),
+        hashes,
+        ids,
+        candidates=np.array([position for position, rank in enumerate(ranks) if rank is not None]),
+        chosen=np.array(chosen),
+        insertion_distance=np.array([insertion[position] for position in chosen], dtype=np.float64),
+        some_always_kept=any(always),
+    )
+
+
 def quality_summary(quality: Quality, bits: int, unit: str = "bits", by_hash: Quality | None = None) -> dict[str, Any]:
-    """What ``summary.json`` tells of it.
+    """Return the figures of quality as ``summary.json`` has them.
 
     Parameters
     ----------
     quality : Quality
-        Of the whole run.
+        Quality of the whole run.
     bits : int
         Bits of a hash.
     unit : {"bits", "cosine"}
-        What its distances are told in.
+        Unit of distances.
     by_hash : Quality, optional
-        The same by hashes, where photos are compared by vectors and have some.
+        Quality by hashes, where photos are compared by vectors and have hashes.
     """
     return {
         "unit": unit,
@@ -341,6 +364,7 @@ def quality_summary(quality: Quality, bits: int, unit: str = "bits", by_hash: Qu
 
 
 def _spread_figures(spread: Spread, unit: str) -> dict[str, Any]:
+    """Return means and worst cases of a spread in a unit."""
     steps, digits = (1, 3) if unit == "bits" else (COSINE_STEPS, 6)
 
     def mean(total: int, count: int) -> float | None:
@@ -361,7 +385,7 @@ def _spread_figures(spread: Spread, unit: str) -> dict[str, Any]:
 
 
 def _certificate_figures(certificate: Certificate) -> dict[str, Any] | None:
-    """Shares of the best that there can be, 0 to 1."""
+    """Return the shares of the best possible choice, 0 to 1; None where no label's is known."""
     if not certificate.labels:
         return None
     return {
@@ -372,5 +396,5 @@ def _certificate_figures(certificate: Certificate) -> dict[str, Any] | None:
 
 
 def _down(share: Fraction) -> float:
-    """To three digits, never more than it is: it is told as "at least"."""
+    """Round a share down to three digits, as reports say "at least"."""
     return math.floor(1000 * share) / 1000

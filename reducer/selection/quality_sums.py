@@ -1,15 +1,15 @@
-"""What a choice is worth, as sums that add up over labels and partitions in any order."""
+"""Quality of a choice, as sums that add up over labels and partitions in any order."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from typing import Any
 
 
 @dataclass(frozen=True)
 class Spread:
-    """How different the chosen photos are, and how near all others are to them; sums of integers, so order-free.
+    """Distances between the chosen photos, and of all others to them; sums of integers, so order-free.
 
     Distances are in steps (`reducer.selection.distance`): a bit, or 2**-30 of a cosine distance.
 
@@ -28,7 +28,7 @@ class Spread:
     pairs : int
         Pairs of chosen photos within a label.
     near_copies : int
-        Those of the pairs that are at most `reducer.config.settings.near_copy_bits` apart; 0 for vectors.
+        Pairs that are at most `reducer.config.settings.near_copy_bits` apart; 0 for vectors.
     distance_sum : int
         Sum of all pair distances.
     smallest_sum : int
@@ -53,14 +53,14 @@ class Spread:
 
 @dataclass(frozen=True)
 class Certificate:
-    """How near farthest-first has come to an upper bound for every choice, over labels; exact, so order-free.
+    """Choices of farthest-first against an upper bound for every choice, over labels; exact, so order-free.
 
     Attributes
     ----------
     labels : int
-        Labels that it is known for.
+        Labels whose bound is known.
     share_sum : Fraction
-        Sum over them of the smallest pair distance over its upper bound, each 0 to 1.
+        Sum over these labels of the smallest pair distance over its upper bound, each 0 to 1.
     worst : Fraction
         The smallest of these shares; 1 without labels.
     """
@@ -75,14 +75,14 @@ class Certificate:
 
 @dataclass(frozen=True)
 class Quality:
-    """What the choice is worth.
+    """Quality of a choice, against a random one.
 
     Attributes
     ----------
     selection, random : Spread
-        Of what the strategy chose, and of a seeded random choice of the same size from the same candidates.
+        Spread of the strategy's choice, and of a seeded random choice of the same size from the same candidates.
     certificate : Certificate
-        Of farthest-first; empty for other strategies.
+        Bound of farthest-first; empty for other strategies.
     """
 
     selection: Spread = Spread()
@@ -94,11 +94,18 @@ class Quality:
             self.selection + other.selection, self.random + other.random, self.certificate + other.certificate
         )
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return the sums as values of JSON; `from_dict` reads them."""
+        certificate = asdict(self.certificate)
+        certificate |= {name: str(certificate[name]) for name in ("share_sum", "worst")}
+        return {"selection": asdict(self.selection), "random": asdict(self.random), "certificate": certificate}
 
-def _quality(found: dict[str, Any]) -> Quality:
-    certificate = found["certificate"]
-    return Quality(
-        Spread(**found["selection"]),
-        Spread(**found["random"]),
-        Certificate(certificate["labels"], Fraction(certificate["share_sum"]), Fraction(certificate["worst"])),
-    )
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Quality:
+        """Read the values made by `as_dict`."""
+        certificate = values["certificate"]
+        return cls(
+            Spread(**values["selection"]),
+            Spread(**values["random"]),
+            Certificate(certificate["labels"], Fraction(certificate["share_sum"]), Fraction(certificate["worst"])),
+        )

@@ -1,4 +1,4 @@
-"""Which of the ranked photos are kept: filters and budgets over a ledger. Pure; reads no photo."""
+"""Rules that decide which of the ranked photos are kept: filters and budgets over a ledger. Pure; reads no photo."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ DECIDING = ("label", "rank", "insertion_distance", "bytes", "reason")
 
 @dataclass(frozen=True)
 class Selection:
-    """What is kept of a ledger.
+    """The photos of a ledger that rules keep.
 
     Attributes
     ----------
     kept : ndarray of bool, shape (rows,)
+        Whether each photo is kept.
     reason : pyarrow.Array of string, shape (rows,)
-        As in the ledger, what the rules have changed included.
+        Why each photo is kept or not: the ledger's reason where the rules have not changed it.
     reached : float or None
         With a budget: the effective distance of the last photo that it had room for beyond those guaranteed, in bits;
         None where there is none.
@@ -44,7 +45,7 @@ class Unranked:
     Attributes
     ----------
     labels, photos : int
-        How many.
+        Numbers of labels, and of their photos.
     unread : int
         Photos of all labels that were not read, also of those whose ranks are not needed.
     """
@@ -55,12 +56,12 @@ class Unranked:
 
 
 class NeedsRanksError(InputError):
-    """Rules need what is not known of labels that were not read.
+    """Rules need ranks or sizes that are not known of labels that were not read.
 
     Attributes
     ----------
     unranked : Unranked
-        How many these are.
+        Numbers of these labels and photos.
     """
 
     def __init__(self, unranked: Unranked) -> None:
@@ -72,12 +73,12 @@ class NeedsRanksError(InputError):
 
 
 def select(ledger: pa.Table, rules: CutRules, always_keep: NDArray[np.bool_]) -> Selection:
-    """Choose from a ledger.
+    """Choose the photos of a ledger that rules keep.
 
     Parameters
     ----------
     ledger : pyarrow.Table
-        Whole labels, in any order, with the columns `DECIDING`. What was kept before does not matter.
+        Whole labels, in any order, with the columns `DECIDING`. Earlier choices do not matter.
     rules : CutRules
         The rules.
     always_keep : ndarray of bool, shape (rows,)
@@ -116,9 +117,9 @@ def select(ledger: pa.Table, rules: CutRules, always_keep: NDArray[np.bool_]) ->
         candidates = candidates[~beyond]
     reached = None
     if rules.has_budget:
-        own = np.ones(len(candidates), dtype=np.int64) if rules.total is not None else size[candidates]
+        costs = np.ones(len(candidates), dtype=np.int64) if rules.total is not None else size[candidates]
         fits, reached = _fit(
-            rules, label[candidates], insertion[candidates], rank[candidates], own, always_keep[candidates]
+            rules, label[candidates], insertion[candidates], rank[candidates], costs, always_keep[candidates]
         )
         code[candidates[~fits]] = _BUDGET
         candidates = candidates[fits]
@@ -150,7 +151,7 @@ def _refuse_unranked(
     if not small.any():
         return
     photos = np.bincount(label[small], minlength=int(label.max()) + 1)
-    whole = np.full(len(photos), np.iinfo(np.int64).max)  # a label of at most so many photos stays whole
+    whole = np.full(len(photos), np.iinfo(np.int64).max)  # most photos with which a label stays whole
     if rules.min_distance is not None:
         whole = np.minimum(whole, 1)
     if rules.keep is not None:
@@ -169,14 +170,14 @@ def _fit(
     label: NDArray[np.int64],
     insertion: NDArray[np.float64],
     rank: NDArray[np.int64],
-    size: NDArray[np.int64],
+    cost: NDArray[np.int64],
     always_keep: NDArray[np.bool_],
 ) -> tuple[NDArray[np.bool_], float | None]:
-    """Which photos a budget has room for; photos are sorted by (label, rank)."""
+    """Return which photos a budget has room for, and the distance reached; photos are sorted by (label, rank)."""
     budget = rules.total if rules.total is not None else rules.max_bytes
     assert isinstance(budget, int)
     fits = (position_in_group(label) < rules.guaranteed) | always_keep
-    least = int(size[fits].sum())
+    least = int(cost[fits].sum())
     if least > budget:
         flag = "--total" if rules.total is not None else "--max-bytes"
         labels = len(np.unique(label))
@@ -188,23 +189,23 @@ def _fit(
     effective = _running_minimum(label, np.where(rank <= 0, np.inf, insertion))
     rest = np.flatnonzero(~fits)
     rest = rest[np.lexsort((label[rest], rank[rest], -effective[rest]))]
-    over = np.cumsum(size[rest]) > budget - least
+    over = np.cumsum(cost[rest]) > budget - least
     room = int(np.argmax(over)) if over.any() else len(rest)
     fits[rest[:room]] = True
     return fits, float(effective[rest[room - 1]]) if room else None
 
 
 def _running_minimum(group: NDArray[np.int64], values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The smallest value so far in each group; equal groups stand together.
+    """Return the smallest value so far in each group; equal groups stand together.
 
-    By doubling steps, as a parallel prefix sum goes: after step k each row knows the smallest of the 2 ** k rows up to
+    By doubling steps, as in a parallel prefix sum: after step k each row holds the smallest of the 2 ** k rows up to
     it.
     """
-    found = values.copy()
+    smallest = values.copy()
     place = position_in_group(group)
     step = 1
     while step <= (place.max() if len(place) else 0):
-        earlier = np.flatnonzero(place >= step)
-        found[earlier] = np.minimum(found[earlier], found[earlier - step])
+        later = np.flatnonzero(place >= step)
+        smallest[later] = np.minimum(smallest[later], smallest[later - step])
         step *= 2
-    return found
+    return smallest

@@ -24,7 +24,7 @@ from reducer.photos.hashing import hash_photo
 from reducer.photos.model import PATHS, picture_of, vectors_of
 from reducer.run.tasks.rank_stage import peak_memory
 from reducer.selection.distance import Cosine
-from reducer.selection.strategies import STRATEGIES
+from reducer.selection.strategies import STRATEGIES, Candidates
 from reducer.storage.codecs import as_units
 
 STRATEGIES_BY_VECTORS = ("facility-location", "farthest-first", "random")
@@ -73,7 +73,7 @@ def mixture(repetitions: int) -> None:
             covered, wrong = [], []
             for seed, one in enumerate(drawn):
                 ids = [f"{i:04}" for i in range(len(one.units))]
-                kept = STRATEGIES[name](Cosine(one.units), ids, keep=KEEP, seed=seed).order[:KEEP]
+                kept = STRATEGIES[name](Candidates(Cosine(one.units), ids, keep=KEEP, seed=seed)).order[:KEEP]
                 right = ~one.wrong
                 covered.append(len(np.unique(one.mode[kept][right[kept]])) / len(np.unique(one.mode[right])))
                 wrong.append(one.wrong[kept].mean())

@@ -11,7 +11,7 @@ from reducer.config.settings import near_copy_bits
 from reducer.selection.distance import Hamming
 from reducer.selection.quality import certificate, counting_bound, quality_summary, spread
 from reducer.selection.quality_sums import Certificate, Quality, Spread
-from reducer.selection.strategies import farthest_first, nearest_kept
+from reducer.selection.strategies import Candidates, farthest_first, nearest_kept
 
 BITS = st.sampled_from([4, 8, 9, 16, 25, 64])
 
@@ -91,7 +91,7 @@ def test_no_choice_beats_the_bounds(data: st.DataObject, bits: int) -> None:
     values = data.draw(st.lists(st.integers(0, 2**bits - 1) | st.integers(0, 3), min_size=2, max_size=9))
     keep = data.draw(st.integers(2, min(5, len(values))))
     hashes = packed(values, bits)
-    ranking = farthest_first(Hamming(hashes), names(len(values)))
+    ranking = farthest_first(Candidates(Hamming(hashes), names(len(values))))
     best = max(min(apart(a, b) for a, b in combinations(chosen, 2)) for chosen in combinations(values, keep))
     bound = counting_bound(hashes, bits, keep)
     assert best <= bound

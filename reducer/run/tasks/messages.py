@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reducer.config.settings import PhotoSettings, Source
-from reducer.selection.quality_sums import Quality, _quality
+from reducer.selection.quality_sums import Quality
 from reducer.storage.codecs import digest_of
 from reducer.storage.location import MemberKeys, PathRule, Shard
 
@@ -129,17 +129,13 @@ class Tally:
         return Tally(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
 
     def as_dict(self) -> dict[str, Any]:
-        """In what JSON can say; `from_dict` reads it."""
-        found = asdict(self)
-        for name in ("quality", "by_hash"):
-            certificate = found[name]["certificate"]
-            found[name]["certificate"] = certificate | {n: str(certificate[n]) for n in ("share_sum", "worst")}
-        return found
+        """Return the counts as values of JSON; `from_dict` reads them."""
+        return asdict(self) | {"quality": self.quality.as_dict(), "by_hash": self.by_hash.as_dict()}
 
     @classmethod
-    def from_dict(cls, found: dict[str, Any]) -> Tally:
-        """Read what `as_dict` made."""
-        return cls(**found | {name: _quality(found[name]) for name in ("quality", "by_hash")})
+    def from_dict(cls, values: dict[str, Any]) -> Tally:
+        """Read the values made by `as_dict`."""
+        return cls(**values | {name: Quality.from_dict(values[name]) for name in ("quality", "by_hash")})
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,11 @@ from reducer.photos.process import PhotoResult, ProcessPhotos, embedded, process
 from reducer.photos.reader import are_unchanged
 from reducer.photos.requests import FileState
 from reducer.run.tasks.messages import PartitionResult, PartitionTask, Tally
-from reducer.selection.distance import Points, near_any
+from reducer.selection.distance import near_any
 from reducer.selection.facility_location import NearCopies
-from reducer.selection.quality import Evaluation, evaluate, points_of
+from reducer.selection.quality import LabelChoice, evaluate, points_of
 from reducer.selection.quality_sums import Quality
-from reducer.selection.rules import DECIDING, select
+from reducer.selection.rules import select
 from reducer.selection.strategies import Candidates, rank
 from reducer.storage.codecs import Hashes, Positions, from_hex, to_hex
 from reducer.storage.location import ByteRange, PhotoRef, file_of
@@ -48,151 +48,69 @@ from reducer.storage.schemas import (
 RANKED_SCHEMA = pa.schema(list(LEDGER_SCHEMA)[LEDGER_SCHEMA.get_field_index("hash") :])
 
 
-@dataclass(frozen=True)
-class RankedLabel:
-    """The photos of one label that could be compared, n of them, and the order of the candidates among them.
-
-    Attributes
-    ----------
-    label : str
-        The label.
-    rows : ndarray of int64, shape (n,)
-        Row of each photo in the task.
-    ids : list of str
-        Id of each photo.
-    points : Points
-        Each photo by its vector, else by its hash.
-    hashes : ndarray of uint8, shape (n, hash bytes), or None
-        Packed hash of each photo; None where they have none.
-    candidates : ndarray of int64, shape (c,)
-        Positions of the photos that may be kept.
-    order : ndarray of int64, shape (c,)
-        Positions of the candidates, the first rank first.
-    insertion_distance : ndarray of float64, shape (c,)
-        Distance of each in that order to the nearest candidate of a smaller rank, in bits or cosine.
-    some_always_kept : bool
-        Whether any photo was ranked before the others because it is always kept.
-    """
-
-    label: str
-    rows: Positions
-    ids: list[str]
-    points: Points
-    hashes: Hashes | None
-    candidates: Positions
-    order: Positions
-    insertion_distance: NDArray[np.float64]
-    some_always_kept: bool
-
-
 def rank_label(
     label: str,
-    ids: Sequence[str],
+    ids: list[str],
     results: Sequence[PhotoResult],
-    settings: PhotoSettings,
+    candidates: Positions,
     always_keep: NDArray[np.bool_],
-    near_avoided: NDArray[np.bool_],
-    columns: dict[str, list[Any]],
-    start: int,
-) -> RankedLabel | None:
-    """Rank the photos of one label.
+    settings: PhotoSettings,
+) -> LabelChoice:
+    """Rank the candidates of one label; all of them are chosen, by rank.
 
     Parameters
     ----------
     label : str
         The label.
-    ids : sequence of str, shape (photos,)
-        Id of each photo.
+    ids : list of str, shape (photos,)
+        Id of each photo that can be compared.
     results : sequence of PhotoResult, shape (photos,)
-        Hash, vector or error of each photo.
+        Hash or vector of each photo.
+    candidates : ndarray of int64, shape (c,)
+        Positions of the photos that may be kept, c >= 1.
+    always_keep : ndarray of bool, shape (photos,)
+        Which photos are ranked before all others.
     settings : PhotoSettings
         Strategy, number to keep, seed.
-    always_keep : ndarray of bool, shape (photos,)
-        Which photos are ranked before all others, be they flat or near a photo to avoid.
-    near_avoided : ndarray of bool, shape (photos,)
-        Which photos are near a photo to avoid.
-    columns : dict of str to list
-        Columns of `RANKED_SCHEMA` over the whole task; those that ranking decides are filled in.
-    start : int
-        Row of the first photo in the task.
-
-    Returns
-    -------
-    RankedLabel or None
-        None where no photo of the label can be kept.
     """
-    compared = [i for i, result in enumerate(results) if result.error is None]
-    if not compared:
-        return None
-    names, seen = [ids[i] for i in compared], [results[i] for i in compared]
-    rows = start + np.array(compared)
-    hashes = units = None
+    hashes = units = copies = None
     if settings.hashed:
-        bits = b"".join(result.hash.bits for result in seen if result.hash is not None)
-        hashes = np.frombuffer(bits, dtype=np.uint8).reshape(len(seen), -1)
-        for row, packed in zip(rows.tolist(), hashes, strict=True):
-            columns["hash"][row] = to_hex(packed.tobytes(), settings.bits)
+        bits = b"".join(result.hash.bits for result in results if result.hash is not None)
+        hashes = np.frombuffer(bits, dtype=np.uint8).reshape(len(results), -1)
+        copies = None if settings.near_copy is None else NearCopies(hashes, settings.near_copy)
     if settings.by_vectors:
-        numbers = b"".join([result.vector for result in seen if result.vector is not None])
-        units = np.frombuffer(numbers, dtype=np.float16).reshape(len(seen), -1)
-    always = always_keep[compared]
-    flat = np.array([result.hash is not None and result.hash.flat for result in seen]) & ~always
-    left_out = flat | (near_avoided[compared] & ~always)
-    for row, is_flat in zip(rows[left_out].tolist(), flat[left_out].tolist(), strict=True):
-        columns["reason"][row] = FLAT if is_flat else AVOIDED
-    candidates = np.flatnonzero(~left_out)
-    if not len(candidates):
-        return None
-
+        numbers = b"".join(result.vector for result in results if result.vector is not None)
+        units = np.frombuffer(numbers, dtype=np.float16).reshape(len(results), -1)
     points = points_of(hashes, units)
-    copies = None if hashes is None or settings.near_copy is None else NearCopies(hashes, settings.near_copy)
-    everyone = Candidates(points, names, None, settings.keep or 1, label, settings.seed, copies)
-    ranking = rank(settings.strategy, everyone.among(candidates), always[candidates])
-    order = candidates[ranking.order]
-    for number, (row, distance) in enumerate(
-        zip(rows[order].tolist(), ranking.insertion_distance.tolist(), strict=True)
-    ):
-        columns["rank"][row] = number
-        columns["insertion_distance"][row] = distance if number else None
-    return RankedLabel(
-        label, rows, names, points, hashes, candidates, order, ranking.insertion_distance, bool(always.any())
+    photos = Candidates(points, ids, None, settings.keep or 1, label, settings.seed, copies)
+    ranking = rank(settings.strategy, photos.among(candidates), always_keep[candidates])
+    return LabelChoice(
+        label,
+        points,
+        hashes,
+        ids,
+        candidates,
+        chosen=candidates[ranking.order],
+        insertion_distance=ranking.insertion_distance,
+        some_always_kept=bool(always_keep.any()),
     )
 
 
-def evaluate_label(
-    ranked: RankedLabel, kept: NDArray[np.bool_], settings: PhotoSettings, columns: dict[str, list[Any]]
-) -> Evaluation:
-    """Return what the choice of a label's photos is worth, and fill in which kept photo is nearest to each.
-
-    Parameters
-    ----------
-    ranked : RankedLabel
-        The label; at least one of its photos is kept.
-    kept : ndarray of bool, shape (rows of the task,)
-        Which photos of the task are kept.
-    settings : PhotoSettings
-        Strategy, hash, seed.
-    columns : dict of str to list
-        As for `rank_label`.
-    """
-    chosen = kept[ranked.rows[ranked.order]]
-    evaluation = evaluate(
-        ranked.label,
-        ranked.points,
-        ranked.hashes,
-        ranked.ids,
-        ranked.candidates,
-        ranked.order[chosen],
-        ranked.insertion_distance[chosen],
-        ranked.some_always_kept,
-        settings,
-    )
-    for row, nearest, distance in zip(
-        ranked.rows.tolist(), evaluation.nearest.tolist(), evaluation.distance.tolist(), strict=True
-    ):
-        columns["nearest_kept"][row] = ranked.ids[nearest]
-        columns["nearest_kept_distance"][row] = distance
-    return evaluation
+def _reasons(
+    results: Sequence[PhotoResult], always_keep: NDArray[np.bool_], near_avoided: NDArray[np.bool_]
+) -> list[str]:
+    """Return why each photo can be kept or not before any is chosen."""
+    reasons = []
+    for result, always, avoided in zip(results, always_keep.tolist(), near_avoided.tolist(), strict=True):
+        if result.error is not None:
+            reasons.append(FAILED)
+        elif always:
+            reasons.append(KEPT)
+        elif result.hash is not None and result.hash.flat:
+            reasons.append(FLAT)
+        else:
+            reasons.append(AVOIDED if avoided else KEPT)
+    return reasons
 
 
 def rank_partition(
@@ -219,39 +137,86 @@ def rank_partition(
     pyarrow.Table
         `RANKED_SCHEMA`, a row per row of the task.
     Quality
-        Of the kept photos, against a random choice of the same size from the same candidates.
+        Quality of the kept photos, against a random choice of the same size from the same candidates.
     Quality
-        By hashes, as for `reducer.selection.quality.Evaluation`.
+        Quality by hashes, as in `reducer.selection.quality.Evaluation`.
     """
     ids: list[str] = table["id"].to_pylist()
     always_keep = np.zeros(len(ids), dtype=bool)
     if "always_keep" in table.column_names:
         always_keep = table["always_keep"].to_numpy()
-    columns: dict[str, list[Any]] = {name: [None] * len(ids) for name in RANKED_SCHEMA.names}
-    columns["error"] = [result.error for result in results]
-    columns["reason"] = [FAILED if result.error is not None else KEPT for result in results]
-    labels = []
-    start = 0
-    for label, group in groupby(table["label"].to_pylist()):
-        rows = slice(start, start + sum(1 for _ in group))
-        ranked = rank_label(
-            label, ids[rows], results[rows], settings, always_keep[rows], near_avoided[rows], columns, start
-        )
-        labels += [] if ranked is None else [ranked]
-        start = rows.stop
-
-    deciding = {name: pa.array(columns[name], RANKED_SCHEMA.field(name).type) for name in DECIDING if name in columns}
+    reasons = _reasons(results, always_keep, near_avoided)
+    choices = _rank_labels(table["label"].to_pylist(), ids, results, reasons, always_keep, settings)
+    ranks, insertion = np.full(len(ids), -1), np.full(len(ids), np.nan)
+    for rows, choice in choices:
+        ranks[rows[choice.chosen]] = np.arange(len(choice.chosen))
+        insertion[rows[choice.chosen]] = choice.insertion_distance
+    ranked = {
+        "rank": pa.array(ranks, pa.int32(), mask=ranks < 0),
+        "insertion_distance": pa.array(insertion, mask=ranks <= 0),
+    }
     sizes = pa.array([result.bytes for result in results], pa.int64())
-    selection = select(
-        pa.table(deciding | {"label": table["label"], "bytes": sizes}), CutRules(keep=settings.keep), always_keep
-    )
-    quality, by_hash = Quality(), Quality()
-    for ranked in labels:
-        evaluation = evaluate_label(ranked, selection.kept, settings, columns)
-        quality, by_hash = quality + evaluation.quality, by_hash + evaluation.by_hash
-    decided = columns | {"kept": selection.kept, "reason": selection.reason}
-    arrays = [pa.array(decided[field.name], field.type) for field in RANKED_SCHEMA]
+    deciding = pa.table(ranked | {"label": table["label"], "bytes": sizes, "reason": pa.array(reasons, pa.string())})
+    selection = select(deciding, CutRules(keep=settings.keep), always_keep)
+    distances, quality, by_hash = _evaluate_labels(choices, selection.kept, settings)
+    columns = {
+        **ranked,
+        **distances,
+        "hash": pa.array([_hash_text(result, settings) for result in results], pa.string()),
+        "kept": pa.array(selection.kept),
+        "reason": selection.reason,
+        "error": pa.array([result.error for result in results], pa.string()),
+    }
+    arrays = [columns[name] for name in RANKED_SCHEMA.names]
     return pa.Table.from_arrays(arrays, schema=RANKED_SCHEMA), quality, by_hash
+
+
+def _rank_labels(
+    labels: list[str],
+    ids: list[str],
+    results: Sequence[PhotoResult],
+    reasons: list[str],
+    always_keep: NDArray[np.bool_],
+    settings: PhotoSettings,
+) -> list[tuple[Positions, LabelChoice]]:
+    """Rank each label that has a candidate; return it with the rows of its photos that can be compared."""
+    choices = []
+    for label, group in groupby(range(len(labels)), key=labels.__getitem__):
+        rows = [row for row in group if reasons[row] != FAILED]
+        candidates = np.array([i for i, row in enumerate(rows) if reasons[row] == KEPT], dtype=np.int64)
+        if len(candidates):
+            photos = [results[row] for row in rows]
+            choice = rank_label(label, [ids[row] for row in rows], photos, candidates, always_keep[rows], settings)
+            choices.append((np.array(rows), choice))
+    return choices
+
+
+def _evaluate_labels(
+    choices: list[tuple[Positions, LabelChoice]], kept: NDArray[np.bool_], settings: PhotoSettings
+) -> tuple[dict[str, pa.Array], Quality, Quality]:
+    """Return the columns of the ledger on the nearest kept photo, and the quality, also by hashes, over labels."""
+    nearest: list[str | None] = [None] * len(kept)
+    distances: list[float | None] = [None] * len(kept)
+    quality, by_hash = Quality(), Quality()
+    for rows, choice in choices:
+        evaluation = evaluate(choice.only(kept[rows[choice.chosen]]), settings)
+        quality, by_hash = quality + evaluation.quality, by_hash + evaluation.by_hash
+        for row, position, distance in zip(
+            rows.tolist(), evaluation.nearest.tolist(), evaluation.distance.tolist(), strict=True
+        ):
+            nearest[row], distances[row] = choice.ids[position], distance
+    columns = {
+        "nearest_kept": pa.array(nearest, pa.string()),
+        "nearest_kept_distance": pa.array(distances, pa.float64()),
+    }
+    return columns, quality, by_hash
+
+
+def _hash_text(result: PhotoResult, settings: PhotoSettings) -> str | None:
+    """Return the hash of a photo as the ledger has it; None where photos are not hashed or this one has failed."""
+    if not settings.hashed or result.hash is None or result.error is not None:
+        return None
+    return to_hex(result.hash.bits, settings.bits)
 
 
 def run_partition(
