@@ -365,7 +365,7 @@ def test_killed_half_way_and_gone_on_with(run: Path, tmp_path: Path, options: tu
 
 def test_ctrl_c(run: Path, tmp_path: Path) -> None:
     slow = (
-        "import sys, time, reducer.outputs.export.write as c; from reducer.cli import main; real = c._put\n"
+        "import sys, time, reducer.outputs.export.write as c; from reducer.cli.main import main; real = c._put\n"
         "c._put = lambda *a: (time.sleep(0.2), real(*a)); main(sys.argv[1:])"
     )
     command = [sys.executable, "-c", slow, "export", str(run), str(tmp_path / "out")]
@@ -417,7 +417,7 @@ def unlink(path, missing_ok=False):
         os.kill(os.getpid(), signal.SIGKILL)
     real(path, missing_ok)
 pathlib.Path.unlink = unlink
-from reducer.cli import main
+from reducer.cli.main import main
 main(sys.argv[1:])
 """
 
@@ -743,7 +743,7 @@ def test_wrong_targets(tiny: Path, run: Path, tmp_path: Path) -> None:
 
 
 def test_two_exports_into_one_folder(run: Path, tmp_path: Path) -> None:
-    held = reducer.outputs.export.export.Exported(reducer.storage.location.Location(str(tmp_path / "out")))
+    held = reducer.outputs.export.export.ExportFolder(reducer.storage.location.Location(str(tmp_path / "out")))
     with held.held(), pytest.raises(InputError, match="another export is at work in TARGET"):
         exported(run, tmp_path / "out")
     assert exported(run, tmp_path / "out").written > 0

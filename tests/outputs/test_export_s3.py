@@ -251,7 +251,7 @@ def test_a_large_shard_goes_to_s3_in_parts(server: S3Server, local: Path, monkey
     monkeypatch.setattr("reducer.storage.atomic.PART", 5 * 2**20)
     big = (("big", b"\1" * (11 * 2**20)),)
     monkeypatch.setattr(
-        "reducer.outputs.export.transfer.Transfer._beside", lambda *_: tuple((f".{name}", part) for name, part in big)
+        "reducer.outputs.export.plan.ExportPlan._side_files", lambda *_: tuple((f".{name}", part) for name, part in big)
     )
     few = local.parent / "few.csv"
     few.write_text("".join((local / "reduced.csv").read_text().splitlines(keepends=True)[:3]))

@@ -1,4 +1,4 @@
-"""The kept photos themselves, for a person who came for them: copied, linked, made smaller, or packed into shards."""
+"""Export the photos of a reduced list: copied, linked, made smaller, or packed into shards."""
 
 from __future__ import annotations
 
@@ -16,15 +16,26 @@ import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
 from reducer.config.cluster import ClusterSpec
-from reducer.config.job import Job
-from reducer.config.resolved import resolve
+from reducer.config.resolved import ResolvedJob, resolve
 from reducer.config.settings import SHARD_BYTES
 from reducer.errors import InputError, ReducerError
 from reducer.formatting import format_bytes
-from reducer.outputs.export.layout import BY_LABEL, FAILURES, LABELS, LIST, PLAN, SAME, ExportOptions, index_name
+from reducer.outputs.export.layout import (
+    BY_LABEL,
+    FAILURES,
+    LABELS,
+    LIST,
+    PLAN,
+    SAME,
+    ExportOptions,
+    index_name,
+    shard_name,
+)
+from reducer.outputs.export.plan import COLUMNS, ExportPlan, make_plan, same_photos
+from reducer.outputs.export.present import skip_present
 from reducer.outputs.export.send import write_here, write_on
-from reducer.outputs.export.target import Exported, same_photos
-from reducer.outputs.export.transfer import COLUMNS, Transfer
+from reducer.outputs.export.target import ExportFolder
+from reducer.outputs.export.transfer import Transfer
 from reducer.outputs.export.write import PUTS, CopySettings
 from reducer.run.dask.connect import CPU_COUNT
 from reducer.run.folder import RunFolder
@@ -33,13 +44,13 @@ from reducer.storage.location import Location, absolute
 from reducer.storage.schemas import EXPORT_SCHEMA
 from reducer.storage.tables import EXAMPLES, in_nanoseconds, read_columns
 
-#: Photos that go to a worker together, and that this process prepares together.
+#: Photos per batch on a cluster, and in this process.
 GROUP, GROUP_HERE = 200, 1000
 
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What an export has come to.
+    """Outcome of an export.
 
     Attributes
     ----------
@@ -48,13 +59,13 @@ class ExportResult:
     photos, labels : int
         Photos of the list that are there now, and their labels.
     written : int
-        Of these photos those that were written now; the others were there, and equal.
+        Photos of these that were written now; the others were there, and equal.
     bytes_before, bytes : int
-        Of the photos that are there: of the files that they came from, and of their own.
+        Bytes of the files that the photos there came from, and of the photos there.
     renamed : int
         With layout ``same``: photos that lie elsewhere than the manifest says, since that was not safe.
     copied_not_linked : int
-        Photos that were to be linked, and were copied since that cannot be done.
+        Photos that were to be linked, and were copied since they cannot be linked.
     passed_over : list of str
         With layout ``by-label``: extensions of photos that torchvision's ImageFolder does not take.
     failures : DataFrame
@@ -96,33 +107,24 @@ def export(
 
     Parameters
     ----------
-    run : path
-        The run folder, a local path or a URL. The run must be finished.
-    target : path
-        The folder to write, a local path or a URL: empty, or an export of the same kind.
+    run, target : path
+        Folder of a finished run, and folder to write: empty, or an export of the same kind. Local paths or URLs.
     list_file : path, optional
         A reduced list, as `reducer.cut` writes it; default the run's own.
     layout : {"same", "by-label", "tar"}
-        ``same``: photos lie as the manifest says, below ``target`` in the place of IMAGES, and ``train.csv`` beside
-        them. ``by-label``: a folder per label. ``tar``: WebDataset's shards.
-    link : bool
-        Make hard links in the place of copies.
+        ``same``: photos lie as the manifest says, with ``train.csv``. ``by-label``: a folder per label. ``tar``:
+        WebDataset's shards.
+    link, overwrite, progress : bool
+        Whether to make hard links instead of copies; to remove what another export left in ``target``; to show a bar.
     resize : int, optional
-        Pixels: photos whose longest side has more are re-encoded.
+        Pixels: photos whose longest side has more are encoded again.
     shard_bytes : int or str
-        Bytes of a shard at most, such as ``500MB``, by the photos' bytes before they are made smaller. A photo that
+        Bytes per shard at most, such as ``500MB``, by the photos' bytes before they are made smaller; one photo that
         has more gets a shard of its own.
-    overwrite : bool
-        Whether what another export has left in ``target`` is taken out.
     cluster : ClusterSpec, optional
-        Where photos of a URL are written to a URL; default a LocalCluster. All else this process does, with so many
-        ``threads``.
-    storage_options, output_storage_options : mapping, optional
-        As for `Job`: a run folder does not keep them. The latter open ``run`` and ``list_file``.
-    target_storage_options : mapping, optional
-        What opens ``target``.
-    progress : bool
-        Whether to show a progress bar.
+        Where photos of a URL are written to a URL; default a LocalCluster. All else runs here, with its ``threads``.
+    storage_options, output_storage_options, target_storage_options : mapping, optional
+        Open the photos, as for `ResolvedJob`; ``run`` and ``list_file``; ``target``. A run folder does not keep them.
 
     Returns
     -------
@@ -141,88 +143,93 @@ def export(
     >>> export("run", "photos", layout="by-label", resize=512)  # doctest: +SKIP
     """
     options = ExportOptions(layout, link, resize, shard_bytes)
-    folder = RunFolder(Location(str(run), output_storage_options or {}))
-    summary = folder.finished()
+    run_folder = RunFolder(Location(str(run), output_storage_options or {}))
+    summary = run_folder.finished()
     job = resolve(job_of(summary, {"output": str(run), "storage_options": storage_options or {}}))
     check_storage_options(summary, job)
-    exported = Exported(Location(str(target), target_storage_options or {}))
-    spec = _where(job, exported.place, options, cluster)
-    every = in_nanoseconds(folder.whole_ledger(summary, COLUMNS))
-    rows = _wanted(every, job, None if list_file is None else Location(str(list_file), folder.place.options))
-    if options.link and pc.any(pc.is_valid(every["shard"])).as_py():
-        raise InputError("--link cannot be: the photos lie in tar shards, and are no files of their own. Leave it out")
-    transfer = Transfer.of(rows, every, job, options, exported.place)
-    del every, rows
-    exported.state()  # what is no export is refused before anything is made
+    folder = ExportFolder(Location(str(target), target_storage_options or {}))
+    spec = _checked_cluster(job, folder.place, options, cluster)
+    list_place = None if list_file is None else Location(str(list_file), run_folder.place.options)
+    plan = _plan(run_folder, summary, job, list_place, options, folder.place)
+    folder.state()  # what is no export is refused before anything is made
+    with folder.held():
+        transfer = _begin(folder, plan, job, overwrite=overwrite)
+        state = {"run": summary["run"], "images": summary["job"]["images"], **options.settings}
+        return _carry_out(transfer, folder, job, spec, state, progress=progress)
+
+
+def _carry_out(
+    transfer: Transfer,
+    folder: ExportFolder,
+    job: ResolvedJob,
+    spec: ClusterSpec,
+    state: dict[str, Any],
+    *,
+    progress: bool,
+) -> ExportResult:
+    """Write the photos that are left, and what tells of them."""
+    try:
+        folder.write_state({"status": "running", **state})
+    except ReducerError as error:
+        raise InputError(f"TARGET {folder.path} may not be written: {error}") from None
+    folder.write_table(transfer.whole_table())
+    _write_photos(transfer, folder, job, spec, progress=progress)
+    _finish(folder, transfer, job)
+    result = _result(folder, transfer)
+    counts = {"photos": result.photos, "bytes": result.bytes, "failures": len(result.failures)}
+    folder.write_state({"status": "done", **state, **counts})
+    return result
+
+
+def _write_photos(
+    transfer: Transfer, folder: ExportFolder, job: ResolvedJob, spec: ClusterSpec, *, progress: bool
+) -> None:
+    """Write the photos that are left, here or on a cluster, and record what comes of them."""
+    shards, options = transfer.plan.shards, transfer.plan.options
+    settings = CopySettings(
+        source=job.source,
+        target=folder.place,
+        settings=job.settings_without_model,
+        resize=options.resize,
+        link=options.link,
+        threads=PUTS if folder.place.remote else spec.threads or 2 * CPU_COUNT,
+    )
     with ExitStack() as stack:
-        stack.enter_context(exported.held())
-        before = exported.state()
-        old = EXPORT_SCHEMA.empty_table() if before is None else exported.plan()
-        if before is not None and _settings(before, options) == options.settings:
-            transfer.keep_shards(old)
-        clear = before is not None and _is_cleared(exported, before, old, options, transfer.plan, overwrite)
-        if not clear:
-            transfer.look(exported, old, job)
-        if not exported.place.remote and not (options.link and _on_one_disk(job, exported.place)):
-            freed = pc.sum(old["bytes"]).as_py() or 0
-            _check_room(exported.place, transfer, freed if clear else 0)
-        if clear:
-            exported.remove(_files_of(old))
-            exported.remove([PLAN])  # last: it is what tells of the others, if this is stopped
-        state = {
-            "status": "running",
-            "run": summary["run"],
-            "images": summary["job"]["images"],
-            **options.settings,
-        }
-        try:
-            exported.write_state(state)
-        except ReducerError as error:
-            raise InputError(f"TARGET {exported.path} may not be written: {error}") from None
-        exported.write_plan(transfer.plan)
-        way = CopySettings(
-            source=job.source,
-            target=exported.place,
-            settings=job.settings_without_model,
-            resize=options.resize,
-            link=options.link,
-            threads=PUTS if exported.place.remote else spec.threads or 2 * CPU_COUNT,
-        )
-        client = None
-        if transfer.left and _on_cluster(job, exported.place) and not spec.serial:
+        if transfer.left and _on_cluster(job, folder.place) and not spec.serial:
             from reducer.run.dask.connect import connect, refuse_import_of_main
 
             refuse_import_of_main()
             client = stack.enter_context(connect(spec))
+            done = write_on(client, transfer.batches(GROUP), settings, wait=spec.rules.wait)
         else:
-            way = replace(way, decoders=spec.threads or CPU_COUNT)
-        groups = transfer.groups(GROUP_HERE if client is None else GROUP)
-        done = write_here(groups, way) if client is None else write_on(client, groups, way, wait=spec.rules.wait)
-        of_all = format_bytes(transfer.bytes_to_do)
-        with closing(done), _bar(transfer, progress) as bar:
-            for numbers, found in done:
-                transfer.note(numbers, found, exported)
-                bar.set_postfix_str(f"{format_bytes(transfer.bytes_done)} of {of_all}", refresh=False)
-                bar.update(len(numbers))
-        _finish(exported, transfer, job)
-        result = _result(exported, transfer, options)
-        state |= {"status": "done", "photos": result.photos, "bytes": result.bytes, "failures": len(result.failures)}
-        exported.write_state(state)
-    return result
+            done = write_here(transfer.batches(GROUP_HERE), replace(settings, decoders=spec.threads or CPU_COUNT))
+        stack.enter_context(closing(done))
+        disable = not progress or not transfer.left
+        bar = stack.enter_context(tqdm(desc="export", total=transfer.left, unit=" photos", disable=disable))
+        of_all = format_bytes(transfer.bytes_left)
+        for numbers, results in done:
+            transfer.note(numbers, results)
+            if shards is not None:
+                shard = int(shards[numbers[0]])
+                folder.write_index(shard_name(shard), transfer.table(transfer.plan.rows_of(shard)))
+            bar.set_postfix_str(f"{format_bytes(transfer.bytes_read)} of {of_all}", refresh=False)
+            bar.update(len(numbers))
 
 
-def _on_cluster(job: Job, target: Location) -> bool:
-    """Whether photos go from a URL to a URL: only then all workers can do it."""
+def _on_cluster(job: ResolvedJob, target: Location) -> bool:
+    """Return whether photos go from a URL to a URL: only then all workers can do it."""
     return job.images_location.remote and target.remote
 
 
-def _where(job: Job, target: Location, options: ExportOptions, cluster: ClusterSpec | None) -> ClusterSpec:
-    """Where the work is done, checked before anything is written.
+def _checked_cluster(
+    job: ResolvedJob, target: Location, options: ExportOptions, cluster: ClusterSpec | None
+) -> ClusterSpec:
+    """Return where the work is done, and refuse what cannot be before anything is written.
 
     Raises
     ------
     InputError
-        If that cannot be.
+        If the cluster, links or TARGET do not go with where the photos lie.
     """
     spec = cluster or ClusterSpec()
     if not _on_cluster(job, target) and not spec.serial and spec != ClusterSpec(threads=spec.threads):
@@ -241,8 +248,30 @@ def _where(job: Job, target: Location, options: ExportOptions, cluster: ClusterS
     return spec
 
 
-def _wanted(every: pa.Table, job: Job, list_place: Location | None) -> pa.Table:
-    """The rows of the ledger that are exported.
+def _plan(
+    run_folder: RunFolder,
+    summary: dict[str, Any],
+    job: ResolvedJob,
+    list_place: Location | None,
+    options: ExportOptions,
+    target: Location,
+) -> ExportPlan:
+    """Plan which photos of a run go where.
+
+    Raises
+    ------
+    InputError
+        If the list cannot be used, or links are asked for and the photos lie in shards.
+    """
+    ledger = in_nanoseconds(run_folder.whole_ledger(summary, COLUMNS))
+    rows = _rows_to_export(ledger, job, list_place)
+    if options.link and pc.any(pc.is_valid(ledger["shard"])).as_py():
+        raise InputError("--link cannot be: the photos lie in tar shards, and are no files of their own. Leave it out")
+    return make_plan(rows, ledger, job, options, target)
+
+
+def _rows_to_export(ledger: pa.Table, job: ResolvedJob, list_place: Location | None) -> pa.Table:
+    """Return the rows of the ledger whose photos are exported: the kept ones, or those of a list.
 
     Raises
     ------
@@ -250,12 +279,12 @@ def _wanted(every: pa.Table, job: Job, list_place: Location | None) -> pa.Table:
         If the list cannot be read, or names a photo that the run does not have.
     """
     if list_place is None:
-        return every.filter(every["kept"])
+        return ledger.filter(ledger["kept"])
     where = f"--list {list_place.path}"
     columns = [job.id_column, job.label_column]
     wanted = read_columns(where, list_place, columns, "Give a list that `reducer cut` has written")
     wanted = wanted.select(columns).rename_columns(["id", "label"]).group_by(["id", "label"]).aggregate([])
-    unknown = wanted.join(every.select(["id", "label"]), ["id", "label"], join_type="left anti")
+    unknown = wanted.join(ledger.select(["id", "label"]), ["id", "label"], join_type="left anti")
     if unknown.num_rows:
         shown = [f"{row['id']} ({row['label']})" for row in unknown.sort_by("id").slice(0, EXAMPLES).to_pylist()]
         raise InputError(
@@ -264,48 +293,74 @@ def _wanted(every: pa.Table, job: Job, list_place: Location | None) -> pa.Table:
         )
     if not wanted.num_rows:
         raise InputError(f"{where} has no rows: expected one row a photo")
-    return every.join(wanted, ["id", "label"], join_type="inner")
+    return ledger.join(wanted, ["id", "label"], join_type="inner")
+
+
+def _begin(folder: ExportFolder, plan: ExportPlan, job: ResolvedJob, *, overwrite: bool) -> Transfer:
+    """Compare a plan with what TARGET holds, and remove what an earlier export of another kind left.
+
+    Raises
+    ------
+    InputError
+        If TARGET holds something else, or has no room.
+    """
+    options = plan.options
+    before = folder.state()
+    old = EXPORT_SCHEMA.empty_table() if before is None else folder.table()
+    if before is not None and _settings(before, options) == options.settings:
+        plan = plan.with_shards_of(old)
+    clear = before is not None and _is_cleared(folder, before, old, plan, overwrite=overwrite)
+    transfer = Transfer(plan)
+    if not clear:
+        skip_present(transfer, folder, old, job)
+    if not folder.place.remote and not (options.link and _on_one_disk(job, folder.place)):
+        freed = pc.sum(old["bytes"]).as_py() or 0
+        _check_room(folder.place, transfer, freed if clear else 0)
+    if clear:
+        folder.remove(_files_of(old))
+        folder.remove([PLAN])  # last: it names the others, if this is stopped
+    return transfer
 
 
 def _settings(before: dict[str, Any], options: ExportOptions) -> dict[str, Any]:
-    """The settings of an earlier export, from its state."""
+    """Return the settings of an earlier export, from its state."""
     return {name: before.get(name) for name in options.settings}
 
 
 def _is_cleared(
-    exported: Exported, before: dict[str, Any], old: pa.Table, options: ExportOptions, plan: pa.Table, overwrite: bool
+    folder: ExportFolder, before: dict[str, Any], old: pa.Table, plan: ExportPlan, *, overwrite: bool
 ) -> bool:
-    """Whether what an earlier export has written is to be taken out first.
+    """Return whether what an earlier export has written is to be removed first.
 
     Raises
     ------
     InputError
         If it is, and may not be.
     """
-    theirs = _settings(before, options)
-    if theirs != options.settings:
-        told = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in theirs.items() if value is not None)
-        why = f"another export ({told})"
-    elif not same_photos(old, plan):
-        why = "photos of an earlier export that this one does not have, or has elsewhere"
+    settings = _settings(before, plan.options)
+    if settings != plan.options.settings:
+        shown = (f"{name.replace('_', '-')} {value}" for name, value in settings.items() if value is not None)
+        what = f"another export ({', '.join(shown)})"
+    elif not same_photos(old, plan.places()):
+        what = "photos of an earlier export that this one does not have, or has elsewhere"
     else:
         return False
     if not overwrite:
         raise InputError(
-            f"TARGET {exported.path} holds {why}: give another folder, or --overwrite, which takes them out"
+            f"TARGET {folder.path} holds {what}: give another folder, or --overwrite, which takes them out"
         )
     return True
 
 
 def _files_of(old: pa.Table) -> list[str]:
-    """What an export has written, but for its state and its plan."""
+    """Return the names of all files that an export has written, but for its state and its plan."""
     shards = pc.unique(old["shard"].drop_null()).to_pylist()
     single = pc.unique(old.filter(pc.is_null(old["shard"]))["path"]).to_pylist()
     return [LIST, LABELS, FAILURES, *single, *shards, *map(index_name, shards)]
 
 
-def _on_one_disk(job: Job, target: Location) -> bool:
-    """Whether links can be made from IMAGES to TARGET, as far as can be told beforehand."""
+def _on_one_disk(job: ResolvedJob, target: Location) -> bool:
+    """Return whether links can be made from IMAGES to TARGET, as far as can be told beforehand."""
     try:
         return os.stat(job.images).st_dev == os.stat(target.path).st_dev
     except OSError:
@@ -313,12 +368,21 @@ def _on_one_disk(job: Job, target: Location) -> bool:
 
 
 def _check_room(target: Location, transfer: Transfer, freed: int) -> None:
-    """Refuse what the disk has no room for.
+    """Refuse an export that the disk has no room for.
+
+    Parameters
+    ----------
+    target : Location
+        A local folder.
+    transfer : Transfer
+        The photos to be written.
+    freed : int
+        Bytes that are removed first.
 
     Raises
     ------
     InputError
-        If it has less than is needed.
+        If less is free than is needed.
     """
     free, needed = shutil.disk_usage(target.path).free + freed, transfer.room_needed()
     if needed > free:
@@ -329,36 +393,28 @@ def _check_room(target: Location, transfer: Transfer, freed: int) -> None:
         )
 
 
-def _bar(transfer: Transfer, progress: bool) -> Any:
-    return tqdm(
-        desc="export",
-        total=transfer.left,
-        unit=" photos",
-        disable=not progress or not transfer.left,
-    )
-
-
-def _finish(exported: Exported, transfer: Transfer, job: Job) -> None:
-    """Write what tells of the photos."""
-    plan = transfer.plan
-    there = plan.filter(pc.is_null(plan["error"]))
-    failed = plan.filter(pc.is_valid(plan["error"]))
-    exported.write_plan(plan)
-    if transfer.options.layout == SAME:
+def _finish(folder: ExportFolder, transfer: Transfer, job: ResolvedJob) -> None:
+    """Write the lists of the photos that are there, and of those that failed."""
+    table = transfer.whole_table()
+    there, failed = _there_and_failed(table)
+    folder.write_table(table)
+    if transfer.plan.options.layout == SAME:
         columns = {job.id_column: there["id"], job.label_column: there["label"]}
         if job.path_column is not None:
             columns[job.path_column] = there["path"]
-        exported.write(LIST, _csv(pa.table(columns)))
+        folder.write(LIST, _csv(pa.table(columns)))
     else:
-        exported.write(LABELS, _csv(transfer.labels()))
+        folder.write(LABELS, _csv(transfer.plan.labels(transfer.target_sizes >= 0)))
     if failed.num_rows:
-        exported.write(FAILURES, _csv(_failures(failed)))
+        folder.write(FAILURES, _csv(failed))
     else:
-        exported.remove_own([FAILURES])
+        folder.remove_own([FAILURES])
 
 
-def _failures(failed: pa.Table) -> pa.Table:
-    return failed.select(["id", "label", "source", "error"])
+def _there_and_failed(table: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """Return the rows of ``export.parquet`` of photos that are there, and id, label, source and error of the others."""
+    failed = table.filter(pc.is_valid(table["error"]))
+    return table.filter(pc.is_null(table["error"])), failed.select(["id", "label", "source", "error"])
 
 
 def _csv(table: pa.Table) -> bytes:
@@ -366,18 +422,18 @@ def _csv(table: pa.Table) -> bytes:
     return text.encode()
 
 
-def _result(exported: Exported, transfer: Transfer, options: ExportOptions) -> ExportResult:
-    plan = transfer.plan
-    there = plan.filter(pc.is_null(plan["error"]))
+def _result(folder: ExportFolder, transfer: Transfer) -> ExportResult:
+    there, failed = _there_and_failed(transfer.whole_table())
+    layout = transfer.plan.layout
     return ExportResult(
-        target=exported.path,
+        target=folder.path,
         photos=there.num_rows,
         labels=pc.count_distinct(there["label"]).as_py(),
         written=transfer.written,
         bytes_before=transfer.bytes_before,
         bytes=transfer.bytes_there,
-        renamed=transfer.layout.renamed,
+        renamed=layout.renamed,
         copied_not_linked=transfer.copied_not_linked,
-        passed_over=transfer.layout.passed_over if options.layout == BY_LABEL else [],
-        failures=_failures(plan.filter(pc.is_valid(plan["error"]))).to_pandas(),
+        passed_over=layout.passed_over if transfer.plan.options.layout == BY_LABEL else [],
+        failures=failed.to_pandas(),
     )

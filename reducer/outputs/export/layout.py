@@ -242,7 +242,7 @@ def side_files(photo: str, label: str, number: int) -> SideFiles:
     return ((".cls", str(number).encode()), (".json", both.encode("utf-8", "surrogatepass")))
 
 
-def numbers(labels: Sequence[str], classes: dict[str, int]) -> list[int]:
+def class_numbers(labels: Sequence[str], classes: dict[str, int]) -> list[int]:
     """What ``KEY.cls`` says: the labels themselves where all of them are whole numbers, else those of the classes."""
     if all(map(WHOLE_NUMBER.fullmatch, classes)):
         return list(map(int, labels))

@@ -1,8 +1,7 @@
-"""The folder that an export writes: what it holds, and what it may be written over."""
+"""The folder that an export writes: what it holds, and what may be written over."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -12,48 +11,40 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from reducer.config.settings import Source
 from reducer.errors import InputError
 from reducer.outputs.export.layout import OWN_FILES, PLAN, STATE, index_name
-from reducer.photos.hashing import PhotoError
-from reducer.photos.reader import read_photo
+from reducer.photos.reader import states_of
 from reducer.photos.requests import FileState
 from reducer.run.folder.files import parquet_file
 from reducer.storage.atomic import Files, temporary_name
-from reducer.storage.location import Location, PhotoRef, explaining_errors, file_of, is_url
+from reducer.storage.location import Location, explaining_errors
 from reducer.storage.remote import nanoseconds, with_retries
 from reducer.storage.schemas import EXPORT_SCHEMA
 
 FORMAT, FORMAT_VERSION = "reducer-export", 1
-#: Columns that tell which photo lies where.
-IDENTITY = ["id", "label", "path", "shard", "source", "source_shard"]
-#: Under which key the index of a shard says how the shard is.
+#: Metadata key under which the index of a shard tells how the shard was when it was written.
 METADATA = b"reducer"
-#: Objects that a store takes out with one request.
-REMOVED_AT_A_TIME = 1000
+#: Objects that a store deletes with one request.
+DELETED_TOGETHER = 1000
 
-#: Nanoseconds to which disks keep times: FAT, HFS+, exFAT, and NTFS.
-TIME_GRAINS = (2 * 10**9, 10**9, 10**7, 100)
-#: Digits of an MD5 sum, which is what the etag of an object is that was put in one piece.
-MD5_DIGITS = 32
-
-#: How a file of the folder is; None where there is none.
+#: From the name of a file in the folder to how it is; None where there is none.
 Listing = Callable[[str], FileState | None]
 
 
-class Exported(Files):
+class ExportFolder(Files):
     """The folder that an export writes.
 
     Parameters
     ----------
-    place : Location
+    place : Location or str
         Where it is, or will be.
     """
 
     def state(self) -> dict[str, Any] | None:
-        """``export.json`` of an earlier export; None where the folder is empty or not there.
+        """Return ``export.json`` of an earlier export; None where the folder is empty or not there.
 
         Raises
         ------
@@ -68,11 +59,11 @@ class Exported(Files):
             names = self._names()
             if STATE in names:
                 with suppress(ValueError):
-                    found = json.loads(self._read(STATE))
-                    if isinstance(found, dict) and found.get("format") == FORMAT:
-                        if found.get("format_version") != FORMAT_VERSION:
+                    state = json.loads(self._read(STATE))
+                    if isinstance(state, dict) and state.get("format") == FORMAT:
+                        if state.get("format_version") != FORMAT_VERSION:
                             raise InputError(f"TARGET {self.path} was written by another version: give another folder")
-                        return found
+                        return state
             elif all(name in map(temporary_name, OWN_FILES) for name in names):
                 return None
         raise InputError(
@@ -85,8 +76,8 @@ class Exported(Files):
         if path.exists() and not path.is_dir():
             raise InputError(f"TARGET {path} is a file: give a folder")
 
-    def plan(self) -> pa.Table:
-        """``export.parquet`` of the earlier export; empty where it is not there."""
+    def table(self) -> pa.Table:
+        """Return ``export.parquet`` of an earlier export; empty where there is none."""
         if PLAN not in self._names():
             return EXPORT_SCHEMA.empty_table()
         with explaining_errors(self.place, f"{self.place.below(PLAN).path} cannot be read"):
@@ -129,59 +120,47 @@ class Exported(Files):
                     path.rmdir()
 
     def listing(self) -> Listing:
-        """How the files of the folder are now."""
+        """Return how the files of the folder are now, by name."""
         if not self.place.remote:
-            return self._state_here
+            return self._local_state
         system, root = self.place.open()
         system.invalidate_cache(root)
         with explaining_errors(self.place, f"TARGET {self.path} cannot be listed"):
-            found = system.find(root, detail=True)
+            files = system.find(root, detail=True)
         start = len(root.rstrip("/")) + 1
-        states = {path[start:]: _state_there(details) for path, details in found.items()}
+        states = {path[start:]: _remote_state(details) for path, details in files.items()}
         return states.get
 
-    def _state_here(self, name: str) -> FileState | None:
-        try:
-            found = os.stat(self.place.below(name).path)
-        except (OSError, ValueError):
-            return None
-        return FileState(found.st_size, found.st_mtime_ns, None)
+    def _local_state(self, name: str) -> FileState | None:
+        return states_of([self.place.below(name).path], Source())[0]
 
     def remove(self, names: list[str]) -> None:
-        """Take out files of an earlier export, and folders that are empty then. What is not there is no matter.
+        """Remove files of an earlier export, those that are not whole too, and folders that are empty then.
 
-        A name that leads out of the folder is left alone: the list it stands on is a file that anyone may have written.
+        A name that leads out of the folder is left alone: the list that has it may have been written by anyone.
+
+        Parameters
+        ----------
+        names : list of str
+            Names in the folder; those that are not there are passed over.
 
         Raises
         ------
         InputError
-            If they cannot be taken out.
+            If they cannot be removed.
         """
         names = [name for name in names if "\0" not in name and not {"", ".", ".."} & set(name.split("/"))]
         if not names:
             return
         with explaining_errors(self.place, f"TARGET {self.path} cannot be cleared"):
             if self.place.remote:
-                self._remove_there(names)
+                self._remove_remote(names)
             else:
-                self._remove_here(names)
+                _remove_local(Path(self.path), names)
 
-    def _remove_there(self, names: list[str]) -> None:
-        system, root = self.place.open()
+    def _remove_remote(self, names: list[str]) -> None:
         there = self.listing()
-        paths = [f"{root}/{name}" for name in names if there(name) is not None]
-        if self.place.on_s3:
-            # Not s3fs's own, which takes brackets for patterns and passes over what is refused.
-            keys = [system.split_path(path)[1] for path in paths]
-            for start in range(0, len(keys), REMOVED_AT_A_TIME):
-                objects = [{"Key": key} for key in keys[start : start + REMOVED_AT_A_TIME]]
-                delete = partial(
-                    system.call_s3, "delete_objects", Bucket=system.split_path(root)[0], Delete={"Objects": objects}
-                )
-                with_retries(delete)
-        else:
-            for path in paths:
-                system.rm_file(path)
+        _remove_objects(self.place, [name for name in names if there(name) is not None])
         there = self.listing()
         left = [name for name in names if there(name) is not None]
         if left:
@@ -190,112 +169,96 @@ class Exported(Files):
                 f"{left[0]}. Check that the credentials may delete, or give another folder"
             )
 
-    def _remove_here(self, names: list[str]) -> None:
-        top = Path(self.path)
-        folders: set[Path] = set()
-        for name in names:
-            for file in (top / name, (top / name).with_name(temporary_name(Path(name).name))):
-                with suppress(FileNotFoundError, NotADirectoryError):
-                    file.unlink()
-            folders.update(Path(name).parents)
-        for folder in sorted(folders - {Path()}, reverse=True):
-            with suppress(OSError):  # it is not empty
-                (top / folder).rmdir()
-
-    def remove_own(self, names: list[str]) -> None:
-        """Take out files of ours at the top, where they are."""
-        there = self._names()
-        self._remove([name for name in names if name in there])
-
     def write_state(self, state: dict[str, Any]) -> None:
         """Write ``export.json``."""
         content = {"format": FORMAT, "format_version": FORMAT_VERSION, **state}
         self.write(STATE, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
-    def write_plan(self, rows: pa.Table) -> None:
+    def write_table(self, rows: pa.Table) -> None:
         """Write ``export.parquet``."""
         self.write(PLAN, parquet_file(rows))
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a file of ours at the top."""
+        """Write one of `OWN_FILES`."""
         assert name in OWN_FILES
         self._write(name, content)
 
+    def remove_own(self, names: list[str]) -> None:
+        """Remove those of `OWN_FILES` that are there."""
+        there = self._names()
+        self._remove([name for name in names if name in there])
+
     def write_index(self, shard: str, rows: pa.Table) -> None:
-        """Write which photos a shard holds, which is whole: from then on it is done."""
+        """Write which photos a shard holds, which is whole: from then on it is done.
+
+        Parameters
+        ----------
+        shard : str
+            Name of the shard.
+        rows : pyarrow.Table
+            `EXPORT_SCHEMA` rows of its photos.
+        """
         with explaining_errors(self.place, f"{self.place.below(shard).path} cannot be looked at"):
             state = with_retries(lambda: self._state_of(shard))
-        told = {"bytes": state.bytes, "mtime_ns": state.mtime_ns, "etag": state.etag}
-        self._write(index_name(shard), parquet_file(rows.replace_schema_metadata({METADATA: json.dumps(told)})))
+        metadata = {METADATA: json.dumps({"bytes": state.bytes, "mtime_ns": state.mtime_ns, "etag": state.etag})}
+        self._write(index_name(shard), parquet_file(rows.replace_schema_metadata(metadata)))
 
     def _state_of(self, name: str) -> FileState:
-        found = self._state_here(name) if not self.place.remote else None
-        if found is None:
+        state = self._local_state(name) if not self.place.remote else None
+        if state is None:
             system, root = self.place.open()
-            found = _state_there(system.info(f"{root}/{name}"))
-        return found
+            state = _remote_state(system.info(f"{root}/{name}"))
+        return state
 
     def read_index(self, shard: str, listing: Listing) -> pa.Table | None:
-        """Which photos a shard holds; None where it is not there, or not as it was when that was written."""
+        """Return which photos a shard holds; None where it is not there, or not as it was when that was written.
+
+        Parameters
+        ----------
+        shard : str
+            Name of the shard.
+        listing : callable
+            From `listing`.
+        """
         there = listing(shard)
         if there is None or listing(index_name(shard)) is None:
             return None
         try:
             rows = pq.read_table(pa.BufferReader(self._read(index_name(shard))))
-            told = FileState(**json.loads(rows.schema.metadata[METADATA]))
-            return rows.replace_schema_metadata(None).cast(EXPORT_SCHEMA) if there.is_as(told) else None
+            written = FileState(**json.loads(rows.schema.metadata[METADATA]))
+            return rows.replace_schema_metadata(None).cast(EXPORT_SCHEMA) if there.is_as(written) else None
         except (pa.ArrowInvalid, OSError, ValueError, KeyError, TypeError):
             return None
 
 
-def _state_there(details: dict[str, Any]) -> FileState:
+def _remote_state(details: dict[str, Any]) -> FileState:
     modified, etag = details.get("LastModified"), details.get("ETag")
     return FileState(details.get("size"), modified and nanoseconds(modified), etag and etag.strip('"'))
 
 
-def same_photos(rows: pa.Table, others: pa.Table) -> bool:
-    """Whether all photos of a plan lie in another one too, at the same place."""
-    if not rows.num_rows:
-        return True
-    own, theirs = (table.select(IDENTITY).group_by(IDENTITY).aggregate([]) for table in (rows, others))
-    # Null is equal to nothing in a join.
-    own, theirs = (_filled(table) for table in (own, theirs))
-    return bool(own.join(theirs, IDENTITY, join_type="left anti").num_rows == 0)
+def _remove_objects(place: Location, names: list[str]) -> None:
+    """Delete objects of a store, or files of another file system that fsspec opens."""
+    system, root = place.open()
+    if not place.on_s3:
+        for name in names:
+            system.rm_file(f"{root}/{name}")
+        return
+    # Not s3fs's own, which takes brackets for patterns and passes over what is refused.
+    keys = [system.split_path(f"{root}/{name}")[1] for name in names]
+    for start in range(0, len(keys), DELETED_TOGETHER):
+        objects = [{"Key": key} for key in keys[start : start + DELETED_TOGETHER]]
+        bucket = system.split_path(root)[0]
+        with_retries(partial(system.call_s3, "delete_objects", Bucket=bucket, Delete={"Objects": objects}))
 
 
-def _filled(table: pa.Table) -> pa.Table:
-    return pa.table({name: pc.fill_null(table[name], "") for name in table.column_names})
-
-
-def is_equal(there: FileState, source: FileState | None, ref: PhotoRef, target: Location, *, resized: bool) -> bool:
-    """Whether a file in TARGET is what a photo was made into.
-
-    On a disk a copy has the time of its photo. A store tells the MD5 sum of what was put in one piece; where the
-    photo's own is not known, the object must not be older than the photo, as for ``aws s3 sync``.
-    """
-    if source is None or (there.bytes != source.bytes and not (resized and there.bytes)):
-        return False
-    if not target.remote:
-        return _same_time(source.mtime_ns, there.mtime_ns)
-    if not resized and there.etag is not None and len(there.etag) == MD5_DIGITS:
-        digest = _md5(ref, source)
-        if digest is not None:
-            return digest == there.etag
-    return None not in (there.mtime_ns, source.mtime_ns) and (there.mtime_ns or 0) >= (source.mtime_ns or 0)
-
-
-def _same_time(time: int | None, kept: int | None) -> bool:
-    """Whether a disk has kept a time, which some do only roughly: in nanoseconds."""
-    if time is None or kept is None:
-        return False
-    return time == kept or any(kept % grain == 0 and abs(time - kept) < grain for grain in TIME_GRAINS)
-
-
-def _md5(ref: PhotoRef, state: FileState) -> str | None:
-    """A photo's MD5 sum, where it takes no request."""
-    if not is_url(file_of(ref)):
-        try:
-            return hashlib.md5(read_photo(ref, max_pixels=0).content, usedforsecurity=False).hexdigest()
-        except PhotoError:
-            return None
-    return state.etag if state.etag is not None and len(state.etag) == MD5_DIGITS else None
+def _remove_local(top: Path, names: list[str]) -> None:
+    """Delete files below a folder, those of the same names that are not whole, and folders that are empty then."""
+    folders: set[Path] = set()
+    for name in names:
+        for file in (top / name, (top / name).with_name(temporary_name(Path(name).name))):
+            with suppress(FileNotFoundError, NotADirectoryError):
+                file.unlink()
+        folders.update(Path(name).parents)
+    for folder in sorted(folders - {Path()}, reverse=True):
+        with suppress(OSError):  # it is not empty
+            (top / folder).rmdir()

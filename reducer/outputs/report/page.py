@@ -22,7 +22,6 @@ from tqdm.auto import tqdm
 
 from reducer.config.checks import flag
 from reducer.config.cluster import ClusterSpec
-from reducer.config.job import Job
 from reducer.config.resolved import ResolvedJob, resolve
 from reducer.config.settings import GALLERY_PHOTOS, STORAGE_OPTIONS, default_strategy, unit_of
 from reducer.errors import InputError
@@ -99,7 +98,7 @@ def write_report(
     cluster : ClusterSpec, optional
         Where photos are read; default in this process.
     storage_options, output_storage_options : mapping, optional
-        As for `Job`: a run folder does not keep them.
+        As for `ResolvedJob`: a run folder does not keep them.
     progress : bool
         Whether to show a progress bar.
 
@@ -219,7 +218,7 @@ def draw_report(
 def command_of(job: Mapping[str, Any]) -> list[str]:
     """The command that a run was begun with, in parts, as far as its summary tells: storage options are left out."""
     parts = [["reducer", "run", job["images"]], ["--output", job["output"]]]
-    for field in fields(Job):
+    for field in fields(ResolvedJob):
         value, default = job.get(field.name, field.default), field.default
         if isinstance(default, tuple) and isinstance(value, list):  # from JSON
             value = tuple(value)
@@ -249,7 +248,7 @@ def _bytes(ledger: pa.Table) -> dict[str, Any]:
     }
 
 
-def with_vectors(folder: RunFolder, rows: pa.Table, job: Job) -> pa.Table:
+def with_vectors(folder: RunFolder, rows: pa.Table, job: ResolvedJob) -> pa.Table:
     """Rows of the ledger with their vectors (bytes of float16 numbers) as ``vector``, where they are ranked by such."""
     if not job.by_vectors:
         return rows
