@@ -189,7 +189,7 @@ def _write_photos(
     settings = CopySettings(
         source=job.source,
         target=folder.place,
-        settings=job.settings_without_model,
+        photo_settings=job.settings_without_model,
         resize=options.resize,
         link=options.link,
         threads=PUTS if folder.place.remote else spec.threads or 2 * CPU_COUNT,

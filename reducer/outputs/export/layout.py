@@ -1,4 +1,4 @@
-"""Where exported photos lie in TARGET: the manifest's layout, a folder per label, or WebDataset's shards. Pure."""
+"""Layouts of exported photos in TARGET: as in the manifest, a folder per label, or WebDataset's shards. Pure."""
 
 from __future__ import annotations
 
@@ -25,14 +25,13 @@ SAME, BY_LABEL, TAR = LAYOUT_NAMES
 #: Files of ours at the top of TARGET.
 STATE, LIST, PLAN, LABELS, FAILURES = "export.json", "train.csv", "export.parquet", "labels.csv", "failures.csv"
 OWN_FILES = (STATE, LIST, PLAN, LABELS, FAILURES)
-#: What torchvision's ImageFolder takes for photos (``torchvision.datasets.folder.IMG_EXTENSIONS``); others it passes
-#: over.
+#: Extensions that torchvision's ImageFolder takes for photos (``torchvision.datasets.folder.IMG_EXTENSIONS``).
 IMAGE_FOLDER = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-#: Extensions of formats as Pillow calls them, where a photo's own name has none; for all others, and where the format
-#: is not known, that of JPEG.
+#: Extensions by Pillow's names of formats, where a photo's name has none; that of JPEG for all others and for unknown
+#: formats.
 EXTENSIONS = {"PNG": ".png", "WEBP": ".webp", "TIFF": ".tif", "GIF": ".gif", "BMP": ".bmp", "AVIF": ".avif"}
 JPEG_EXTENSION = ".jpg"
-#: WebDataset's reader takes what is behind a name's first dot for its extension.
+#: Forbidden in keys: WebDataset's reader takes all behind a name's first dot for its extension.
 NOT_IN_KEYS = "."
 #: Extensions and contents of files that go with a photo into a shard.
 SideFiles = tuple[tuple[str, bytes], ...]
@@ -41,12 +40,12 @@ WHOLE_NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """How photos are exported.
+    """Options of an export.
 
     Attributes
     ----------
     layout, link, resize, shard_bytes
-        As for `reducer.export`; ``shard_bytes`` becomes a number.
+        Options of `reducer.export` of these names; ``shard_bytes`` becomes a number of bytes.
 
     Raises
     ------
@@ -75,21 +74,21 @@ class ExportOptions:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What two exports into one folder must have in common."""
+        """Settings that two exports into one folder must have in common."""
         shards = {"shard_bytes": self.shard_bytes} if self.layout == TAR else {}
         return {"layout": self.layout, "resize": self.resize, **shards}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where photos lie.
+    """Paths of photos in TARGET.
 
     Attributes
     ----------
     paths : list of str, n
-        Of each photo, below TARGET; in shards, its name there.
+        Path of each photo below TARGET; in shards, its name there.
     folders : dict of str to str
-        Of each label the folder of its photos; empty for ``same``.
+        Folder of each label's photos; empty for ``same``.
     renamed : int
         Photos that ``same`` puts elsewhere than the manifest says, since that is not safe.
     """
@@ -106,13 +105,13 @@ class Layout:
 
     @property
     def passed_over(self) -> list[str]:
-        """Extensions of photos that ImageFolder takes for none."""
-        found = {posixpath.splitext(path)[1].lower() for path in self.paths}
-        return sorted(found.difference(IMAGE_FOLDER))
+        """Extensions of photos that ImageFolder passes over."""
+        extensions = {posixpath.splitext(path)[1].lower() for path in self.paths}
+        return sorted(extensions.difference(IMAGE_FOLDER))
 
 
 def as_in_manifest(rows: pa.Table, root: str) -> Layout:
-    """Photos lie below TARGET as they lie below IMAGES.
+    """Lay photos out below TARGET as they lie below IMAGES.
 
     Parameters
     ----------
@@ -121,17 +120,17 @@ def as_in_manifest(rows: pa.Table, root: str) -> Layout:
     root : str
         IMAGES, without a slash at its end.
     """
-    paths, taken = [], dict[str, tuple[str, str | None]]()
+    paths, source_of = [], dict[str, tuple[str, str | None]]()
     renamed = 0
     for path, shard in zip(rows["path"].to_pylist(), rows["shard"].to_pylist(), strict=True):
         wanted = _below(path, root) if shard is None else path.removeprefix("./")
-        found = safe_path(wanted, OWN_FILES)
+        safe = safe_path(wanted, OWN_FILES)
         source = (path, shard)
-        if taken.setdefault(found, source) != source:  # members of one name in two shards, say
-            found = posixpath.join(posixpath.dirname(found), with_digest(posixpath.basename(found), f"{shard}\0{path}"))
-            taken[found] = source
-        renamed += found != wanted
-        paths.append(found)
+        if source_of.setdefault(safe, source) != source:  # members of one name in two shards, for example
+            safe = posixpath.join(posixpath.dirname(safe), with_digest(posixpath.basename(safe), f"{shard}\0{path}"))
+            source_of[safe] = source
+        renamed += safe != wanted
+        paths.append(safe)
     return Layout(paths, {}, renamed)
 
 
@@ -139,26 +138,26 @@ def _below(path: str, root: str) -> str:
     if path.startswith(f"{root}/"):
         below = path[len(root) + 1 :]
         return below if is_url(root) else posixpath.normpath(below.replace(os.sep, "/"))
-    # From elsewhere, as a manifest's own column of paths may say.
+    # From elsewhere, as a column of paths in the manifest may say.
     return posixpath.normpath(path.partition("://")[2] if is_url(path) else path).lstrip("/")
 
 
-def by_label(rows: pa.Table, every: pa.Table, *, keys: bool = False) -> Layout:
-    """A folder per label, in which photos are called as their ids are.
+def by_label(rows: pa.Table, ledger: pa.Table, *, keys: bool = False) -> Layout:
+    """Lay photos out in a folder per label, named by their ids.
 
     Parameters
     ----------
     rows : pyarrow.Table, n rows
         ``id``, ``label``, ``path`` and ``format`` of the ledger.
-    every : pyarrow.Table
+    ledger : pyarrow.Table
         ``id`` and ``label`` of all its photos: names do not depend on which of them are exported.
     keys : bool
-        Whether they are to be keys of WebDataset's samples.
+        Whether the paths become keys of WebDataset's samples.
     """
     forbidden = NOT_IN_KEYS if keys else ""
     wanted = dict.fromkeys(rows["label"].to_pylist())
     ids = defaultdict[str, list[str]](list)
-    for photo, label in zip(every["id"].to_pylist(), every["label"].to_pylist(), strict=True):
+    for photo, label in zip(ledger["id"].to_pylist(), ledger["label"].to_pylist(), strict=True):
         ids[label].append(photo)
     folders = distinct_names(ids, forbidden=forbidden, reserved=OWN_FILES)
     names = {label: distinct_names(ids[label], _shown, forbidden=forbidden) for label in wanted}
@@ -171,37 +170,37 @@ def by_label(rows: pa.Table, every: pa.Table, *, keys: bool = False) -> Layout:
 
 
 def _shown(photo: str) -> str:
-    """What a photo's name is to look like: its id, or where that is the path of a file, that file's name."""
+    """Return the name that a photo should have: its id, or the file's name where the id is the path of a file."""
     name = photo.rpartition("/")[2]
     return posixpath.splitext(name)[0] if is_photo(name) else name
 
 
 def _extension(path: str, form: str | None) -> str:
-    found = posixpath.splitext(path)[1].lower()
-    return found if is_photo(path) else EXTENSIONS.get(form or "", JPEG_EXTENSION)
+    extension = posixpath.splitext(path)[1].lower()
+    return extension if is_photo(path) else EXTENSIONS.get(form or "", JPEG_EXTENSION)
 
 
 def shard_name(number: int) -> str:
-    """What a shard is called."""
+    """Return the name of a shard."""
     return f"photos-{number:06d}.tar"
 
 
 def index_name(shard: str) -> str:
-    """What the list of a shard's photos is called."""
+    """Return the name of the index of a shard, which lists its photos."""
     return f"{shard.removesuffix('.tar')}.parquet"
 
 
 def into_shards(sizes: Sequence[int], most: int) -> list[int]:
-    """Which shard each of some photos goes to, in their order.
+    """Return the number of the shard that each photo goes to, in their order.
 
     Parameters
     ----------
     sizes : sequence of int, n
-        Bytes that each takes in a shard, from `size_in_shard`.
+        Bytes that each photo takes in a shard, from `size_in_shard`.
     most : int
-        Bytes of a shard at most, but that a photo which takes more gets one of its own.
+        Bytes per shard at most; a photo that takes more gets a shard of its own.
     """
-    end = 2 * BLOCKSIZE  # of two empty blocks, filled up to a record
+    end = 2 * BLOCKSIZE  # a tar ends with two empty blocks, and is filled up to a record
     shards, number, used = [], 0, 0
     for size in sizes:
         if used and -(-(used + size + end) // RECORDSIZE) * RECORDSIZE > most:
@@ -212,38 +211,38 @@ def into_shards(sizes: Sequence[int], most: int) -> list[int]:
 
 
 def size_in_shard(*files: tuple[str, int]) -> int:
-    """Bytes that files take in a tar, given by their names there and their sizes."""
+    """Return the bytes that files take in a tar, given by their names there and their sizes in bytes."""
     return sum(_header(name) + -(-size // BLOCKSIZE) * BLOCKSIZE for name, size in files)
 
 
 def _header(name: str) -> int:
-    """Bytes of a member's header, which is longer where its name is long or not ASCII."""
+    """Return the bytes of a member's header, which is longer where its name is long or not ASCII."""
     if name.isascii() and len(name) <= LENGTH_NAME:
         return BLOCKSIZE
     return len(TarInfo(name).tobuf(PAX_FORMAT))
 
 
 def in_shard(path: str, ending: str) -> str:
-    """What a file is called that goes with a photo into its shard."""
+    """Return the name of a file that goes with a photo into its shard, by its extension."""
     return path.rpartition(".")[0] + ending
 
 
 def side_files(photo: str, label: str, number: int) -> SideFiles:
-    """What goes with a photo into its shard: extensions and contents.
+    """Return the files that go with a photo into its shard: extensions and contents.
 
     Parameters
     ----------
     photo, label : str
-        Its id and label.
+        Id and label of the photo.
     number : int
-        What ``KEY.cls`` says, a whole number for all of WebDataset's readers.
+        Content of ``KEY.cls``, a whole number for all of WebDataset's readers.
     """
     both = json.dumps({"id": photo, "label": label}, ensure_ascii=False)
     return ((".cls", str(number).encode()), (".json", both.encode("utf-8", "surrogatepass")))
 
 
 def class_numbers(labels: Sequence[str], classes: dict[str, int]) -> list[int]:
-    """What ``KEY.cls`` says: the labels themselves where all of them are whole numbers, else those of the classes."""
+    """Return the contents of ``KEY.cls``: the labels if all are whole numbers, else their numbers as classes."""
     if all(map(WHOLE_NUMBER.fullmatch, classes)):
         return list(map(int, labels))
     return [classes[label] for label in labels]

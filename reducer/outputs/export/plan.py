@@ -46,7 +46,7 @@ SIZE_REQUESTS = 1000
 
 @dataclass(frozen=True, eq=False)
 class ExportPlan:
-    """The photos of an export, and where each goes.
+    """Photos of an export, and where each goes.
 
     Attributes
     ----------
@@ -108,8 +108,8 @@ class ExportPlan:
             ``export.parquet`` of the earlier export; of other photos, or without shards, it changes nothing.
         """
         photos = [name for name in IDENTITY if name != "shard"]
-        own = self.places().take(self.manifest_order)
-        if self.shards is None or not before.select(photos).equals(own.select(photos)):
+        places = self.places().take(self.manifest_order)
+        if self.shards is None or not before.select(photos).equals(places.select(photos)):
             return self
         names = {shard_name(number): number for number in range(before.num_rows)}
         numbers = np.array([names.get(name, -1) for name in before["shard"].to_pylist()], dtype=np.int64)

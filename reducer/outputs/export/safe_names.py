@@ -1,4 +1,8 @@
-"""Names of files and folders that are safe everywhere, made from ids and labels whatever those hold. Pure."""
+"""Names of files and folders that are safe everywhere, made from ids and labels whatever those hold. Pure.
+
+Not pathvalidate (3.3.1): it lets ``..``, marks of direction, ``conin$`` and ``con .jpg`` pass and fails on lone
+surrogates; names that differ only in case or composition, and digests, would remain here.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 
-#: What some file system or shell forbids or takes for something else, and characters that cannot be seen.
+#: Characters that some file system or shell forbids or gives a meaning, and characters that cannot be seen.
 UNSAFE = re.compile(r'[\x00-\x1f\x7f-\x9f<>:"/\\|?*\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]')
 #: Windows takes these for devices, in any case and whatever extension follows ("Naming Files, Paths, and Namespaces").
 DEVICES = frozenset(
@@ -22,43 +26,43 @@ DEVICES = frozenset(
         *(f"{name}{n}" for name in ("com", "lpt") for n in "0123456789¹²³"),
     ]
 )
-#: Bytes of a name at most: most file systems take 255, and a file has a longer one before it is whole.
+#: Bytes of a name at most: most file systems take 255, and a file has a longer name before it is whole.
 MOST_BYTES = 240
-#: Bytes that are left of a name that is not safe, before the digest.
+#: Bytes of an unsafe name that are kept, before the digest.
 LEFT_BYTES = 120
-#: Hexadecimal digits of the digest that tells such names apart.
+#: Hexadecimal digits of the digest by which such names differ.
 DIGITS = 8
 
 
 def is_safe(name: str) -> bool:
-    """Whether a file or folder may be called so on any system, and is where it seems to be."""
+    """Return whether a file or folder may have a name on any system, and then lies where it seems to lie."""
     return not (
         name in ("", ".", "..")
         or UNSAFE.search(name)
         or name != name.strip(" ")
         or name.endswith(".")
         or name.partition(".")[0].rstrip(" ").lower() in DEVICES
-        or (name.startswith(".") and name.endswith(".tmp"))  # what a file is called before it is whole
+        or (name.startswith(".") and name.endswith(".tmp"))  # the name of a file before it is whole
         or len(name.encode()) > MOST_BYTES
     )
 
 
 def made_safe(name: str, whole: str | None = None, digits: int = DIGITS) -> str:
-    """A safe name that tells what it was made from.
+    """Return a safe name that shows what it was made from.
 
     Parameters
     ----------
     name : str
-        What it is to look like.
+        Name to resemble.
     whole : str, optional
-        What it stands for: of two that differ the names differ. Default ``name``.
+        Text that the name stands for: names of different texts differ. Default ``name``.
     digits : int
-        Hexadecimal digits of the digest (SHA-256) of ``whole`` behind it.
+        Hexadecimal digits of the digest (SHA-256) of ``whole`` at the end of the name.
     """
     shown = UNSAFE.sub("_", name).encode()[:LEFT_BYTES].decode(errors="ignore").strip(" .") or "_"
     digest = hashlib.sha256((name if whole is None else whole).encode("utf-8", "surrogatepass")).hexdigest()
-    made = f"{shown}-{digest[:digits]}"
-    return made if is_safe(made) else f"_{made}"  # a device's name is one whatever follows its first dot
+    safe = f"{shown}-{digest[:digits]}"
+    return safe if is_safe(safe) else f"_{safe}"  # the name of a device, whatever follows its first dot
 
 
 def distinct_names(
@@ -68,23 +72,23 @@ def distinct_names(
     forbidden: str = "",
     reserved: Collection[str] = (),
 ) -> dict[str, str]:
-    """Safe names, no two of them equal, also where case and the composition of characters are not told apart.
+    """Return safe names, no two of them equal, not even where case and composition of characters are ignored.
 
     Parameters
     ----------
     texts : iterable of str
-        What is to be named. The names depend on the set of them, not on their order.
+        Texts to be named. The names depend on the set of texts, not on their order.
     shown : callable
-        What the name of a text is to look like.
+        From a text to the name that it should have.
     forbidden : str
-        Characters that no name may have besides.
+        Further characters that no name may have.
     reserved : collection of str
-        Names that are no one's, in lower case.
+        Names that no text may have, in lower case.
 
     Returns
     -------
     dict of str to str
-        The name of each: what it is to look like wherever that is safe and no other's, else with a digest of the text.
+        Name of each text: the one it should have wherever that is safe and unique, else one with a digest of the text.
     """
     masks = {ord(character): "_" for character in forbidden}
     names = {}
@@ -108,7 +112,7 @@ def _clashing(names: dict[str, str]) -> list[str]:
 
 
 def safe_path(path: str, reserved: Collection[str] = ()) -> str:
-    """A relative path that stays where it is put.
+    """Return a relative path that stays below the folder it is put into.
 
     Parameters
     ----------
@@ -120,7 +124,7 @@ def safe_path(path: str, reserved: Collection[str] = ()) -> str:
     Returns
     -------
     str
-        The path itself where all of its parts are safe, else one that is, with a digest of it in its name.
+        The path itself where all of its parts are safe, else a safe one with a digest of the path in its name.
     """
     parts = path.split("/")
     if all(map(is_safe, parts)) and parts[0].lower() not in reserved:
@@ -131,7 +135,7 @@ def safe_path(path: str, reserved: Collection[str] = ()) -> str:
 
 
 def with_digest(name: str, whole: str) -> str:
-    """A file's name with a digest of what it stands for before its extension."""
+    """Return a file's name with a digest of the text that it stands for before its extension."""
     stem, dot, extension = name.rpartition(".")
     if dot and stem and re.fullmatch(r"[A-Za-z0-9]{1,8}", extension):
         return f"{made_safe(stem, whole)}.{extension}"

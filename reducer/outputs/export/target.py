@@ -1,4 +1,4 @@
-"""The folder that an export writes: what it holds, and what may be written over."""
+"""Folder that an export writes: what it holds, and what may be written over."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Listing = Callable[[str], FileState | None]
 
 
 class ExportFolder(Files):
-    """The folder that an export writes.
+    """Folder that an export writes.
 
     Parameters
     ----------

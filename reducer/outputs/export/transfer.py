@@ -21,7 +21,7 @@ DISK_BLOCK = 4096
 
 @dataclass(eq=False)
 class Transfer:
-    """How far an export is.
+    """Progress of an export.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""Photos written to where they are to lie: read, checked, made smaller, put; in this process or on a cluster."""
+"""Write photos to TARGET: read, check, make smaller, put; in this process, which may be a worker."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from reducer.storage.location import ByteRange, Location, PhotoRef, file_of, is_
 
 T = TypeVar("T")
 
-#: Photos that are read and not yet written take at most so many bytes, beside the next one.
+#: Bytes of photos that are read and not yet written, at most, besides the next one.
 HELD_BYTES = 64 * 2**20
-#: Puts to a store that are under way at a time.
+#: Puts to a store at a time.
 PUTS = 32
-#: Seconds that a photo which no one has decoded yet may take, twice.
+#: Seconds that a photo may take that was never decoded before, twice.
 TRIED = 30.0
-#: What is wrong with a file's name or what lies at its place, and not with the disk.
+#: Errors of a file's name, or of what lies in its place, and not of the disk.
 OF_THE_NAME = (
     errno.ENAMETOOLONG,
     errno.EINVAL,
@@ -46,10 +46,10 @@ OF_THE_NAME = (
     errno.EEXIST,
     errno.ENOTEMPTY,
 )
-#: Why a file cannot be linked, and is copied.
+#: Errors for which a file is copied instead of linked.
 NO_LINK = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOSYS, errno.EOPNOTSUPP)
 FULL = (errno.ENOSPC, errno.EDQUOT)
-#: A shard that fails on its way to a store is sent anew, so often in all.
+#: Attempts to send a shard to a store.
 ATTEMPTS = 3
 
 
@@ -60,17 +60,17 @@ class CopyRequest:
     Attributes
     ----------
     ref : str or ByteRange
-        Where it lies.
+        Where the photo lies.
     path : str
-        Where it is to lie, below the target; in a shard, what it is to be called.
+        Where to write it, below the target; in a shard, its name there.
     bytes : int or None
-        The size that it must have; None where that is not known.
+        Size that it must have; None if unknown.
     is_known : bool
         Whether it was decoded before: then it is not tried in a process of its own first.
     side_files : tuple of (str, bytes)
         In a shard, files that go with it: extensions and contents.
     etag : str or None
-        Entity tag that it must have; None where that is not known.
+        Entity tag that it must have; None if unknown.
     """
 
     ref: PhotoRef
@@ -83,16 +83,16 @@ class CopyRequest:
 
 @dataclass(frozen=True, slots=True)
 class CopyResult:
-    """What came of it.
+    """Result of a `CopyRequest`.
 
     Attributes
     ----------
     read, written : int
-        Bytes; 0 where it failed.
+        Bytes; 0 if it failed.
     error : str or None
-        Why it is not there, in one line.
+        Why the photo is not there, in one line.
     copied_not_linked : bool
-        Whether it is a copy where a link was wanted.
+        Whether it is a copy though a link was asked for.
     """
 
     read: int = 0
@@ -103,15 +103,16 @@ class CopyResult:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """What is written for a photo.
+    """Bytes to write for a photo.
 
     Attributes
     ----------
     content : bytes
+        The bytes.
     read : int
-        Bytes that it was made from.
+        Bytes of the photo that they were made from.
     mtime_ns : int or None
-        When the photo, or its shard, was last changed, nanoseconds since 1970 UTC.
+        Time of the last change of the photo, or its shard, nanoseconds since 1970 UTC.
     """
 
     content: bytes = field(repr=False)
@@ -121,15 +122,15 @@ class Encoded:
 
 @dataclass(frozen=True)
 class CopySettings:
-    """How photos are written; travels to the workers.
+    """Settings by which photos are written; travels to the workers.
 
     Attributes
     ----------
     source : Source
-        How they are read.
+        How photos are read.
     target : Location
-        The folder to write to.
-    settings : PhotoSettings
+        Folder to write to.
+    photo_settings : PhotoSettings
         ``max_pixels`` bounds what is read; by the others photos are tried.
     resize : int, optional
         Pixels of the longest side.
@@ -143,15 +144,15 @@ class CopySettings:
 
     source: Source
     target: Location
-    settings: PhotoSettings
+    photo_settings: PhotoSettings
     resize: int | None = None
     link: bool = False
     threads: int = PUTS
     decoders: int = 1
 
-    def in_store(self, copy: CopyRequest) -> bool:
-        """Whether the store may copy a photo itself: it is one store, as far as can be told, and the bytes stay."""
-        place = Location(copy.ref) if isinstance(copy.ref, str) else None
+    def in_store(self, request: CopyRequest) -> bool:
+        """Return whether the store may copy a photo itself: it is one store, as far as can be told, and no resize."""
+        place = Location(request.ref) if isinstance(request.ref, str) else None
         both = place is not None and place.on_s3 and self.target.on_s3
         return both and self.resize is None and self.source.options == self.target.options
 
@@ -163,10 +164,11 @@ class Batch:
     Attributes
     ----------
     numbers : tuple of int
-        What who sends them calls them.
+        Number of each photo for the caller.
     copies : tuple of CopyRequest
+        The photos, in the same order.
     shard : str or None
-        The shard that all of them are written into.
+        Shard that all of them are written into; None for single files.
     """
 
     numbers: tuple[int, ...] = field(repr=False)
@@ -174,91 +176,94 @@ class Batch:
     shard: str | None = None
 
 
-def write_group(group: Batch, way: CopySettings, *, memory_beside: int | None = None) -> Generator[CopyResult]:
+def write_group(batch: Batch, settings: CopySettings, *, memory_beside: int | None = None) -> Generator[CopyResult]:
     """Write photos in this process.
 
     Parameters
     ----------
-    group : Batch
-        Which.
-    way : CopySettings
-        How.
+    batch : Batch
+        The photos.
+    settings : CopySettings
+        How they are written.
     memory_beside : int, optional
-        Bytes that a process may take in which photos are tried that no one has decoded yet.
+        Bytes for the process in which photos are tried that were never decoded before.
 
     Yields
     ------
     CopyResult
-        One a photo, in their order; of a shard, when it is whole.
+        Result of each photo, in their order; with a shard, once it is whole.
 
     Raises
     ------
     ReducerError
         If the target cannot be written.
     """
-    unknown = [copy.ref for copy in group.copies if not copy.is_known] if way.resize else []
-    refused = (
-        refused_in_sandbox(unknown, way.settings, way.source, memory=memory_beside, patience=TRIED) if unknown else {}
-    )
-    make = _Maker(way, refused)
-    if group.shard is None:
-        own = _copied_in_store(group.copies, way)
-        rest = [copy for copy, done in zip(group.copies, own, strict=True) if done is None]
-        with closing(_each(rest, way, partial(_write_file, way=way, make=make))) as written:
-            for done in own:
-                yield next(written) if done is None else done
-    else:
-        yield from _write_shard(group.shard, group.copies, way, make)
-
-
-def _copied_in_store(copies: Sequence[CopyRequest], way: CopySettings) -> list[CopyResult | None]:
-    """What has come of the photos that the store has copied itself; None of others."""
-    own = [copy for copy in copies if way.in_store(copy)]
-    found = iter(
-        copy_in_store(
-            [file_of(copy.ref) for copy in own],
-            [way.target.below(copy.path) for copy in own],
-            [FileState(copy.bytes, None, copy.etag) for copy in own],
-            way.source,
-            at_a_time=way.threads,
+    unknown = [request.ref for request in batch.copies if not request.is_known] if settings.resize else []
+    refused = {}
+    if unknown:
+        refused = refused_in_sandbox(
+            unknown, settings.photo_settings, settings.source, memory=memory_beside, patience=TRIED
         )
-        if own
-        else ()
+    encode = _Encoder(settings, refused)
+    if batch.shard is not None:
+        yield from _write_shard(batch.shard, batch.copies, settings, encode)
+        return
+    copied = _copied_in_store(batch.copies, settings)
+    rest = [request for request, result in zip(batch.copies, copied, strict=True) if result is None]
+    with closing(_each(rest, settings, partial(_write_file, settings=settings, encode=encode))) as written:
+        for result in copied:
+            yield next(written) if result is None else result
+
+
+def _copied_in_store(requests: Sequence[CopyRequest], settings: CopySettings) -> list[CopyResult | None]:
+    """Return the results of the photos that the store has copied itself; None for others."""
+    by_store = [number for number, request in enumerate(requests) if settings.in_store(request)]
+    results: list[CopyResult | None] = [None] * len(requests)
+    if not by_store:
+        return results
+    copies = [requests[number] for number in by_store]
+    sizes = copy_in_store(
+        [file_of(request.ref) for request in copies],
+        [settings.target.below(request.path) for request in copies],
+        [FileState(request.bytes, None, request.etag) for request in copies],
+        settings.source,
+        at_a_time=settings.threads,
     )
-    results = [next(found) if way.in_store(copy) else None for copy in copies]
-    return [
-        CopyResult(error=str(one)) if isinstance(one, PhotoError) else None if one is None else CopyResult(one, one)
-        for one in results
-    ]
+    for number, size in zip(by_store, sizes, strict=True):
+        if isinstance(size, PhotoError):
+            results[number] = CopyResult(error=str(size))
+        elif size is not None:
+            results[number] = CopyResult(size, size)
+    return results
 
 
 Act = Callable[[CopyRequest, PhotoFile | PhotoError | None], T]
 
 
-def _each(copies: Sequence[CopyRequest], way: CopySettings, act: Act[T]) -> Generator[T]:
-    """Do something with each photo, in threads; gives the results in their order.
+def _each(requests: Sequence[CopyRequest], settings: CopySettings, act: Act[T]) -> Generator[T]:
+    """Call a function for each photo, in threads, and yield the results in order.
 
-    Photos of a disk are read by the threads themselves: then None is what they are given.
+    It is given the photo's bytes, read ahead; None for photos of a disk, which the threads read themselves.
     """
-    ahead = any(is_url(file_of(copy.ref)) for copy in copies)
-    max_pixels = way.settings.max_pixels
-    refs = [copy.ref for copy in copies] if ahead else []
+    ahead = any(is_url(file_of(request.ref)) for request in requests)
+    max_pixels = settings.photo_settings.max_pixels
+    refs = [request.ref for request in requests] if ahead else []
     waiting: deque[tuple[Future[T], int]] = deque()
     held = 0
     with (
         pillow_settings(max_pixels),
-        closing(read_all(refs, way.source, max_pixels=max_pixels)) as files,
-        ThreadPoolExecutor(way.threads) as pool,
+        closing(read_all(refs, settings.source, max_pixels=max_pixels)) as files,
+        ThreadPoolExecutor(settings.threads) as pool,
     ):
         try:
-            for copy in copies:
+            for request in requests:
                 file = next(files) if ahead else None
-                size = len(file.content) if isinstance(file, PhotoFile) else copy.bytes or 0
-                while waiting and (len(waiting) >= 2 * way.threads or held + size > HELD_BYTES):
-                    future, its = waiting.popleft()
+                size = len(file.content) if isinstance(file, PhotoFile) else request.bytes or 0
+                while waiting and (len(waiting) >= 2 * settings.threads or held + size > HELD_BYTES):
+                    future, held_size = waiting.popleft()
                     yield future.result()
-                    held -= its
-                waiting.append((pool.submit(act, copy, file), size))
+                    held -= held_size
+                waiting.append((pool.submit(act, request, file), size))
                 held += size
             while waiting:
                 yield waiting.popleft()[0].result()
@@ -267,45 +272,45 @@ def _each(copies: Sequence[CopyRequest], way: CopySettings, act: Act[T]) -> Gene
                 future.cancel()
 
 
-class _Maker:
-    """Makes of a photo what is to be written; in threads.
+class _Encoder:
+    """Reads and checks photos, and makes them smaller where that is asked for; in threads.
 
     Parameters
     ----------
-    way : CopySettings
-        How.
+    settings : CopySettings
+        How photos are written.
     refused : dict
-        Why photos are not to be decoded.
+        Photos that must not be decoded, and why.
     """
 
-    def __init__(self, way: CopySettings, refused: dict[PhotoRef, str]) -> None:
-        self.way, self.refused = way, refused
-        self.gate = threading.BoundedSemaphore(way.decoders)
+    def __init__(self, settings: CopySettings, refused: dict[PhotoRef, str]) -> None:
+        self.settings, self.refused = settings, refused
+        self.gate = threading.BoundedSemaphore(settings.decoders)
 
-    def __call__(self, copy: CopyRequest, file: PhotoFile | PhotoError | None) -> Encoded | str:
-        """What is to be written, or in one line why not."""
-        if copy.ref in self.refused:
-            return self.refused[copy.ref]
-        max_pixels = self.way.settings.max_pixels
+    def __call__(self, request: CopyRequest, file: PhotoFile | PhotoError | None) -> Encoded | str:
+        """Return the bytes to write for a photo, or in one line why there are none."""
+        if request.ref in self.refused:
+            return self.refused[request.ref]
+        max_pixels = self.settings.photo_settings.max_pixels
         try:
             if file is None:
-                file = read_photo(copy.ref, max_pixels=max_pixels)
+                file = read_photo(request.ref, max_pixels=max_pixels)
             elif isinstance(file, PhotoError):
                 return str(file)
             content, size = file.content, len(file.content)
-            check_size(size, copy)
-            if copy.etag is not None and file.etag not in (None, copy.etag):
+            check_size(size, request)
+            if request.etag is not None and file.etag not in (None, request.etag):
                 raise another_object()
-            if self.way.resize is not None:
+            if self.settings.resize is not None:
                 with self.gate:
-                    content = resized(content, self.way.resize, max_pixels=max_pixels)
+                    content = resized(content, self.settings.resize, max_pixels=max_pixels)
         except PhotoError as error:
             return str(error)
-        mtime_ns = copy.ref.mtime_ns if isinstance(copy.ref, ByteRange) else None
+        mtime_ns = request.ref.mtime_ns if isinstance(request.ref, ByteRange) else None
         return Encoded(content, size, file.mtime_ns if mtime_ns is None else mtime_ns)
 
 
-def check_size(size: int, copy: CopyRequest) -> None:
+def check_size(size: int, request: CopyRequest) -> None:
     """Refuse a photo that is not the one that was listed.
 
     Raises
@@ -313,34 +318,36 @@ def check_size(size: int, copy: CopyRequest) -> None:
     PhotoError
         If it has another size.
     """
-    if copy.bytes is not None and size != copy.bytes:
-        raise another_size(size, copy.bytes)
+    if request.bytes is not None and size != request.bytes:
+        raise another_size(size, request.bytes)
 
 
-def _write_file(copy: CopyRequest, file: PhotoFile | PhotoError | None, way: CopySettings, make: _Maker) -> CopyResult:
-    if way.link and (linked := _link(copy, way)) is not None:
+def _write_file(
+    request: CopyRequest, file: PhotoFile | PhotoError | None, settings: CopySettings, encode: _Encoder
+) -> CopyResult:
+    if settings.link and (linked := _link(request, settings)) is not None:
         return linked
-    made = make(copy, file)
-    if isinstance(made, str):
-        return CopyResult(error=made)
-    place = way.target.below(copy.path)
+    encoded = encode(request, file)
+    if isinstance(encoded, str):
+        return CopyResult(error=encoded)
+    place = settings.target.below(request.path)
     if place.remote:
-        write_file(place, made.content)
+        write_file(place, encoded.content)
     else:
         try:
-            _put(Path(place.path), made.content, made.mtime_ns)
+            _put(Path(place.path), encoded.content, encoded.mtime_ns)
         except OSError as error:
-            return _refusal(way.target, error)
-    return CopyResult(made.read, len(made.content), copied_not_linked=way.link)
+            return _refusal(settings.target, error)
+    return CopyResult(encoded.read, len(encoded.content), copied_not_linked=settings.link)
 
 
 def _refusal(target: Location, error: OSError) -> CopyResult:
-    """What comes of a photo that cannot be written.
+    """Return the result of a photo that cannot be written.
 
     Raises
     ------
     ReducerError
-        If nothing else could be either.
+        If no other photo could be written either.
     """
     if error.errno in OF_THE_NAME:
         return CopyResult(error=f"not written: {error.strerror}")
@@ -348,7 +355,7 @@ def _refusal(target: Location, error: OSError) -> CopyResult:
 
 
 def _put(path: Path, content: bytes, mtime_ns: int | None) -> None:
-    # Not synced: a disk takes milliseconds for each. What a crash of the machine cuts short is told by its size.
+    # Not synced: a disk takes milliseconds for each. A file that a crash of the machine cuts short has another size.
     for again in (True, False):
         try:
             with whole_file(path, synced=False, mtime_ns=mtime_ns) as file:
@@ -361,26 +368,26 @@ def _put(path: Path, content: bytes, mtime_ns: int | None) -> None:
             return
 
 
-def _link(copy: CopyRequest, way: CopySettings) -> CopyResult | None:
-    """Make a hard link; None where that cannot be done here."""
-    source, path = os.path.realpath(file_of(copy.ref)), Path(way.target.below(copy.path).path)
+def _link(request: CopyRequest, settings: CopySettings) -> CopyResult | None:
+    """Make a hard link, and return its result; None where it cannot be made."""
+    source, path = os.path.realpath(file_of(request.ref)), Path(settings.target.below(request.path).path)
     if not os.path.isfile(source):  # reading it tells what is wrong
         return None
     try:
         size = os.stat(source).st_size
-        check_size(size, copy)
+        check_size(size, request)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
         os.link(source, path)
     except PhotoError as error:
         return CopyResult(error=str(error))
     except OSError as error:
-        return None if error.errno in NO_LINK else _refusal(way.target, error)
+        return None if error.errno in NO_LINK else _refusal(settings.target, error)
     return CopyResult(size, size)
 
 
 def disk_failure(target: Location, error: OSError) -> ReducerError:
-    """That of a target which cannot be written any more."""
+    """Return the error to raise when a target cannot be written any more."""
     if error.errno in FULL:
         return ReducerError(
             f"the disk of {target.path} is full: what is there is whole. Make room, then give the same command again: "
@@ -389,14 +396,16 @@ def disk_failure(target: Location, error: OSError) -> ReducerError:
     return ReducerError(f"{target.path} cannot be written: {error.strerror or error}")
 
 
-def _write_shard(name: str, copies: Sequence[CopyRequest], way: CopySettings, make: _Maker) -> list[CopyResult]:
-    place = way.target.below(name)
+def _write_shard(
+    name: str, requests: Sequence[CopyRequest], settings: CopySettings, encode: _Encoder
+) -> list[CopyResult]:
+    place = settings.target.below(name)
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            return _write_shard_once(place, copies, way, make)
+            return _write_shard_once(place, requests, settings, encode)
         except OSError as error:
             if not place.remote:
-                raise disk_failure(way.target, error) from None
+                raise disk_failure(settings.target, error) from None
             if attempt == ATTEMPTS:
                 raise ReducerError(f"{place.path} cannot be written: {place.safe(error)}") from None
         except Exception as error:
@@ -407,26 +416,26 @@ def _write_shard(name: str, copies: Sequence[CopyRequest], way: CopySettings, ma
 
 
 def _write_shard_once(
-    place: Location, copies: Sequence[CopyRequest], way: CopySettings, make: _Maker
+    place: Location, requests: Sequence[CopyRequest], settings: CopySettings, encode: _Encoder
 ) -> list[CopyResult]:
-    """A tar whose bytes depend on its photos only."""
-    done = []
+    """Write a tar whose bytes depend on its photos only, and return their results."""
+    results = []
     with (
         _sink(place) as sink,
-        closing(_each(copies, way, make)) as files,
+        closing(_each(requests, settings, encode)) as files,
         tarfile.open(fileobj=sink, mode="w", format=tarfile.PAX_FORMAT) as tar,
     ):
-        for copy, made in zip(copies, files, strict=True):
-            if isinstance(made, str):
-                done.append(CopyResult(error=made))
+        for request, encoded in zip(requests, files, strict=True):
+            if isinstance(encoded, str):
+                results.append(CopyResult(error=encoded))
                 continue
-            with_it = ((in_shard(copy.path, ending), part) for ending, part in copy.side_files)
-            for path, part in ((copy.path, made.content), *with_it):
-                member = tarfile.TarInfo(path)
-                member.size = len(part)
-                tar.addfile(member, io.BytesIO(part))
-            done.append(CopyResult(made.read, len(made.content)))
-    return done
+            side_files = ((in_shard(request.path, ending), part) for ending, part in request.side_files)
+            for name, content in ((request.path, encoded.content), *side_files):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+            results.append(CopyResult(encoded.read, len(encoded.content)))
+    return results
 
 
 def _sink(place: Location) -> AbstractContextManager[IO[bytes]]:
