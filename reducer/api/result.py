@@ -95,7 +95,7 @@ class Result:
         """
         from reducer.outputs.report.figures import photos_plot
         from reducer.outputs.report.galleries import extreme_pairs
-        from reducer.outputs.report.page import with_vectors
+        from reducer.outputs.report.sections import with_vectors
 
         if which not in ("closest", "farthest"):
             raise InputError(f"which is {which!r}: expected 'closest' or 'farthest'")
@@ -173,7 +173,7 @@ class Result:
         ]
 
     def _repr_html_(self) -> str:
-        from reducer.outputs.report.page import as_html
+        from reducer.outputs.report.rendering import as_html
 
         report = self._folder.report if self._folder.has(REPORT) else None
         return as_html("result.html", summary=self.summary, run=str(self.output), report=report)

@@ -30,7 +30,9 @@ from reducer import ClusterSpec, InputError, Job, reduce_images, resume, write_r
 from reducer.config.resolved import resolve
 from reducer.errors import LostLockError
 from reducer.formatting import format_bytes
-from reducer.outputs.report.page import PICTURES_BYTES, as_html, command_of, draw_report
+from reducer.outputs.report.page import PICTURES_BYTES, draw_report
+from reducer.outputs.report.rendering import as_html
+from reducer.outputs.report.sections import command_of
 from reducer.run.folder import RunFolder
 from reducer.run.summary import job_figures
 
@@ -513,7 +515,7 @@ def page_of(job: dict[str, object]) -> dict[str, object]:
         "quality": {"selection": {"pairs": 0}},
         "versions": {"reducer": "0"},
     }
-    lists = ("remarks", "missing_labels", "galleries", "failures", "like")
+    lists = ("remarks", "missing_labels", "galleries", "failures", "cross_label")
     return {name: [] for name in lists} | {
         "summary": summary,
         "command": command_of(job),
@@ -526,10 +528,10 @@ def page_of(job: dict[str, object]) -> dict[str, object]:
         "near": 6,
         "unit": "bits",
         "compared_by": "dhash, 64 bits",
-        "apart": str,
-        "figure": str,
+        "distance": str,
+        "number_of": str,
         "largest": 100,
-        "named": 20,
+        "most_named": 20,
         "picture": None,
     }
 

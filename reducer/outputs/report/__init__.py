@@ -1,4 +1,4 @@
-"""The report to look at: its page, figures, galleries and small pictures.
+"""Report of a run: its page, figures, galleries and small pictures.
 
 Reads a run folder and draws; knows nothing of how photos were ranked.
 """

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from reducer.outputs.report.statistics import InsertionCurve, LabelCounts, PairDistances
 
-#: The report gives each of these colours a name, so that they can change with the reader's theme: text, lines, what
-#: there was before, what was kept, and what a random choice would be.
+#: Colours of text, lines, photos before, kept photos, and a random choice. The report gives each a name, so that they
+#: can change with the reader's theme.
 INK, LINE, BEFORE, KEPT, RANDOM = "#1c2530", "#c3cad3", "#7d8896", "#0b63c5", "#b3541e"
 NAMES = {INK: "--ink", LINE: "--line", BEFORE: "--before", KEPT: "--kept", RANDOM: "--random"}
 #: Inches. Narrow, so that text keeps its size on a phone.
@@ -27,7 +27,7 @@ SIZE = (4.6, 3.1)
 BINS = 100
 #: Bins of cosine distances at most.
 COSINE_BINS = 50
-#: The notebook looks at the counts without so many of the largest labels too.
+#: Largest labels, without which the counts are shown a second time.
 LARGEST = 100
 STYLE: Any = {
     "font.size": 9,
@@ -50,7 +50,7 @@ STYLE: Any = {
 
 
 class Picture(Figure):
-    """A figure that a notebook shows, whether pyplot is imported there or not."""
+    """Figure that a notebook shows, whether pyplot is imported there or not."""
 
     def _repr_png_(self) -> bytes:
         png = io.BytesIO()
@@ -72,7 +72,7 @@ def _new(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[
 
 
 def counts_plot(counts: LabelCounts, *, largest: bool = True) -> Picture:
-    """How many labels have how many photos, before and after.
+    """Draw how many labels have how many photos, before and after.
 
     Parameters
     ----------
@@ -88,7 +88,13 @@ def counts_plot(counts: LabelCounts, *, largest: bool = True) -> Picture:
 
 
 def both_counts(counts: LabelCounts) -> Picture:
-    """The same with and without the `LARGEST` labels, side by side; where there are no more, with them only."""
+    """Draw `counts_plot` with and without the `LARGEST` labels, side by side; with no more labels, once.
+
+    Parameters
+    ----------
+    counts : LabelCounts
+        Photos of each label.
+    """
     with _styled():
         wide = len(counts.names) > LARGEST
         figure, axes = _new(SIZE[0] * (2 if wide else 1), SIZE[1], 1, 2 if wide else 1)
@@ -121,19 +127,19 @@ def _counts(axes: Axes, counts: LabelCounts) -> None:
 
 
 def pairs_plot(pairs: PairDistances, near_copy_bits: int) -> Picture:
-    """How far apart two photos of a label are, of the kept ones and of a random choice.
+    """Draw how far apart two photos of a label are, among kept photos and in a random choice.
 
     Parameters
     ----------
     pairs : PairDistances
-        Of the kept photos and of a random choice.
+        Distances of kept photos and of a random choice.
     near_copy_bits : int
-        At most so far apart two photos are near copies; -1 where none are.
+        Bits up to which two photos are near copies; -1 for vectors.
     """
     with _styled():
         figure, (axes,) = _new(*SIZE)
         edges, sides = pairs.edges, [pairs.random, pairs.kept]
-        if pairs.unit != "bits":  # as many bins as can be told apart, of the distances that there are
+        if pairs.unit != "bits":  # no more bins than can be seen, over the distances that there are
             used = 1 + int(np.flatnonzero(pairs.kept + pairs.random).max(initial=0))
             starts = np.arange(0, used, -(-used // COSINE_BINS))
             edges = edges[np.append(starts, min(len(edges) - 1, starts[-1] + -(-used // COSINE_BINS)))]
@@ -153,20 +159,20 @@ def pairs_plot(pairs: PairDistances, near_copy_bits: int) -> Picture:
 def insertion_plot(
     curve: InsertionCurve, near_copy_bits: int, keep: int | None, most: int, unit: str = "bits"
 ) -> Picture:
-    """How far the next photo is from those before it.
+    """Draw how far the next photo is from those before it.
 
     Parameters
     ----------
     curve : InsertionCurve
-        By rank; of at least one.
+        Distances by rank, at least one.
     near_copy_bits : int
-        At most so far apart two photos are near copies.
+        Bits up to which two photos are near copies; -1 for vectors.
     keep : int, optional
-        Photos kept a label.
+        Photos kept per label.
     most : int
-        Ranks that are shown.
+        Ranks that are shown, at most.
     unit : {"bits", "cosine"}
-        What distances are told in.
+        Unit of distances.
     """
     with _styled():
         figure, (axes,) = _new(*SIZE)
@@ -189,16 +195,16 @@ def insertion_plot(
 
 
 def photos_plot(title: str, photos: Sequence[tuple[str, NDArray[np.uint8] | str]], columns: int) -> Picture:
-    """Photos in rows.
+    """Draw photos in rows.
 
     Parameters
     ----------
     title : str
-        Of all of them.
+        Title over all photos.
     photos : sequence of (str, ndarray of uint8 of shape (height, width, 3) or str)
-        What stands over each, and its pixels, or why there are none.
+        Caption of each photo, and its pixels, or why there are none.
     columns : int
-        Photos a row.
+        Photos per row.
     """
     with _styled():
         columns = max(1, min(columns, len(photos)))
@@ -206,28 +212,28 @@ def photos_plot(title: str, photos: Sequence[tuple[str, NDArray[np.uint8] | str]
         side = 4.2 if columns <= 2 else 1.9
         figure, axes = _new(side * columns, side * rows + 0.5, rows, columns)
         figure.suptitle(title, fontsize=11)
-        for one in axes:
-            one.axis("off")
-        for one, (caption, pixels) in zip(axes, photos, strict=False):
-            one.set_title(caption, fontsize=8)
+        for cell in axes:
+            cell.axis("off")
+        for cell, (caption, pixels) in zip(axes, photos, strict=False):
+            cell.set_title(caption, fontsize=8)
             if isinstance(pixels, str):
-                one.text(0.5, 0.5, pixels, ha="center", va="center", wrap=True, fontsize=8)
+                cell.text(0.5, 0.5, pixels, ha="center", va="center", wrap=True, fontsize=8)
             else:
-                one.imshow(pixels)
+                cell.imshow(pixels)
         return figure
 
 
 def as_svg(figure: Figure, name: str, description: str) -> str:
-    """A figure as an element of an HTML page, its colours by the names of `NAMES`.
+    """Return a figure as an element of an HTML page, with its colours by the names of `NAMES`.
 
     Parameters
     ----------
     figure : matplotlib.figure.Figure
-        From one of the functions here that takes numbers only.
+        Figure from a function of this module that draws numbers only.
     name : str
-        Of this figure in the page.
+        Name of this figure in the page.
     description : str
-        What is to be seen, for those who cannot see it.
+        Description for readers who cannot see it.
     """
     content = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))

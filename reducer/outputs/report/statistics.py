@@ -1,4 +1,4 @@
-"""What a ledger says of a whole run, in as few numbers as a plot needs. Pure; reads no photo."""
+"""Statistics of a ledger, in as few numbers as a plot needs. Pure; reads no photo."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from reducer.storage.sorting import numbered
 
 Counts = NDArray[np.int64]
 
-#: Of a label with more kept photos than this so many are drawn, lest all pairs of a million photos are compared.
+#: Kept photos of a label that are compared, at most: all pairs of a million photos would take too long.
 MOST_COMPARED = 2000
 #: Labels whose vectors are read for a report, and bins of cosine distances, 0 to 2.
 MOST_LABELS, COSINE_BINS = 200, 2000
-#: The spread over labels that is told of: 80 % of them lie between the first and the last.
+#: Quantiles over labels: 80 % of them lie between the first and the last.
 SHARES = (0.1, 0.5, 0.9)
 
 
 @dataclass(frozen=True)
 class LabelCounts:
-    """Photos a label, before and after.
+    """Photos per label, before and after.
 
     Attributes
     ----------
     names : list of str
         The labels, sorted as text.
     photos, kept : ndarray of int64, shape (labels,)
-        Photos of each, and the kept ones.
+        Photos of each label, and those that were kept.
     """
 
     names: list[str]
@@ -44,18 +44,18 @@ class LabelCounts:
 
     @property
     def empty(self) -> list[str]:
-        """Labels of which no photo is kept."""
+        """Labels without any kept photo."""
         return [self.names[number] for number in np.flatnonzero(self.kept == 0).tolist()]
 
     def without_largest(self, count: int) -> LabelCounts:
-        """Without so many labels that have the most photos, of equal ones those that come first as text."""
+        """Return the counts without the labels that have the most photos; of equal ones the first as text go."""
         left = np.sort(np.argsort(-self.photos, kind="stable")[count:])
         return LabelCounts([self.names[number] for number in left.tolist()], self.photos[left], self.kept[left])
 
 
 @dataclass(frozen=True)
 class InsertionCurve:
-    """How far each next photo is from all before it, over labels.
+    """Distance of each next photo from all before it, over labels.
 
     Attributes
     ----------
@@ -64,8 +64,8 @@ class InsertionCurve:
     distance : ndarray of float64, shape (3, ranks)
         Its insertion distance, at the quantiles `SHARES` over these labels (as `numpy.quantile` interpolates).
     photos : ndarray of int64, shape (ranks,)
-        Photos that are left of all labels where each keeps at most 1, 2, ...; of labels that were not ranked, of those
-        that were kept.
+        Photos that are left in all if each label keeps at most 1, 2, ...; labels that were not ranked count with the
+        photos that were kept.
     """
 
     labels: Counts
@@ -79,24 +79,24 @@ def label_counts(ledger: pa.Table) -> LabelCounts:
     Parameters
     ----------
     ledger : pyarrow.Table
-        With the columns ``label`` and ``kept``.
+        The columns ``label`` and ``kept``.
     """
     number, names = numbered(ledger["label"])
     kept = ledger["kept"].to_numpy()
-    return LabelCounts(names, _counted(number, len(names)), _counted(number[kept], len(names)))
+    return LabelCounts(names, _count_each(number, len(names)), _count_each(number[kept], len(names)))
 
 
-def _counted(numbers: Counts, count: int) -> Counts:
+def _count_each(numbers: Counts, count: int) -> Counts:
     return np.bincount(numbers, minlength=count)
 
 
 def insertion_curve(ledger: pa.Table) -> InsertionCurve:
-    """How far the photos of each rank are from those before them.
+    """Return the distances of the photos of each rank from those before them.
 
     Parameters
     ----------
     ledger : pyarrow.Table
-        With the columns ``label``, ``rank``, ``insertion_distance`` and ``kept``.
+        The columns ``label``, ``rank``, ``insertion_distance`` and ``kept``.
     """
     ranked = ledger.filter(pc.is_valid(ledger["insertion_distance"]))
     rank = ranked["rank"].to_numpy().astype(np.int64)
@@ -107,16 +107,16 @@ def insertion_curve(ledger: pa.Table) -> InsertionCurve:
     starts = np.cumsum(labels) - labels
     quantiles = []
     for share in SHARES:
-        place = (labels - 1) * share
-        low, high = (starts + side(place).astype(np.int64) for side in (np.floor, np.ceil))
-        quantiles.append(distance[low] + (place % 1) * (distance[high] - distance[low]))
+        position = (labels - 1) * share
+        low, high = (starts + side(position).astype(np.int64) for side in (np.floor, np.ceil))
+        quantiles.append(distance[low] + (position % 1) * (distance[high] - distance[low]))
     number, names = numbered(ledger["label"])
-    # Of a label that was ranked, photos without a rank cannot be kept; of another one those are that can be.
+    # In a label that was ranked, photos with a rank can be kept; in others, those that are kept already.
     of_ranked, of_kept = (
-        _counted(number[rows.to_numpy()], len(names)) for rows in (pc.is_valid(ledger["rank"]), ledger["kept"])
+        _count_each(number[rows.to_numpy()], len(names)) for rows in (pc.is_valid(ledger["rank"]), ledger["kept"])
     )
     available = np.where(of_ranked > 0, of_ranked, of_kept)
-    at_least = _counted(available, len(labels) + 1)[::-1].cumsum()[::-1]  # labels with so many photos or more
+    at_least = _count_each(available, len(labels) + 1)[::-1].cumsum()[::-1]  # labels with 0, 1, ... photos or more
     photos = at_least[1 : len(labels) + 1].cumsum()
     return InsertionCurve(labels, np.stack(quantiles), photos)
 
@@ -130,9 +130,9 @@ class PairDistances:
     kept, random : ndarray of int64, shape (bins,)
         Pairs in each bin, of the kept photos and of a random choice of as many.
     edges : ndarray of float64, shape (bins + 1,)
-        Of the bins.
+        Edges of the bins.
     unit : {"bits", "cosine"}
-        What the edges are told in.
+        Unit of the edges.
     """
 
     kept: Counts
@@ -142,34 +142,34 @@ class PairDistances:
 
 
 def labels_to_compare(ledger: pa.Table, seed: int) -> list[str]:
-    """Labels with at least two kept photos that have a rank, at most `MOST_LABELS` of them, drawn at random.
+    """Return labels with at least two kept photos that have a rank, at most `MOST_LABELS`, drawn at random.
 
     Parameters
     ----------
     ledger : pyarrow.Table
-        With the columns ``label``, ``rank`` and ``kept``.
+        The columns ``label``, ``rank`` and ``kept``.
     seed : int
-        Of the job.
+        Seed of the job.
     """
     kept = ledger.filter(pc.and_(ledger["kept"], pc.is_valid(ledger["rank"])))
     counted = kept.group_by("label").aggregate([([], "count_all")])
     names = sorted(counted.filter(pc.greater(counted["count_all"], 1))["label"].to_pylist())
-    return [names[place] for place in draw_order(REPORT_LABELS, seed, "", names)[:MOST_LABELS]]
+    return [names[number] for number in draw_order(REPORT_LABELS, seed, "", names)[:MOST_LABELS]]
 
 
 def pair_distances(ledger: pa.Table, bits: int, seed: int) -> PairDistances:
-    """Distances of all pairs of photos of one label, for the kept photos and for a random choice of as many.
+    """Return the distances of pairs of photos within labels, for the kept photos and a random choice of as many.
 
     Parameters
     ----------
     ledger : pyarrow.Table
-        With the columns ``label``, ``id``, ``hash``, ``rank`` and ``kept``; with ``vector`` (bytes of float16 numbers)
+        The columns ``label``, ``id``, ``hash``, ``rank`` and ``kept``; with ``vector`` (bytes of float16 numbers)
         distances are those of vectors.
     bits : int
         Bits of a hash.
     seed : int
-        Of the job: the random choice is the one that its quality was compared with. Of a label with more than
-        `MOST_COMPARED` kept photos so many are drawn.
+        Seed of the job: the random choice is the one that its quality was compared with. From a label with more than
+        `MOST_COMPARED` kept photos, this number of photos is drawn.
     """
     by_vectors = "vector" in ledger.column_names
     ranked = ledger.select(["label", "id", "vector" if by_vectors else "hash", "rank", "kept"])
@@ -184,11 +184,11 @@ def pair_distances(ledger: pa.Table, bits: int, seed: int) -> PairDistances:
         if hashes is not None:
             return pair_histogram(hashes[rows], bits)
         points = Cosine(units_of(ranked["vector"].take(pa.array(rows))))
-        steps = [points.to(place)[place + 1 :] for place in range(len(rows) - 1)]
+        steps = [points.to(number)[number + 1 :] for number in range(len(rows) - 1)]
         return np.histogram(np.concatenate(steps) * points.step, edges)[0]
 
     number, names = numbered(ranked["label"])
-    ends = _counted(number, len(names)).cumsum()
+    ends = _count_each(number, len(names)).cumsum()
     for label, rows in zip(names, np.split(np.argsort(number, kind="stable"), ends[:-1]), strict=False):
         chosen = rows[kept[rows]]
         if len(chosen) < 2:

@@ -1,4 +1,4 @@
-"""A summary in words: remarks, what the choice is worth, the certificate."""
+"""Summary of a run in words: remarks, quality of the selection, certificate."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from reducer.formatting import format_duration
 
 
 def remarks(summary: dict[str, Any], output: str) -> list[str]:
-    """What there is to say of a run beside its figures, a line each.
+    """Return remarks on a run that its figures do not tell, one line each.
 
     Parameters
     ----------
     summary : dict
-        Of a finished run.
+        Summary of a finished run.
     output : str
-        Its folder.
+        Folder of the run, to show.
     """
-    said = []
+    lines = []
     if summary["photos_reused"]:
-        said.append(f"Not read again, since they are as they were: {summary['photos_reused']:,} photos")
+        lines.append(f"Not read again, since they are as they were: {summary['photos_reused']:,} photos")
     left_out = {
         "min-distance": "too near to others (--min-distance)",
         "budget": "beyond the budget",
@@ -28,74 +28,74 @@ def remarks(summary: dict[str, Any], output: str) -> list[str]:
     }
     for reason, what in left_out.items():
         if summary["reasons"].get(reason):
-            said.append(f"Not kept, {what}: {summary['reasons'][reason]:,} photos (reason {reason!r})")
+            lines.append(f"Not kept, {what}: {summary['reasons'][reason]:,} photos (reason {reason!r})")
     if summary["failures"]:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in summary["failures"].items())
         again = f"; reducer resume {output} --retry-failed reads them again"
         if summary["job"]["vectors"] is not None and list(summary["failures"]) == ["no vector"]:
             again = ""  # with other vectors it is another run
-        said.append(f"Failed: {kinds} (the column error of {output}/images says more{again})")
+        lines.append(f"Failed: {kinds} (the column error of {output}/images says more{again})")
     if names := summary["labels_partitioned"]:
-        said.append(
+        lines.append(
             f"Labels so large that facility location has chosen from parts of them first: {len(names):,}: "
             f"{', '.join(names[:5])}{' ...' if names[5:] else ''}"
         )
     manifest = summary["manifest"]
     if manifest["duplicate_rows"]:
-        said.append(f"Duplicate rows of the manifest left out: {manifest['duplicate_rows']:,}")
+        lines.append(f"Duplicate rows of the manifest left out: {manifest['duplicate_rows']:,}")
     if manifest["ids_under_several_labels"]:
         shown = ", ".join(manifest["ids_under_several_labels_examples"])
-        said.append(
+        lines.append(
             f"Ids under more than one label (kept under each): {manifest['ids_under_several_labels']:,}: {shown}"
         )
     for why, count in manifest["skipped_files"].items():
-        said.append(f"Skipped in IMAGES: {count:,} x {why}")
+        lines.append(f"Skipped in IMAGES: {count:,} x {why}")
     if "shards" in summary:
-        said += _of_shards(summary["shards"], output)
+        lines += _shard_remarks(summary["shards"], output)
     for what, name in (
         ("To be kept always, but failed", "always_keep_failed"),
         ("Labels left with no photo", "labels_without_photos"),
         ("Labels with fewer than --keep photos though some were not drawn (raise --candidates)", "labels_short"),
     ):
         if names := summary[name]:
-            said.append(f"{what}: {len(names):,}: {', '.join(names[:5])}{' ...' if names[5:] else ''}")
+            lines.append(f"{what}: {len(names):,}: {', '.join(names[:5])}{' ...' if names[5:] else ''}")
     if "cross_label_pairs" in summary:
-        said.append(
+        lines.append(
             f"Near copies under different labels: {summary['cross_label_pairs']:,} pairs (cross_label.parquet), in "
             f"{format_duration(summary['timings']['cross_label_seconds'])}"
         )
-    return said
+    return lines
 
 
-def _of_shards(shards: dict[str, Any], output: str) -> list[str]:
-    """What there is to say of shards that are not as they should be."""
-    said = [f"Skipped in the shards: {count:,} x {why}" for why, count in shards["skipped"].items()]
+def _shard_remarks(shards: dict[str, Any], output: str) -> list[str]:
+    """Return remarks on shards that are not as they should be."""
+    lines = [f"Skipped in the shards: {count:,} x {why}" for why, count in shards["skipped"].items()]
     damaged = [f"{path}: {damage}" for path, damage in shards["damaged"].items()]
     for what, paths in (
         ("Damaged shards, whose photos up to the damage are taken", damaged),
         ("Shards with another MD5 sum than the published one", shards["wrong_md5"]),
     ):
         if paths:
-            said.append(f"{what}: {len(paths):,}: {'; '.join(paths[:5])}{' ...' if paths[5:] else ''}")
+            lines.append(f"{what}: {len(paths):,}: {'; '.join(paths[:5])}{' ...' if paths[5:] else ''}")
     if damaged or shards["wrong_md5"]:
-        said.append(f"When they are mended: reducer resume {output} --retry-failed reads them again")
-    return said
+        lines.append(f"When they are mended: reducer resume {output} --retry-failed reads them again")
+    return lines
 
 
 def quality_title(quality: dict[str, Any]) -> str:
-    """What the distances of `quality_rows` are."""
+    """Return a title for the rows of `quality_rows`, with the unit of their distances."""
     return "Cosine distances" if quality["unit"] == "cosine" else f"Distances in bits, of {quality['bits']}"
 
 
 def quality_rows(quality: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """What the kept photos are worth: what is measured, of them, and of a random choice.
+    """Return the quality of the kept photos and of a random choice, as rows of measure, kept and random.
 
     Parameters
     ----------
     quality : dict
-        Of a summary; of at least one pair of photos.
+        ``quality`` of a summary, over at least one pair of photos.
     """
-    lines = [
+    measures = [
         ("smallest pair distance, mean over labels", "mean_smallest_pair_distance"),
         ("mean pair distance", "mean_pair_distance"),
         (f"near-copy pairs (at most {quality['near_copy_bits']} bits)", "near_copy_pairs"),
@@ -105,26 +105,33 @@ def quality_rows(quality: dict[str, Any]) -> list[tuple[str, str, str]]:
     ]
     sides = [quality["selection"], quality["random"]]
     rows = []
-    for what, name in lines:
+    for measure, name in measures:
         if sides[0][name] is None:  # vectors have no near copies
             continue
         digits = ".4f" if quality["unit"] == "cosine" else ",.1f" if name.startswith("mean") else ",d"
         kept, random = (format(side[name], digits) for side in sides)
-        rows.append((what, kept, random))
+        rows.append((measure, kept, random))
     return rows
 
 
 def certificate_line(quality: dict[str, Any]) -> str | None:
-    """What is promised of the smallest pair distance; None where nothing is."""
-    found = quality["certificate"]
-    if not found:
+    """Return the lower bound that is certified for the smallest pair distance, as a sentence; None without one.
+
+    Parameters
+    ----------
+    quality : dict
+        ``quality`` of a summary.
+    """
+    certificate = quality["certificate"]
+    if not certificate:
         return None
+    mean, worst = _percent(certificate["mean"]), _percent(certificate["worst"])
     return (
-        f"Certificate: the smallest pair distance is at least {_percent(found['mean'])} of what any choice of the "
-        f"photos read could reach (mean over {found['labels']:,} labels; the worst {_percent(found['worst'])})"
+        f"Certificate: the smallest pair distance is at least {mean} of what any choice of the photos read could reach "
+        f"(mean over {certificate['labels']:,} labels; the worst {worst})"
     )
 
 
 def _percent(share: float) -> str:
-    """Rounded down: what is "at least" so much must be so."""
+    """Return a share in percent, rounded down, so that "at least" stays true."""
     return f"{round(1000 * share) // 10} %"
