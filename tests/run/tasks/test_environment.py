@@ -9,7 +9,6 @@ import zipfile
 from pathlib import Path
 
 import imagehash
-import numpy as np
 import PIL
 import pytest
 from machine import ROOT
@@ -53,25 +52,16 @@ def here(probes: dict[str, str] | None = None, **changed: str) -> Environment:
 def test_probes_are_few_small_and_of_all_kinds() -> None:
     found = probe_files()
     assert sorted(found) == list(found) == sorted(path.name for path in PROBES.iterdir())
-    assert sum(map(len, found.values())) < 95_000
+    assert sum(map(len, found.values())) < 45_000
     opened = {name: Image.open(PROBES / name) for name in found}
     for image in opened.values():
         image.load()
-    assert {image.format for image in opened.values()} == {"JPEG", "PNG", "WEBP", "TIFF", "GIF"}
-    assert {name: opened[name].mode for name in ("palette.png", "alpha.png", "deep.png", "cmyk.jpg", "grey.jpg")} == {
-        "palette.png": "P",
-        "alpha.png": "RGBA",
-        "deep.png": "I;16",
-        "cmyk.jpg": "CMYK",
-        "grey.jpg": "L",
-    }
+    assert {image.format for image in opened.values()} == {"JPEG", "PNG", "WEBP"}
+    assert opened["palette.png"].mode == "P"
     assert "transparency" in opened["palette.png"].info
-    assert opened["progressive.jpg"].info["progressive"]
-    assert "progressive" not in opened["baseline.jpg"].info
-    assert opened["orientation.jpg"].getexif()[274] == 6
-    assert np.asarray(opened["deep.png"]).max() > 255
-    sampling = {name: [layer[1:3] for layer in opened[name].layer] for name in ("baseline.jpg", "large.jpg")}
-    assert set(map(str, sampling.values())) == {str([(2, 2), (1, 1), (1, 1)])}
+    assert opened["large-progressive.jpg"].info["progressive"]
+    assert "progressive" not in opened["large.jpg"].info
+    assert [layer[1:3] for layer in opened["large.jpg"].layer] == [(2, 2), (1, 1), (1, 1)]
 
 
 @pytest.mark.filterwarnings("ignore:Palette images with Transparency")
@@ -103,12 +93,8 @@ def test_probes_go_both_ways_of_decoding(decode: str, monkeypatch: pytest.Monkey
     if decode == "exact":
         assert not drafted
     else:
-        # One of them has the size of another.
-        assert len(drafted) == len(list(PROBES.glob("*.jpg"))) - 1 < len(probe_files())
-        assert drafted[416, 312] == ((208, 156), "L")
-        assert drafted[1056, 1056] == ((264, 264), "L")
-        assert drafted[301, 199] == ((301, 199), "L")
-    # A finer grid needs the large one.
+        assert drafted == {(1056, 1056): ((264, 264), "L")}
+    # A finer grid needs more pixels.
     environment(settings(decode=decode, hash="phash"))
     assert drafted.get((1056, 1056)) == (None if decode == "exact" else ((528, 528), "L"))
 
@@ -126,8 +112,8 @@ def test_one_probe_is_there_for_first_scans() -> None:
 def test_settings_decide() -> None:
     plain = environment(SETTINGS)
     assert environment(SETTINGS) is plain
-    upright = environment(settings(exif_orientation=True))
-    assert {name for name in plain.probes if plain.probes[name] != upright.probes[name]} == {"orientation.jpg"}
+    other = environment(settings(hash="phash"))
+    assert all(plain.probes[name] != other.probes[name] for name in plain.probes)
     assert all(len(found) == 64 for found in environment(settings(hash_size=16)).probes.values())
     assert environment(settings(drop_flat=True, seed=9)) == plain
     limit = Image.MAX_IMAGE_PIXELS
@@ -183,7 +169,7 @@ def test_the_digest_is_of_what_must_be_equal() -> None:
         here(pillow="99.0.0"),
         here(imagehash="99.0"),
         here(numpy=f"{major + 1}.0.0"),
-        here({"grey.jpg": "0" * 16}),
+        here({"palette.png": "0" * 16}),
     ]
     assert len({own.digest, *(other.digest for other in others)}) == 5
 
@@ -205,7 +191,7 @@ def test_alike_is_neither_error_nor_warning() -> None:
 def test_another_version_that_decides_is_an_error(package: str, title: str, advice: str) -> None:
     own = here()
     # Its hashes differ too; that is the same fault.
-    other = here({"grey.jpg": "0" * 16}, **{package: "99.1.2"})
+    other = here({"palette.png": "0" * 16}, **{package: "99.1.2"})
     line = (
         f"worker A has {title} {own.versions[package]}, worker B has {title} 99.1.2: photos may not be hashed alike; "
         f"install {advice} on all"
@@ -224,44 +210,43 @@ def test_several_errors_are_told_in_one_line_to_one_that_joins() -> None:
 
 def test_another_hash_of_a_probe_is_an_error() -> None:
     own = here()
-    other = here({"grey.jpg": "0" * 16, "lossy.webp": "broken: OSError: no"}, libjpeg_turbo="1.0")
+    other = here({"palette.png": "0" * 16, "lossy.webp": "broken: OSError: no"}, libjpeg_turbo="1.0")
     errors, warnings = differences({"worker A": own, "worker B": other})
     had = own.versions
     assert errors == [
-        f"worker A and worker B hash the probe grey.jpg differently ({own.probes['grey.jpg']}, {'0' * 16}), 2 of "
-        f"{len(own.probes)} probes in all, although both have Pillow {had['pillow']} and imagehash {had['imagehash']}; "
+        f"worker A and worker B hash the probe lossy.webp differently ({own.probes['lossy.webp']}, broken: OSError: "
+        f"no), although both have Pillow {had['pillow']} and imagehash {had['imagehash']}; "
         f"they differ in libjpeg-turbo ({had.get('libjpeg_turbo', 'unknown')}, 1.0): install the same builds on all, "
         "for example from one container image"
     ]
     assert len(warnings) == 1 and warnings[0].startswith("libjpeg-turbo is not the same on all: ")
     told = compare_with(own, here({"lossy.webp": "broken: OSError: no"}), "worker B")
     assert told is not None
-    assert f"lossy.webp differently ({own.probes['lossy.webp']}, broken: OSError: no), 1 of " in told
     assert "perhaps their Pillow is built differently" in told
 
 
-def test_a_version_that_both_sides_have_is_not_the_cause() -> None:
-    odd = {"grey.jpg": "0" * 16}
-    workers = {"A": here(python="3.99"), "B": here(), "C": here(), "D": here(odd, zlib="7"), "E": here(odd, zlib="8")}
-    errors, _ = differences(workers)
-    assert len(errors) == 1
-    assert f"; they differ in zlib ({here().versions.get('zlib', 'unknown')}, 7): " in errors[0]
+def test_runs_of_older_versions_had_more_probes() -> None:
+    """Their folders are gone on with: what both have is compared."""
+    older = here({"grey.jpg": "0" * 16, "cmyk.jpg": "1" * 16})
+    assert compare_with(older, here(), "this computer") is None
+    told = compare_with(here({"grey.jpg": "0" * 16, "large.jpg": "2" * 16}), here(), "this computer")
+    assert told is not None
+    assert "hash the probe large.jpg differently" in told
 
 
 def test_hashes_are_compared_among_those_of_one_version_too() -> None:
     """Who has mended the versions is not to find the next fault only then."""
-    found = differences({"A": here(), "B": here(pillow="99.0"), "C": here({"grey.jpg": "0" * 16}), "D": here()})
+    found = differences({"A": here(), "B": here(pillow="99.0"), "C": here({"palette.png": "0" * 16}), "D": here()})
     assert found[1] == []
     assert len(found[0]) == 2
     assert found[0][0].startswith(f"A and 2 more have Pillow {PIL.__version__}, B has Pillow 99.0: ")
-    assert found[0][1].startswith("A (and 1 more) and C hash the probe grey.jpg differently ")
+    assert found[0][1].startswith("A and 1 more and C hash the probe palette.png differently ")
 
 
-def test_long_hashes_are_shown_from_where_they_differ() -> None:
-    same, one, other = "ab" * 60, "c" + "1" * 135, "d" + "1" * 135
-    told = compare_with(here({"grey.jpg": same + one}), here({"grey.jpg": same + other}), "worker B")
+def test_long_hashes_are_shown_in_part() -> None:
+    told = compare_with(here({"palette.png": "a" * 300}), here({"palette.png": "b" * 300}), "worker B")
     assert told is not None
-    assert f"(…{one[:64]}…, …{other[:64]}…)" in told
+    assert f"({'a' * 32}…{'a' * 32}, {'b' * 32}…{'b' * 32})" in told
 
 
 def test_other_versions_are_warnings() -> None:
@@ -286,7 +271,7 @@ def test_other_versions_are_warnings() -> None:
 def test_messages_on_hundreds_of_workers_stay_short() -> None:
     workers = {
         f"worker tcp://10.0.{i // 250}.{i % 250}:40000": here(
-            {"grey.jpg": f"{i % 7:016x}"}, pillow=f"9{i % 11}.0.0", python=f"3.{i % 30}.0"
+            {"palette.png": f"{i % 7:016x}"}, pillow=f"9{i % 11}.0.0", python=f"3.{i % 30}.0"
         )
         for i in range(1000)
     }
@@ -296,4 +281,3 @@ def test_messages_on_hundreds_of_workers_stay_short() -> None:
     assert "worker tcp://10.0.0.0:40000 and 90 more have Pillow 90.0.0" in errors[0]
     assert "and 7 more: " in errors[0]
     assert "and 26 more: " in warnings[0]
-    assert "more hash in yet another way" in errors[1]
