@@ -381,8 +381,8 @@ def test_no_worker_left(
     server: S3Server, remote: Path, wanted: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("reducer.outputs.export.export.GROUP", 10)
-    monkeypatch.setattr("reducer.outputs.export.send.TICK", 0.5)
-    monkeypatch.setattr("reducer.outputs.export.send.ANSWER", 2.0)
+    monkeypatch.setattr("reducer.run.dask.pool.TICK", 0.5)
+    monkeypatch.setattr("reducer.run.dask.pool.ANSWER", 2.0)
     (tmp_path / "dask").mkdir()
     with DaskProcesses(tmp_path / "dask") as dask, FaultProxy(server.endpoint, delay_get=0.2) as proxy:
         address = dask.scheduler()

@@ -20,7 +20,7 @@ from reducer import Job
 from reducer.config.resolved import resolve
 from reducer.config.settings import Source
 from reducer.outputs.report import thumbnails
-from reducer.outputs.report.thumbnails import PictureRequest, _Group, draw, draw_on
+from reducer.outputs.report.thumbnails import PictureBatch, PictureRequest, PictureSettings, draw, draw_on
 from reducer.photos.hashing import PhotoError, pillow_settings
 from reducer.photos.resize import SMALLEST_SIDE, Thumbnail, thumbnail
 from reducer.storage.location import ByteRange
@@ -289,7 +289,7 @@ def test_photos_on_s3(tiny: Path, s3: S3Server) -> None:
 
 def test_a_task_tells_no_secret_and_no_path() -> None:
     source = Source({"secret": "PLANTED", "key": "PLANTED"})
-    shown = repr(_Group((PictureRequest("/planted/path", 1),), source, SETTINGS, 1))
+    shown = repr(PictureBatch((0,), (PictureRequest("/planted/path", 1),))) + repr(PictureSettings(source, SETTINGS, 1))
     assert "PLANTED" not in shown
     assert "planted" not in shown
 

@@ -33,10 +33,9 @@ from reducer.outputs.export.layout import (
 )
 from reducer.outputs.export.plan import COLUMNS, ExportPlan, make_plan, same_photos
 from reducer.outputs.export.present import skip_present
-from reducer.outputs.export.send import write_here, write_on
 from reducer.outputs.export.target import ExportFolder
 from reducer.outputs.export.transfer import Transfer
-from reducer.outputs.export.write import PUTS, CopySettings
+from reducer.outputs.export.write import PUTS, CopySettings, write_here, write_on
 from reducer.run.dask.connect import CPU_COUNT
 from reducer.run.folder import RunFolder
 from reducer.run.summary import check_storage_options, job_of

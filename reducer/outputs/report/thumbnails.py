@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import queue
-import uuid
 from collections.abc import Collection, Generator, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from reducer.config.settings import PhotoSettings, Source
 from reducer.errors import one_line
@@ -16,21 +14,31 @@ from reducer.photos.hashing import PhotoError, pillow_settings
 from reducer.photos.reader import read_all
 from reducer.photos.resize import Thumbnail, thumbnail
 from reducer.photos.sandbox import memory_bound, refused_in_sandbox
+from reducer.run.dask.pool import (
+    NotHandedOver,
+    NothingCame,
+    Outcome,
+    TaskLost,
+    WorkersGone,
+    map_unordered,
+    threads_of_workers,
+)
+from reducer.run.dask.worker import memory_here
 from reducer.storage.location import PhotoRef
 
 if TYPE_CHECKING:
-    from reducer.run.dask.connect import Client, Future
+    from reducer.run.dask.connect import Client
 
 log = logging.getLogger("reducer")
 
-#: Photos that a task draws, and of those that no one has decoded yet.
-GROUP, UNKNOWN_GROUP = 8, 4
+#: Photos per task, and those per task that no one has decoded yet.
+BATCH, UNKNOWN_BATCH = 8, 4
 #: Why there is no picture where no worker is there to draw it.
 NO_WORKER = "not drawn: the cluster has no worker for it"
 #: Seconds that a photo which no one has decoded yet may take, twice: a task of those alone must not be given up.
 TRIED = 7.0
-#: Seconds that a cluster may take to give the next pictures, the scheduler to answer, and a worker to hand some over.
-PATIENCE, ANSWER, HAND_OVER = 60.0, 10.0, 30.0
+#: Seconds that a cluster may take to give the next pictures.
+PATIENCE = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,70 +74,91 @@ def draw(
     Parameters
     ----------
     wanted : sequence of PictureRequest
-        Which.
+        The pictures.
     source : Source
-        How they are read.
+        How the photos are read.
     settings : PhotoSettings
-        ``max_pixels`` is as for `thumbnail`; by the others photos are tried.
+        ``max_pixels`` bounds what is decoded; by the others photos are tried.
     most_bytes : int
-        As for `thumbnail`.
+        Bytes of a picture at most.
     memory, memory_beside : int, optional
         Bytes that this process may take, and the other one.
 
     Yields
     ------
     int
-        Which of them, in their order.
+        Index in ``wanted``, in order.
     Thumbnail or str
         The picture, or in one line why there is none.
     """
     max_pixels = settings.max_pixels
-    unknown = [one.ref for one in wanted if not one.is_known]
+    unknown = [request.ref for request in wanted if not request.is_known]
     refused = refused_in_sandbox(unknown, settings, source, memory=memory_beside, patience=TRIED)
-    refs = [one.ref for one in wanted if one.ref not in refused]
+    refs = [request.ref for request in wanted if request.ref not in refused]
     with (
         memory_bound(memory),
         closing(read_all(refs, source, max_pixels=max_pixels)) as files,
         pillow_settings(max_pixels),
     ):
-        for number, one in enumerate(wanted):
-            if one.ref in refused:
-                yield number, refused[one.ref]
+        for number, request in enumerate(wanted):
+            if request.ref in refused:
+                yield number, refused[request.ref]
                 continue
             file = next(files)
             if isinstance(file, PhotoError):
                 yield number, str(file)
                 continue
             try:
-                yield number, thumbnail(file.content, one.side, max_pixels=max_pixels, most_bytes=most_bytes)
+                yield number, thumbnail(file.content, request.side, max_pixels=max_pixels, most_bytes=most_bytes)
             except PhotoError as error:
                 yield number, str(error)
 
 
 @dataclass(frozen=True)
-class _Group:
-    """Some of the photos; travels inside a Dask task, which may be printed."""
+class PictureBatch:
+    """Pictures that are drawn together; travels inside a Dask task, which may be printed.
 
-    wanted: tuple[PictureRequest, ...] = field(repr=False)
+    Attributes
+    ----------
+    numbers : tuple of int
+        What the sender calls the pictures.
+    requests : tuple of PictureRequest
+        The pictures.
+    """
+
+    numbers: tuple[int, ...]
+    requests: tuple[PictureRequest, ...] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class PictureSettings:
+    """How pictures are drawn on workers; travels inside a Dask task, which may be printed.
+
+    Attributes
+    ----------
+    source : Source
+        How photos are read.
+    settings : PhotoSettings
+        ``max_pixels`` bounds what is decoded; by the others photos are tried.
+    most_bytes : int
+        Bytes of a picture at most.
+    """
+
     source: Source = field(repr=False)
     settings: PhotoSettings
     most_bytes: int
 
 
-def _draw_group(group: _Group) -> list[Thumbnail | str]:
-    """What runs on a worker."""
-    from distributed import get_worker
-
-    from reducer.run.dask.worker import memory_beside, memory_for_photos
-
-    worker = get_worker()
+def draw_there(batch: PictureBatch, how: PictureSettings) -> list[Thumbnail | str]:
+    """Draw photos on the worker that this is called on."""
+    memory, memory_beside = memory_here()
     drawn = draw(
-        group.wanted,
-        group.source,
-        group.settings,
-        most_bytes=group.most_bytes,
-        memory=memory_for_photos(worker),
-        memory_beside=memory_beside(worker),
+        batch.requests,
+        how.source,
+        how.settings,
+        most_bytes=how.most_bytes,
+        memory=memory,
+        memory_beside=memory_beside,
     )
     return [picture for _, picture in drawn]
 
@@ -151,7 +180,7 @@ def draw_on(
     client : distributed.Client
         Of the cluster.
     wanted, source, settings, most_bytes
-        As for `draw`.
+        Passed to `draw`.
     avoid : collection of str
         Addresses of workers that draw none.
     patience : float
@@ -160,66 +189,49 @@ def draw_on(
     Yields
     ------
     int
-        Which of them, as they come.
+        Index in ``wanted``, as the pictures come.
     Thumbnail or str
-        As for `draw`.
+        The picture, or in one line why there is none.
     """
-    done: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
-    sent: dict[Any, tuple[Future[Any], list[int]]] = {}
-    left = set(range(len(wanted)))
-    why = NO_WORKER
+    missing = set(range(len(wanted)))
+    reason = NO_WORKER
+    late = f"not drawn: the workers gave no more pictures in {patience:g} s"
+    how = PictureSettings(source, settings, most_bytes)
     try:
-        scheduler: Any = client.scheduler
-        there = client.sync(scheduler.ncores, callback_timeout=ANSWER)
-        workers = [worker for worker in there if worker not in avoid]
-        name = uuid.uuid4().hex
-        for own in _groups(wanted) if workers else ():
-            group = _Group(tuple(wanted[number] for number in own), source, settings, most_bytes)
-            future = client.submit(
-                _draw_group, group, key=f"thumbnails-{name}-{own[0]}", workers=workers if avoid else None, pure=False
-            )
-            sent[future.key] = (future, own)
-            future.add_done_callback(done.put)
-        while sent:
-            try:
-                future, own = sent.pop(done.get(timeout=patience).key)
-                pictures = _pictures_of(future, len(own))
-            except (queue.Empty, TimeoutError):
-                why = f"not drawn: the workers gave no more pictures in {patience:g} s"
-                break
-            left -= set(own)
-            yield from zip(own, pictures, strict=True)
+        batches = _batches(wanted) if threads_of_workers(client).keys() - set(avoid) else ()
+        outcomes = map_unordered(client, draw_there, batches, how, name="thumbnails", avoid=avoid, patience=patience)
+        with closing(outcomes):
+            for outcome in outcomes:
+                if isinstance(outcome.error, NotHandedOver):  # the next worker might not either
+                    reason = late
+                    break
+                missing.difference_update(outcome.item.numbers)
+                yield from zip(outcome.item.numbers, _pictures_of(outcome), strict=True)
+    except NothingCame:
+        reason = late
     except Exception as error:  # the scheduler is gone, say: as good as no worker
         log.debug("the scheduler: %s", one_line(error))
-    finally:
-        with suppress(Exception):
-            client.cancel([future for future, _ in sent.values()], force=True)
-    for number in sorted(left):
-        yield number, why
+    for number in sorted(missing):
+        yield number, reason
 
 
-def _groups(wanted: Sequence[PictureRequest]) -> Iterator[list[int]]:
-    """Which photos a task draws; those that may hang come last and have tasks of their own."""
-    for is_known, size in ((True, GROUP), (False, UNKNOWN_GROUP)):
-        own = [number for number, one in enumerate(wanted) if one.is_known == is_known]
-        for start in range(0, len(own), size):
-            yield own[start : start + size]
+def _batches(wanted: Sequence[PictureRequest]) -> Iterator[PictureBatch]:
+    """Divide photos into tasks; those that may hang come last and have tasks of their own."""
+    for is_known, size in ((True, BATCH), (False, UNKNOWN_BATCH)):
+        numbers = [number for number, request in enumerate(wanted) if request.is_known == is_known]
+        for start in range(0, len(numbers), size):
+            batch = tuple(numbers[start : start + size])
+            yield PictureBatch(batch, tuple(wanted[number] for number in batch))
 
 
-def _pictures_of(future: Future[Any], count: int) -> list[Thumbnail | str]:
-    """What has come of a task.
-
-    Raises
-    ------
-    TimeoutError
-        If the worker that holds it does not hand it over; the next might not either.
-    """
-    if future.status == "finished":
-        found: list[Thumbnail | str] = future.result(timeout=HAND_OVER)
-        future.release()
-        return found
-    if future.status != "error":  # cancelled, or lost with the scheduler
-        return [NO_WORKER] * count
-    error = future.exception(timeout=HAND_OVER)
-    dead = type(error).__name__ == "KilledWorker"  # whose message tells the worker's address
-    return ["not drawn: a worker died with it" if dead else f"not drawn: {one_line(error)}"] * count
+def _pictures_of(outcome: Outcome[PictureBatch]) -> list[Thumbnail | str]:
+    if outcome.error is None:
+        pictures: list[Thumbnail | str] = outcome.result
+        return pictures
+    if outcome.killed_workers:  # its message tells the worker's address
+        reason = "not drawn: a worker died with it"
+    elif isinstance(outcome.error, TaskLost) and not isinstance(outcome.error, WorkersGone):
+        reason = NO_WORKER
+    else:
+        reason = f"not drawn: {one_line(outcome.error)}"
+    return [reason] * len(outcome.item.numbers)

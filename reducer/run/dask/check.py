@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from typing import Any
 
 from distributed import Client
@@ -14,10 +14,11 @@ from distributed.diagnostics.plugin import UploadFile
 from reducer.config.job import Job
 from reducer.config.resolved import ResolvedJob
 from reducer.config.settings import PhotoSettings
-from reducer.errors import ClusterError, InputError, ReducerError, one_line
+from reducer.errors import ClusterError, InputError, one_line
 from reducer.photos.model import PATHS
-from reducer.run.dask.connect import TICK, log
-from reducer.run.dask.worker import read_failure
+from reducer.run.dask.connect import log
+from reducer.run.dask.pool import NothingCame, TaskLost, map_unordered
+from reducer.run.dask.worker import call_on_host, read_failure
 from reducer.run.tasks.environment import Environment, differences, environment
 from reducer.storage.location import PhotoRef
 
@@ -159,32 +160,35 @@ def _blind(job: Job, photo: PhotoRef, blind: Mapping[str, str]) -> str:
 
 
 def _on_hosts(
-    client: Client, workers_on: Mapping[str, list[str]], stop: float, function: Callable[..., Any], *args: Any
+    client: Client, workers_on: Mapping[str, list[str]], stop: float, function: Callable[..., Any], *arguments: Any
 ) -> dict[str, Any]:
-    """What a function gives on a worker of each host, but for hosts whose workers go meanwhile.
+    """Call a function on a worker of each host, and leave out hosts whose workers go meanwhile.
 
     By tasks, which the scheduler and the workers never print: arguments of `Client.run` stand in their logs, secrets
     and all, where Dask logs at the level DEBUG.
     """
-    futures = {host: client.submit(function, *args, workers=own, pure=False) for host, own in workers_on.items()}
+    silent, answers = set(workers_on), {}
+    outcomes = map_unordered(
+        client,
+        call_on_host,
+        workers_on,
+        function,
+        *arguments,
+        name="check",
+        workers_of=workers_on.__getitem__,
+        patience=stop - time.monotonic(),
+    )
     try:
-        while waiting := {host: future for host, future in futures.items() if not future.done()}:
-            with suppress(TimeoutError):
-                next(iter(waiting.values())).exception(timeout=TICK)
-                continue
-            if time.monotonic() > stop:
-                raise ClusterError(
-                    f"the workers on {', '.join(sorted(waiting))} do not answer in time (workers: wait): they hang, or "
-                    "are busy with other work"
-                )
-            there = client.nthreads()
-            for host in waiting:
-                if not there.keys() & set(workers_on[host]):
-                    futures.pop(host).cancel()
-        return {host: future.result() for host, future in futures.items() if not future.cancelled()}
-    except (ReducerError, KeyboardInterrupt):
-        raise
-    except Exception as error:
-        raise ClusterError(f"a worker could not read a photo: {one_line(error)}; run this again") from None
-    finally:
-        client.cancel([future for future in futures.values() if not future.done()])
+        with closing(outcomes):
+            for outcome in outcomes:
+                silent.discard(outcome.item)
+                if outcome.error is None:
+                    answers[outcome.item] = outcome.result
+                elif not isinstance(outcome.error, TaskLost):
+                    raise ClusterError(f"a worker could not read a photo: {one_line(outcome.error)}; run this again")
+    except NothingCame:
+        raise ClusterError(
+            f"the workers on {', '.join(sorted(silent))} do not answer in time (workers: wait): they hang, or "
+            "are busy with other work"
+        ) from None
+    return answers

@@ -23,16 +23,13 @@ from reducer.errors import ClusterError, InputError, one_line
 from reducer.run.dask.ship_code import same_code
 
 if TYPE_CHECKING:
-    from distributed import Client as Client
-    from distributed import Future as Future  # rooms above name the types of Dask by this one
+    from distributed import Client as Client  # rooms above name the type by this module
 
 log = logging.getLogger("reducer")
 
 LOCAL_CLUSTER = "distributed.LocalCluster"
 #: How long closing a cluster may take before its workers are killed, in seconds.
 CLOSE_TIMEOUT = 5
-#: Seconds between two looks at whether workers that are asked are still there.
-TICK = 1.0
 
 #: Ours for clusters that we start.
 DASK_SETTINGS: dict[str, Any] = {

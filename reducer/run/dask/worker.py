@@ -194,6 +194,19 @@ def memory_beside(worker: Worker) -> int | None:
     return memory_left(_memory_limit(worker))
 
 
+def memory_here() -> tuple[int | None, int | None]:
+    """Return how many bytes the process of this worker may take, and a process beside it; None for no limit."""
+    from distributed import get_worker
+
+    worker = get_worker()
+    return memory_for_photos(worker), memory_beside(worker)
+
+
+def call_on_host(host: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function on the host that a task was sent to."""
+    return function(*arguments)
+
+
 _rejections: dict[str, WorkerRejected | None] = {}
 
 
