@@ -1,4 +1,4 @@
-"""The code of this package as bytes, and its digest.
+"""Read the code of this package as bytes, and digest it.
 
 Workers that lack the package run this too: it travels by value (cloudpickle), and imports inside, from Python's own
 library.
@@ -12,12 +12,12 @@ from typing import Any
 
 @lru_cache(maxsize=1)
 def code_digest() -> str:
-    """Digest of the code that this process has, in hex."""
+    """Return the digest of the code that this process has, in hex."""
     return digest_of_package() or ""
 
 
 def digest_of_package() -> str | None:
-    """Digest of the names and contents of the package's files, where this process finds it; None without it."""
+    """Return the digest of the names and contents of the package's files; None if this process finds no package."""
     import hashlib
 
     files = package_files()
@@ -28,7 +28,7 @@ def digest_of_package() -> str | None:
 
 
 def package_files() -> dict[str, bytes]:
-    """The files of the package by name, where this process finds it: in a folder or in a zip file."""
+    """Read the files of the package by name, from a folder or a zip file; empty if this process finds no package."""
     import importlib.util
     import pathlib
     import zipfile

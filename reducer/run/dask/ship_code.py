@@ -1,4 +1,4 @@
-"""Our own code, for workers that lack it or have another version of it.
+"""Send our own code to workers that lack it or have another version of it.
 
 What runs on a scheduler or worker here must not need this package there: it travels by value (cloudpickle) and imports
 what it uses inside, from Python's own library.
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
     from distributed import Client
 
 
-#: Names this process, which has our code and is never to be changed, even where it is a worker itself.
+#: Names this process, which has our code and is never to be changed, even if it is a worker itself.
 HOME = uuid.uuid4().hex
 #: Begins the name of the plugin of each run, before the digest of its code and its client.
 PLUGIN = "reducer-code-"
 
 
 def package_zip() -> bytes:
-    """The package as a zip file, the same to the byte whenever its files are."""
+    """Pack the package into a zip file, the same to the byte whenever its files are."""
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in sorted(package_files().items()):
@@ -44,23 +44,24 @@ def package_zip() -> bytes:
 
 
 async def install(server: Any, name: str, data: bytes, digest: str, home: str) -> None:
-    """Make a scheduler or worker import this very code: its own where it is the same, else the zip file that is sent.
+    """Make a scheduler or worker import this very code: its own if that is the same, else the zip file that is sent.
 
     Parameters
     ----------
     server : distributed.Scheduler or distributed.Worker
-        In whose process this runs.
+        The server in whose process this runs.
     name : str
-        Of the zip file.
+        Name of the zip file.
     data : bytes
         The zip file.
     digest : str
-        Of the code.
+        Digest of the code.
     home : str
-        `HOME` of the client's process, where nothing is to be done.
+        `HOME` of the client's process, in which nothing is to be done.
     """
     import importlib
     import os
+    import re
     import sys
 
     if getattr(sys.modules.get("reducer.run.dask.ship_code"), "HOME", None) == home:
@@ -69,6 +70,9 @@ async def install(server: Any, name: str, data: bytes, digest: str, home: str) -
         return
     if digest_of_package() != digest:
         await server.upload_file(filename=name, data=data, load=False)
+        # Versions that earlier runs have sent are looked for no more.
+        sent = re.compile(r"reducer-[0-9a-f]+\.zip")
+        sys.path[:] = [entry for entry in sys.path if not sent.fullmatch(os.path.basename(entry))]
         sys.path.insert(0, os.path.join(server.local_directory, name))
     # From here on nothing else may run: a long-lived process may hold another version than it would find now.
     for module in [module for module in sys.modules if module == "reducer" or module.startswith("reducer.")]:
@@ -95,11 +99,11 @@ class ShipCode(UploadFile):
 async def _install_on_scheduler(
     name: str, data: bytes, digest: str, home: str, plugin: str, dask_scheduler: Any = None
 ) -> str | None:
-    """Returns the client of a run that is under way with another version: both could not work."""
+    """Return the client of a run that is under way with another version, instead of installing: both cannot work."""
     for other in dask_scheduler.worker_plugins:
         if str(other).startswith(plugin):
-            its_digest, _, client = str(other).removeprefix(plugin).partition("-")
-            if its_digest != digest and client in dask_scheduler.clients:
+            other_digest, _, client = str(other).removeprefix(plugin).partition("-")
+            if other_digest != digest and client in dask_scheduler.clients:
                 return client
     await install(dask_scheduler, name, data, digest, home)
     return None
@@ -107,12 +111,12 @@ async def _install_on_scheduler(
 
 @contextmanager
 def same_code(client: Client, ship_code: str) -> Iterator[None]:
-    """See to it that the scheduler and all workers, late ones too, run the code that this process runs.
+    """Make the scheduler and all workers, late ones too, run the code that this process runs.
 
     Parameters
     ----------
     client : distributed.Client
-        Of the cluster.
+        Client of the cluster.
     ship_code : {"auto", "never"}
         Send it where that very version is missing, or refuse.
 
@@ -147,7 +151,7 @@ def same_code(client: Client, ship_code: str) -> Iterator[None]:
 
 
 def _ship(client: Client) -> str:
-    """Returns the name of the plugin that serves late joiners."""
+    """Send the code, and return the name of the plugin that serves late joiners."""
     digest = code_digest()
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, f"reducer-{digest}.zip")
@@ -187,12 +191,12 @@ def _refuse_others(client: Client) -> None:
 def _check_imports(client: Client) -> None:
     """Import now what tasks need, so that a package which is missing somewhere is found before the run."""
     answers: dict[str, Exception | None] = client.run(_import_all, on_error="return")
-    found = {f"worker {worker}": failure for worker, failure in sorted(answers.items())}
+    failures = {f"worker {worker}": failure for worker, failure in sorted(answers.items())}
     try:
         client.run_on_scheduler(_import_all)
     except Exception as error:
-        found["the scheduler"] = error
-    for who, failure in found.items():
+        failures["the scheduler"] = error
+    for who, failure in failures.items():
         if failure is not None:
             raise InputError(
                 f"{who} cannot import what reducer needs ({one_line(failure)}): install reducer's "

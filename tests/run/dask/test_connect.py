@@ -7,11 +7,15 @@ import inspect
 import logging
 import os
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from distributed import Client, Worker, get_worker
+from machine import ROOT
 from waiting import wait_for
 
 from reducer import ClusterError, ClusterSpec, InputError
@@ -69,3 +73,34 @@ def test_a_worker_that_goes_while_it_is_asked_is_left_out(dask_cluster: Callable
         with pytest.raises(ClusterError, match=r"do not answer in time \(workers: wait\)"):
             _on_hosts(client, {stays: [stays]}, time.monotonic() + 2, answer, "nobody")
         busy.cancel()
+
+
+SHIPPED_TWICE = """
+import asyncio, os, sys, types
+from reducer.run.dask import code, ship_code
+
+folder = sys.argv[1]
+
+async def upload_file(filename, data, load):
+    with open(os.path.join(folder, filename), "wb") as file:
+        file.write(data)
+
+server = types.SimpleNamespace(local_directory=folder, upload_file=upload_file)
+files, real = code.package_files(), code.package_files
+for version in (b"one", b"two"):
+    code.package_files = ship_code.package_files = lambda: files | {"extra.txt": version}
+    digest, data = code.digest_of_package(), ship_code.package_zip()
+    code.package_files = real
+    asyncio.run(ship_code.install(server, f"reducer-{digest}.zip", data, digest, "another process"))
+    import reducer
+    assert reducer.__file__.startswith(os.path.join(folder, f"reducer-{digest}.zip")), reducer.__file__
+print(sum(entry.endswith(".zip") and entry.startswith(folder) for entry in sys.path))
+"""
+
+
+def test_code_of_earlier_runs_is_looked_for_no_more(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SHIPPED_TWICE, str(tmp_path)]
+    shown = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, capture_output=True, text=True
+    )
+    assert shown.stdout == "1\n"
