@@ -559,7 +559,7 @@ def test_logs_and_keys_tell_no_secret_and_no_path(
     told = {"scheduler": scheduler, "history": "\n".join(history)}
     told |= {f"worker {i}": log for i, log in enumerate(workers)}
     told |= {f"story of {worker}": "\n".join(entries) for worker, entries in stories.items()}
-    assert "work_off" in told["history"] and all("work_off" in told[name] for name in told if "story" in name)
+    assert "run_item" in told["history"] and all("run_item" in told[name] for name in told if "story" in name)
     ids = [line.partition(",")[0] for line in (collection / "train.csv").read_text().splitlines()[1:]]
     for name, text in told.items():
         for secret in (s3.secret, PLANTED, f"'key': '{s3.key}'", f"key={s3.key}", f"key='{s3.key}'"):

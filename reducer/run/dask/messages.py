@@ -1,4 +1,4 @@
-"""What travels between the client and the workers besides tasks and results."""
+"""Messages between the client and the workers, besides tasks and results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from reducer.storage.location import PhotoRef
 
 @dataclass(frozen=True)
 class RunContext:
-    """What all workers of a run must meet, and how they report; the same for all of its tasks.
+    """The part of a work item that is equal in all of a run: what workers must meet, and how they report.
 
     Attributes
     ----------
@@ -21,18 +21,18 @@ class RunContext:
         Digest of our own code (`reducer.run.dask.code.code_digest`).
     environment : str
         Digest of what decides hashes (`reducer.run.tasks.environment.Environment.digest`).
-    seen : str, ByteRange or None
+    readable_photo : str, ByteRange or None
         A photo, or a piece of a shard, that every worker must be able to read.
     beat : float
         Seconds between two signs of progress.
     patience : float
-        Seconds that one photo may take where photos are looked at apart.
+        Seconds that one photo may take in a process of its own.
     """
 
     run_token: str
     code: str
     environment: str
-    seen: PhotoRef | None
+    readable_photo: PhotoRef | None
     beat: float
     patience: float
 
@@ -45,21 +45,21 @@ class WorkItem:
     ----------
     task : PartitionTask or ShardTask
         The partition, or the shards.
-    terms : RunContext
+    context : RunContext
         Of the run.
     attempt : int
         How often it was sent before.
-    apart : bool
-        Whether its photos are to be looked at in a process of their own, since a worker died or stalled with them.
+    in_sandbox : bool
+        Whether its photos are processed in a process of their own, since a worker died or stalled with them.
     """
 
     task: PartitionTask | ShardTask
-    terms: RunContext
+    context: RunContext
     attempt: int = 0
-    apart: bool = False
+    in_sandbox: bool = False
 
     def __repr__(self) -> str:
-        return f"Work({self.task!r}, attempt={self.attempt}, apart={self.apart})"
+        return f"WorkItem({self.task!r}, attempt={self.attempt}, in_sandbox={self.in_sandbox})"
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class WorkerRejected:
     reason : str
         One line.
     environment : Environment or None
-        The worker's own, where that is why.
+        Of the worker, where that is the reason.
     """
 
     worker: str

@@ -50,7 +50,7 @@ class NothingCame(Exception):
 
 @dataclass(frozen=True)
 class Outcome(Generic[Item]):
-    """What has become of an item.
+    """The end of an item: its result, or why there is none.
 
     Attributes
     ----------
@@ -69,7 +69,7 @@ class Outcome(Generic[Item]):
 
     @property
     def killed_workers(self) -> bool:
-        """Whether workers died with the task as often as the scheduler allows."""
+        """True if workers died with the task as often as the scheduler allows."""
         from distributed import KilledWorker
 
         return isinstance(self.error, KilledWorker)
@@ -84,7 +84,7 @@ class Sent(Generic[Item]):
     item : Item
         The item.
     future : distributed.Future
-        Of its task.
+        Future of the task.
     since : float
         When the task was sent, by `time.monotonic`; later, when there was last no worker to wait for.
     workers : frozenset of str, or None
@@ -103,7 +103,7 @@ class Pool(Generic[Item]):
     Parameters
     ----------
     client : distributed.Client
-        Of the cluster.
+        Client of the cluster.
     submit : callable
         Submits items.
     items : iterable
@@ -259,10 +259,7 @@ class Pool(Generic[Item]):
         allowed = None if workers is None else frozenset(workers)
         for item, future in zip(batch, self.submit(batch, workers), strict=True):
             self.sent[future.key] = Sent(item, future, now, allowed)
-            future.add_done_callback(self._note_done)
-
-    def _note_done(self, future: Future[Any]) -> None:
-        self.done.put(future.key)
+            future.add_done_callback(lambda future: self.done.put(future.key))
 
     def _wait_for_tasks(self, stop: float) -> list[Any]:
         """Wait until something has finished, or it is time to look at the cluster again; return the keys."""
@@ -324,23 +321,19 @@ def map_unordered(
     Parameters
     ----------
     client : distributed.Client
-        Of the cluster.
+        Client of the cluster.
     function : callable
         Called with an item and ``arguments``.
     items : iterable
-        Read as they are sent: a few per worker thread are with the cluster at a time.
+        Read as they are sent: `WINDOW` per worker thread are with the cluster at a time.
     *arguments
-        What all calls get.
+        Passed to all calls.
     name : str
         Begins the names of the tasks.
-    workers_of : callable, optional
-        Gives the addresses of the only workers that may run an item.
+    workers_of, wait, patience
+        Passed to `Pool`.
     avoid : collection of str
         Addresses of workers that get no items.
-    wait : float
-        Seconds without any worker after which it is given up.
-    patience : float
-        Seconds without any outcome after which it is given up.
     attempts : int
         How often an item is sent that is lost with workers.
 
@@ -351,21 +344,17 @@ def map_unordered(
 
     Raises
     ------
-    ClusterError
-        If the scheduler is gone, or there is no worker for too long.
-    NothingCame
-        If no task ends for too long.
+    ClusterError, NothingCame
+        See `Pool.outcomes`.
     """
-    numbers, token = itertools.count(), uuid.uuid4().hex
+    keys = map(f"{name}-{uuid.uuid4().hex}-{{}}".format, itertools.count())
 
     def submit(batch: list[Item], workers: list[str] | None) -> Iterable[Future[Any]]:
         for item in batch:
-            key = f"{name}-{token}-{next(numbers)}"
-            yield client.submit(function, item, *arguments, key=key, workers=workers, pure=False)
+            yield client.submit(function, item, *arguments, key=next(keys), workers=workers, pure=False)
 
-    left_out = dict.fromkeys(avoid, "")
-    pool = Pool(client, submit, items, left_out=left_out, workers_of=workers_of, wait=wait, patience=patience)
-    lost: list[Item] = []
+    pool = Pool(client, submit, items, workers_of=workers_of, wait=wait, patience=patience)
+    pool.left_out, lost = dict.fromkeys(avoid, ""), list[Item]()
     with closing(pool.outcomes()) as outcomes:
         for outcome in outcomes:
             if isinstance(outcome.error, TaskLost):

@@ -1,4 +1,4 @@
-"""What runs on a Dask worker, with a worker's own troubles: memory, deaths, signs of progress."""
+"""Run a task on a Dask worker, with a worker's own troubles: memory, deaths, signs of progress."""
 
 from __future__ import annotations
 
@@ -34,97 +34,108 @@ from reducer.storage.location import ByteRange, PhotoRef
 if TYPE_CHECKING:
     from distributed import Scheduler, Worker
 
-#: What reads and hashes photos on a worker, where nothing goes wrong. It is the seam for runs without photos: a Dask
-#: preload may put here something that knows the hashes (`scripts/benchmarks/stored.py`); all else stays as it is.
+#: Dask's topic of signs of progress. One for all runs: the scheduler keeps each topic for ever.
+TOPIC = "reducer"
+
+#: Reads and hashes photos on a worker, where nothing goes wrong. It is the seam for runs without photos: a Dask preload
+#: may put here something that knows the hashes (`scripts/benchmarks/stored.py`); all else stays as it is.
 process_here: ProcessPhotos = process_photos
 
 
 def run_item(
-    work: WorkItem, shared: NDArray[np.uint8] | None = None
+    item: WorkItem, shared: NDArray[np.uint8] | None = None
 ) -> PartitionResult | PiecesResult | WorkerRejected:
     """Run one partition, one piece or a few shards on the Dask worker that this is called on.
 
-    Photos are looked at in the worker's own process, under its memory limit. Where a worker has died with this very
-    work before, a process of their own looks at them (`reducer.photos.sandbox`): it may die, the worker does not.
+    Photos are processed in the worker's own process, under its memory limit. Where a worker has died with this very
+    item before, they are processed in a process of their own (`reducer.photos.sandbox`): it may die, the worker does
+    not.
 
     Parameters
     ----------
-    work : WorkItem
-        The work.
+    item : WorkItem
+        The partition, the piece or the shards.
     shared : ndarray of uint8, optional
-        What all work of a run needs: for partitions the hashes to avoid, for shards the keys that are wanted.
+        What all items of a run need: for partitions the hashes to avoid, for shards the keys that are wanted.
 
     Returns
     -------
-    PartitionResult, PiecesResult or Unfit
-        The last if this worker would give other results than the others, or cannot see the photos.
+    PartitionResult, PiecesResult or WorkerRejected
+        The last if this worker would give other results than the others, or cannot read the photos.
     """
     from distributed import get_worker
 
     worker = get_worker()
-    beat = _Heartbeat(worker, work)
-    task = work.task
-    unfit = _rejection(worker.address, work.terms, task.settings, task.source)
-    if unfit is not None:
-        return unfit
-    looker = _GuardedProcessor(worker, work, beat)
+    heartbeat = _Heartbeat(worker, item)
+    task = item.task
+    rejection = _rejection(worker.address, item.context, task.settings, task.source)
+    if rejection is not None:
+        return rejection
+    processor = _GuardedProcessor(worker, item, heartbeat)
     try:
         if isinstance(task, ShardTask):
-            with memory_bound(None if looker.apart else looker.bound):  # once, and not for each photo
-                return run_shards(task, None if shared is None else shared.view(np.uint64).reshape(-1), looker)
+            with memory_bound(None if processor.in_sandbox else processor.bound):  # once, and not for each photo
+                return run_shards(task, None if shared is None else shared.view(np.uint64).reshape(-1), processor)
         if task.is_piece:
-            return run_piece(task, looker)
-        return run_partition(task, shared, looker.at_all, beat.steadily())
+            return run_piece(task, processor)
+        return run_partition(task, shared, processor.at_all, heartbeat.steadily())
     except CannotStart as error:
         return WorkerRejected(worker.address, f"it cannot look at photos in a process of their own: {error}")
 
 
 class _GuardedProcessor:
-    """Looks at photos under a worker's memory limit, or where a worker has died with them in a process of their own."""
+    """Processes photos under a worker's memory limit; where a worker has died with them, in a process of their own."""
 
-    def __init__(self, worker: Worker, work: WorkItem, beat: _Heartbeat) -> None:
+    def __init__(self, worker: Worker, item: WorkItem, heartbeat: _Heartbeat) -> None:
         self.worker = worker
-        self.apart = work.apart or _deaths(worker) > 0
-        self.patience, self.alive = work.terms.patience, beat.alive
+        self.in_sandbox = item.in_sandbox or _deaths(worker) > 0
+        self.patience, self.alive = item.context.patience, heartbeat.alive
         self.bound = memory_for_photos(worker)
 
     def at_all(self, refs: Sequence[PhotoRef], settings: PhotoSettings, source: Source) -> Iterator[PhotoResult]:
-        if self.apart:
-            left = memory_beside(self.worker)
-            for seen in process_in_sandbox(
-                refs, settings, source, memory=left, patience=self.patience, beat=self.alive
+        """Process photos in turn, wherever they lie."""
+        if self.in_sandbox:
+            memory = memory_beside(self.worker)
+            for result in process_in_sandbox(
+                refs, settings, source, memory=memory, patience=self.patience, beat=self.alive
             ):
                 self.alive()
-                yield seen
+                yield result
             return
         with memory_bound(self.bound):
-            for ref, seen in zip(refs, process_here(refs, settings, source), strict=True):
+            for ref, result in zip(refs, process_here(refs, settings, source), strict=True):
                 self.alive()
-                yield self._alone(ref, settings, source) if _may_be_innocent(seen) else seen
+                yield self._alone(ref, settings, source) if _may_be_innocent(result) else result
 
     def at_content(self, ref: ByteRange, content: Callable[[], bytes], settings: PhotoSettings) -> PhotoResult | None:
-        if self.apart:
+        """Process a photo whose bytes are at hand; None if `at_all` is to do it."""
+        if self.in_sandbox:
             return None
         with memory_bound(self.bound):
-            seen = InProcessProcessor().at_content(ref, content, settings)
-        return None if seen is None or _may_be_innocent(seen) else seen
+            result = InProcessProcessor().at_content(ref, content, settings)
+        return None if result is None or _may_be_innocent(result) else result
 
     def _alone(self, ref: PhotoRef, settings: PhotoSettings, source: Source) -> PhotoResult:
-        left = memory_beside(self.worker)
-        return process_one_in_sandbox(ref, settings, source, memory=left, patience=self.patience, beat=self.alive)
+        memory = memory_beside(self.worker)
+        return process_one_in_sandbox(ref, settings, source, memory=memory, patience=self.patience, beat=self.alive)
 
 
-def _may_be_innocent(process_here: PhotoResult) -> bool:
-    """What failed while others took the memory is no fault of its own."""
-    return process_here.error is not None and may_be_innocent(process_here)
+def _may_be_innocent(result: PhotoResult) -> bool:
+    """Return whether a photo may have failed only because others took the memory."""
+    return result.error is not None and may_be_innocent(result)
 
 
 class _Heartbeat:
-    """Tells the client that a partition goes on, at most every so many seconds."""
+    """Tells the client that an item goes on, at most every so many seconds."""
 
-    def __init__(self, worker: Worker, work: WorkItem) -> None:
-        self.worker, self.terms = worker, work.terms
-        self.sign = {"index": work.task.index, "attempt": work.attempt, "worker": worker.address}
+    def __init__(self, worker: Worker, item: WorkItem) -> None:
+        self.worker, self.seconds = worker, item.context.beat
+        self.sign = {
+            "run": item.context.run_token,
+            "index": item.task.index,
+            "attempt": item.attempt,
+            "worker": worker.address,
+        }
         self.last = float("-inf")
         self.alive()
 
@@ -134,7 +145,7 @@ class _Heartbeat:
         over = threading.Event()
 
         def tell() -> None:
-            while not over.wait(self.terms.beat):
+            while not over.wait(self.seconds):
                 self.alive()
 
         thread = threading.Thread(target=tell, daemon=True)
@@ -146,19 +157,15 @@ class _Heartbeat:
             thread.join()
 
     def alive(self) -> None:
+        """Give a sign, unless one was given just now."""
         now = time.monotonic()
-        if now - self.last >= self.terms.beat:
+        if now - self.last >= self.seconds:
             self.last = now
-            self.worker.log_event(topic(self.terms.run_token), self.sign)
-
-
-def topic(run_token: str) -> str:
-    """Under which name workers tell of their progress."""
-    return f"reducer-{run_token}"
+            self.worker.log_event(TOPIC, self.sign)
 
 
 def _deaths(worker: Worker) -> int:
-    """Workers that have died with this very task so far, as the scheduler counts them."""
+    """Return how many workers have died with this very task so far, as the scheduler counts them."""
     from distributed.protocol.pickle import dumps
     from distributed.utils import sync
 
@@ -175,14 +182,14 @@ def _suspicious(key: Any, dask_scheduler: Scheduler | None = None) -> int:
 
 
 def _memory_limit(worker: Worker) -> int | None:
-    """Bytes that a worker's process may take."""
+    """Return how many bytes a worker's process may take; None for no limit."""
     from distributed.system import MEMORY_LIMIT
 
     return int(worker.memory_manager.memory_limit or MEMORY_LIMIT) or None
 
 
 def memory_for_photos(worker: Worker) -> int | None:
-    """Bytes that its process may take while photos are looked at; None for no limit."""
+    """Return how many bytes a worker's process may take while photos are processed; None for no limit."""
     limit = _memory_limit(worker)
     # A worker that is a thread of the client must not limit the client.
     own_process = worker.thread_id == threading.main_thread().ident
@@ -190,7 +197,7 @@ def memory_for_photos(worker: Worker) -> int | None:
 
 
 def memory_beside(worker: Worker) -> int | None:
-    """Bytes that a process which looks at photos beside its own may take; None for no limit."""
+    """Return how many bytes a process beside a worker's may take that processes photos; None for no limit."""
     return memory_left(_memory_limit(worker))
 
 
@@ -210,47 +217,46 @@ def call_on_host(host: str, function: Callable[..., Any], *arguments: Any) -> An
 _rejections: dict[str, WorkerRejected | None] = {}
 
 
-def _rejection(worker: str, terms: RunContext, settings: PhotoSettings, source: Source) -> WorkerRejected | None:
-    """Why this worker process must not take part, or None; looked into once a run."""
-    if terms.run_token in _rejections:
-        return _rejections[terms.run_token]
-    found = _check_worker(worker, terms, settings, source)
-    _rejections[terms.run_token] = found
-    return found
+def _rejection(worker: str, context: RunContext, settings: PhotoSettings, source: Source) -> WorkerRejected | None:
+    """Say why this worker process must not take part, or None; found out once per run."""
+    if context.run_token not in _rejections:
+        _rejections[context.run_token] = _check_worker(worker, context, settings, source)
+    return _rejections[context.run_token]
 
 
-def _check_worker(worker: str, terms: RunContext, settings: PhotoSettings, source: Source) -> WorkerRejected | None:
-    if code_digest() != terms.code:
+def _check_worker(worker: str, context: RunContext, settings: PhotoSettings, source: Source) -> WorkerRejected | None:
+    if code_digest() != context.code:
         return WorkerRejected(worker, "it has another version of reducer")
     try:
-        own = environment(settings)
+        here = environment(settings)
     except InputError as error:
         return WorkerRejected(worker, f"it cannot embed photos: {error}")
-    if own.digest != terms.environment:
-        return WorkerRejected(worker, "it hashes differently from the first workers", own)
-    failure = None if terms.seen is None else read_failure(terms.seen, settings, source)
+    if here.digest != context.environment:
+        return WorkerRejected(worker, "it hashes differently from the first workers", here)
+    photo = context.readable_photo
+    failure = None if photo is None else read_failure(photo, settings, source)
     if failure is not None:
-        return WorkerRejected(worker, f"it cannot read {terms.seen} ({failure}), which others can")
+        return WorkerRejected(worker, f"it cannot read {photo} ({failure}), which others can")
     return None
 
 
 def read_failure(ref: PhotoRef, settings: PhotoSettings, source: Source) -> str | None:
-    """Why a photo cannot be read from this process, or None."""
+    """Say why a photo cannot be read from this process, or None."""
     from reducer.photos.hashing import PhotoError
     from reducer.photos.reader import read_all
 
     with closing(read_all([ref], source, max_pixels=settings.max_pixels)) as files:
-        found = next(files)
-    return str(found) if isinstance(found, PhotoError) else None
+        file = next(files)
+    return str(file) if isinstance(file, PhotoError) else None
 
 
 def as_partition(
-    work: WorkItem, shared: NDArray[np.uint8] | None
+    item: WorkItem, shared: NDArray[np.uint8] | None
 ) -> list[PartitionResult | PiecesResult | WorkerRejected]:
     """Return the result of `run_item` as one partition of a Dask bag, which holds one element."""
-    return [run_item(work, shared)]
+    return [run_item(item, shared)]
 
 
 def unpacked(content: bytes, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """Numbers as they were before they travelled."""
+    """Return numbers as they were before they travelled."""
     return np.frombuffer(content, dtype=np.uint8).reshape(shape)

@@ -22,9 +22,10 @@ from waiting import when_begun
 
 from reducer import ClusterError, ClusterSpec, WorkerRules
 from reducer.api.result import Result
-from reducer.run.dask.dispatch import Dispatch, _Sent
+from reducer.run.dask.dispatch import Attempt, Dispatch, Signs
 from reducer.run.dask.messages import RunContext, WorkItem
-from reducer.run.dask.worker import _Heartbeat
+from reducer.run.dask.pool import Pool, Sent
+from reducer.run.dask.worker import TOPIC, _Heartbeat
 from reducer.run.tasks.messages import ShardTask
 
 
@@ -180,27 +181,29 @@ def test_a_worker_that_comes_late_gets_work(slow_collection: Path, tmp_path: Pat
 
 def test_only_a_worker_that_told_of_a_partition_can_stall_with_it() -> None:
     """Not one that is to do it after another one has died, nor one that is busy with other people's work."""
-    resent: list[object] = []
-    dispatch = object.__new__(Dispatch)
-    dispatch.rules = WorkerRules(stall=100, wait=1000)
-    dispatch.client = SimpleNamespace(sync=lambda *_, **__: {"a": 1, "b": 1}, scheduler=SimpleNamespace(ncores=None))
-    dispatch._send_again = lambda key, apart: resent.append(key)
-    dispatch._on_stall = lambda key: resent.append(("stalled", key))
+    recalled: list[object] = []
     now = time.monotonic()
-    works = [SimpleNamespace(task=SimpleNamespace(index=index), attempt=0, apart=False) for index in range(4)]
+    attempts = [Attempt(index) for index in range(4)]
     pending = SimpleNamespace(status="pending")
-    dispatch.sent = {work.task.index: _Sent(work, pending, now - 200, None) for work in works}
-    dispatch.signs = {(0, 0): (now - 150, "gone"), (1, 0): (now - 150, "a"), (2, 0): (now - 50, "b")}
-    dispatch.left_out, dispatch.next_look, dispatch.last_sign = {"gone": "why"}, 0.0, now - 50
-    dispatch._look_at_cluster()
-    assert resent == [("stalled", 1)]
-    assert dispatch.sent[0].since >= now
+    client = SimpleNamespace(sync=lambda *_, **__: {"a": 1, "b": 1}, scheduler=SimpleNamespace(ncores=None))
+    dispatch = object.__new__(Dispatch)
+    dispatch.rules, dispatch.signs = WorkerRules(stall=100, wait=1000), Signs("run")
+    dispatch.signs.of_attempt = {(0, 0): (now - 150, "gone"), (1, 0): (now - 150, "a"), (2, 0): (now - 50, "b")}
+    dispatch.signs.last = now - 50
+    pool = dispatch.pool = Pool(client, None, (), left_out={"gone": "why"}, watch=dispatch._look_for_stalls)
+    pool.sent = {attempt.partition: Sent(attempt, pending, now - 200, None) for attempt in attempts}
+    pool.recall = lambda key: recalled.append(key) or pool.sent[key]
+    dispatch._give_to_others = lambda key, worker: recalled.append(("stalled", key, worker))
+    pool.look_at_cluster()
+    assert recalled == [("stalled", 1, "a")]
+    assert pool.sent[0].since >= now
     assert dispatch.left_out == {}  # another worker may come at that address
     # All of ours are quiet: what nobody has begun with is sent again, at nobody's cost.
-    dispatch.last_sign, dispatch.next_look = now - 150, 0.0
-    resent.clear()
-    dispatch._look_at_cluster()
-    assert resent == [("stalled", 1), 3]
+    dispatch.signs.last, pool.next_look = now - 150, 0.0
+    recalled.clear()
+    pool.look_at_cluster()
+    assert recalled == [("stalled", 1, "a"), 3]
+    assert list(pool.again) == [Attempt(3, 1)]
 
 
 def test_an_adaptive_cluster_grows_and_shrinks(slow_collection: Path, tmp_path: Path) -> None:
@@ -239,14 +242,14 @@ def test_ranking_tells_that_it_goes_on() -> None:
         address = "a"
 
         def log_event(self, topic: str, sign: dict[str, object]) -> None:
-            told.append((topic, sign["worker"]))
+            told.append((topic, sign["run"], sign["worker"]))
 
-    terms = RunContext("token", "", "", None, beat=0.02, patience=1)
-    beat = _Heartbeat(Told(), WorkItem(ShardTask(3, (), None, None, None), terms))  # type: ignore[arg-type]
+    context = RunContext("token", "", "", None, beat=0.02, patience=1)
+    beat = _Heartbeat(Told(), WorkItem(ShardTask(3, (), None, None, None), context))  # type: ignore[arg-type]
     with beat.steadily():
         time.sleep(0.3)
     count = len(told)
     assert count > 5
-    assert set(told) == {("reducer-token", "a")}
+    assert set(told) == {(TOPIC, "token", "a")}
     time.sleep(0.1)
     assert len(told) == count

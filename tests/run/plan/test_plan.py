@@ -130,10 +130,10 @@ def test_tasks_travel_small(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("id,landmark_id\n" + "\n".join(lines) + "\n")
     for size in (1000, 10_000):
         plan = plan_of(tmp_path, path_template=None, partition_images=size)
-        terms = RunContext(
+        context = RunContext(
             "f" * 32, "f" * 16, "f" * 16, with_paths(path_rule(plan.job), plan.read)["path"][0].as_py(), 10.0, 600.0
         )
         errand = PartitionTasks(plan.job, plan.numbered(1).partitions())
-        works = [WorkItem(errand.task(index), terms) for index in errand.rows]
+        works = [WorkItem(errand.task(index), context) for index in errand.rows]
         assert len(works) == 10_000 // size
-        assert len(dumps(as_bag("work_off", works).__dask_graph__())) < 20 * 10_000 + 5_000 * len(works)
+        assert len(dumps(as_bag("run_item", works).__dask_graph__())) < 20 * 10_000 + 5_000 * len(works)
