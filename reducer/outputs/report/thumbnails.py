@@ -132,7 +132,7 @@ class PictureBatch:
 
 @dataclass(frozen=True)
 class PictureSettings:
-    """How pictures are drawn on workers; travels inside a Dask task, which may be printed.
+    """Settings of pictures that workers draw; travels inside a Dask task, which may be printed.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""Whether all workers can do their part alike: what they have, what they see, the model they need."""
+"""Check that all workers can do their part alike: their versions, access to photos, the model they need."""
 
 from __future__ import annotations
 
@@ -24,14 +24,19 @@ from reducer.storage.location import PhotoRef
 
 
 def check_same_environment(client: Client, settings: PhotoSettings) -> Environment:
-    """What all workers have in common that decides a hash.
+    """Find out what decides hashes on the workers, and refuse workers that differ in it.
 
     Parameters
     ----------
     client : distributed.Client
-        Of the cluster.
+        Client of the cluster.
     settings : PhotoSettings
         How photos are hashed: the probes are hashed in the same way.
+
+    Returns
+    -------
+    Environment
+        Of one of them; all hash alike.
 
     Raises
     ------
@@ -39,19 +44,19 @@ def check_same_environment(client: Client, settings: PhotoSettings) -> Environme
         If workers differ from each other in what decides a hash. Other differences are logged as warnings.
     """
     try:
-        found: dict[str, Environment] = client.run(environment, settings)
+        environments: dict[str, Environment] = client.run(environment, settings)
     except InputError as error:
         raise InputError(f"a worker cannot take part: {error}") from None
     except OSError as error:
         raise ClusterError(f"a worker went away before the run began: {one_line(error)}; run this again") from None
-    if not found:
+    if not environments:
         raise ClusterError("all workers went away before the run began; run this again")
-    errors, warnings_ = differences({f"worker {worker}": own for worker, own in sorted(found.items())})
+    errors, cautions = differences({f"worker {worker}": process for worker, process in sorted(environments.items())})
     if errors:
         raise InputError("; ".join(errors))
-    for line in warnings_:
+    for line in cautions:
         log.warning("%s", line)
-    return found[min(found)]
+    return environments[min(environments)]
 
 
 class ShipModel(UploadFile):
@@ -59,7 +64,7 @@ class ShipModel(UploadFile):
 
     def __init__(self, path: str, digest: str, client: str) -> None:
         super().__init__(path, load=False)
-        # Of this client's own: another run may have the same model there, and end before this one.
+        # One per client: another run may have the same model there, and end before this one.
         self.digest, self.filename, self.name = digest, f"reducer-{digest}-{client}.onnx", f"reducer-{digest}-{client}"
 
     async def setup(self, worker: Any) -> None:
@@ -75,14 +80,14 @@ class ShipModel(UploadFile):
 
 @contextmanager
 def model_everywhere(client: Client | None, job: ResolvedJob) -> Iterator[None]:
-    """See to it that the model of a job, if it has one, is where photos are embedded.
+    """Bring the model of a job, if it has one, to where photos are embedded.
 
     Parameters
     ----------
     client : distributed.Client or None
-        Of the cluster; None for this process.
+        Client of the cluster; None for this process.
     job : ResolvedJob
-        The job, with its model read.
+        The job.
 
     Raises
     ------
@@ -110,14 +115,14 @@ def check_photo_access(client: Client, job: ResolvedJob, photos: Sequence[PhotoR
     Parameters
     ----------
     client : distributed.Client
-        Of the cluster.
+        Client of the cluster.
     job : ResolvedJob
-        Job whose photos they are.
+        The job.
     photos : sequence of str or ByteRange
-        A few of them, or pieces of their shards. The first is read; the next one where nobody can read it, for that
+        A few of its photos, or pieces of its shards. The first is read; the next one if nobody can read it, for that
         tells nothing.
     wait : float
-        Seconds after which a host has to have answered.
+        Seconds that the hosts have to answer.
 
     Returns
     -------
@@ -129,7 +134,7 @@ def check_photo_access(client: Client, job: ResolvedJob, photos: Sequence[PhotoR
     InputError
         If only some hosts can read a photo, or this process can and the workers cannot.
     ClusterError
-        If one does not answer.
+        If a host does not answer.
     """
     from distributed.comm.addressing import get_address_host
 
@@ -138,13 +143,13 @@ def check_photo_access(client: Client, job: ResolvedJob, photos: Sequence[PhotoR
         workers_on.setdefault(get_address_host(worker), []).append(worker)
     stop = time.monotonic() + wait
     for photo in photos:
-        found = _on_hosts(client, workers_on, stop, read_failure, photo, job.photo_settings, job.source)
-        blind = {host: failure for host, failure in sorted(found.items()) if failure is not None}
-        if not found:  # all of them have gone meanwhile
+        failures = _on_hosts(client, workers_on, stop, read_failure, photo, job.photo_settings, job.source)
+        blind = {host: failure for host, failure in sorted(failures.items()) if failure is not None}
+        if not failures:  # all workers have gone meanwhile
             return None
         if not blind:
             return photo
-        if len(blind) < len(found) or read_failure(photo, job.photo_settings, job.source) is None:
+        if len(blind) < len(failures) or read_failure(photo, job.photo_settings, job.source) is None:
             raise InputError(_blind(job, photo, blind))
         if time.monotonic() > stop:
             break

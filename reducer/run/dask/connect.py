@@ -1,4 +1,4 @@
-"""Where a job runs: connect to a Dask cluster, or start one, and close what was started."""
+"""Connect to a Dask cluster, or start one, and close what was started."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LOCAL_CLUSTER = "distributed.LocalCluster"
 #: How long closing a cluster may take before its workers are killed, in seconds.
 CLOSE_TIMEOUT = 5
 
-#: Ours for clusters that we start.
+#: Dask's settings for clusters that we start.
 DASK_SETTINGS: dict[str, Any] = {
     # A worker gets no task before it has a thread for it: the death of one is blamed on nothing that only waited.
     "distributed.scheduler.worker-saturation": 1.0,
@@ -47,14 +47,14 @@ DASK_SETTINGS: dict[str, Any] = {
     "distributed.nanny.pre-spawn-environ.MALLOC_MMAP_THRESHOLD_": 2**25,
 }
 
-#: And for those whose workers are processes on this machine: `dask_setup`, below.
+#: Dask's settings for clusters whose workers are processes on this machine: `dask_setup`, below.
 LOCAL_SETTINGS = {"distributed.worker.preload": ["reducer.run.dask.connect"]}
 #: What to install where a cluster class cannot be imported.
 EXTRAS = {"asyncssh": "reducer[ssh]", "dask_jobqueue": "reducer[slurm]", "dask_kubernetes": "reducer[kubernetes]"}
 
 
 def planned_threads(spec: ClusterSpec) -> int | None:
-    """Worker threads that a spec asks for, or None where only the running cluster can tell."""
+    """Return the worker threads that a spec asks for, or None if only the running cluster can tell."""
     if spec.serial:
         return 1
     if spec.address or spec.class_path:
@@ -63,18 +63,18 @@ def planned_threads(spec: ClusterSpec) -> int | None:
 
 
 def expected_threads(client: Client, spec: ClusterSpec) -> int:
-    """Worker threads that there are, or will be when all workers that were asked for have joined."""
-    now = client.nthreads()
+    """Return the worker threads that there are, or will be when all workers that were asked for have joined."""
+    workers = len(client.nthreads())
     asked = spec.scale or (spec.adapt[1] if spec.adapt else 0)
     threads = worker_threads(client)
-    return max(1, threads, asked * threads // max(1, len(now)))
+    return max(1, threads, asked * threads // max(1, workers))
 
 
 @contextmanager
 def connect(spec: ClusterSpec) -> Iterator[Client]:
-    """A client of the cluster that ``spec`` describes.
+    """Connect to the cluster that ``spec`` describes, or start it.
 
-    A cluster that is started here is closed at the end, whatever happens; one that was given by address is left
+    A cluster that is started here is closed at the end, whatever happens; a cluster that was given by address is left
     as it is.
 
     Parameters
@@ -127,7 +127,7 @@ def connect(spec: ClusterSpec) -> Iterator[Client]:
 
 
 def dask_setup(worker: object) -> None:
-    """Dask's hook in each worker process of a cluster on this machine that we start (its ``preload``), before any task.
+    """Set up a worker process of a cluster on this machine that we start, before any task (Dask's ``preload`` hook).
 
     Ctrl-C reaches the workers too: they leave it to the client, which closes them. And C libraries (libtiff) write
     about broken photos straight to stderr, through the progress bar: that goes nowhere, Python's own stderr stays.
@@ -148,7 +148,7 @@ def dask_setup(worker: object) -> None:
 
 
 def _worth_saying(record: logging.LogRecord) -> bool:
-    """Not so of a heartbeat that is cut off: the scheduler lives in the client's process, which is then stopping."""
+    """Drop the record of a heartbeat that is cut off: the scheduler lives in the client, which is stopping."""
     return not str(record.msg).startswith("Failed to communicate with scheduler during heartbeat")
 
 
@@ -169,12 +169,12 @@ def refuse_import_of_main() -> None:
 
 
 def worker_threads(client: Client) -> int:
-    """Threads of all workers that are there now."""
+    """Return the threads of all workers that are there now."""
     return int(sum(client.nthreads().values()))
 
 
 def dashboard(client: Client) -> str | None:
-    """Address of the dashboard, or None when there is none (it needs bokeh where the scheduler runs)."""
+    """Return the address of the dashboard; None if there is none (it needs bokeh where the scheduler runs)."""
     if not client.run_on_scheduler(_has_bokeh):
         return None
     link: str = client.dashboard_link
@@ -207,7 +207,7 @@ def _tls_hint(spec: ClusterSpec) -> str:
 
 
 def _security(files: TLS | None) -> Any:
-    """Dask's own object: the same pair serves client, scheduler and workers."""
+    """Return Dask's own object: one pair serves client, scheduler and workers."""
     if files is None:
         return None
     from distributed import Security
@@ -263,7 +263,7 @@ def _cluster_class(path: str) -> Any:
 
 
 def _install_hint(error: BaseException) -> str:
-    """Which package to install, where one is missing."""
+    """Say which package to install, if one is missing."""
     while error is not None and not isinstance(error, ImportError):
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
     if error is None:

@@ -1,4 +1,4 @@
-"""The executor of a run: this process, or the workers of a cluster."""
+"""Choose the executor of a run: this process, or the workers of a cluster."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Workers:
-    """Where work is done.
+    """The place where tasks run.
 
     Attributes
     ----------
     client : distributed.Client or None
-        Of a cluster; None for this process.
+        Client of a cluster; None for this process.
     spec : ClusterSpec
-        Of the cluster.
+        The cluster.
     """
 
     client: Client | None
@@ -32,14 +32,14 @@ class Workers:
     def take(
         self, errand: PartitionTasks | ShardTasks, before: InProcess | Dispatch | None = None
     ) -> InProcess | Dispatch:
-        """Get ready to do something.
+        """Prepare an executor for a stage of a run.
 
         Parameters
         ----------
         errand : PartitionTasks or ShardTasks
-            What is to be done.
+            The tasks of the stage.
         before : InProcess or Dispatch, optional
-            What this goes on from.
+            The executor of the stage before.
 
         Raises
         ------
@@ -48,5 +48,4 @@ class Workers:
         """
         if self.client is None:
             return InProcess(errand)
-        going_on = before if isinstance(before, Dispatch) else None
-        return Dispatch(self.client, errand, self.spec, going_on)
+        return Dispatch(self.client, errand, self.spec, before if isinstance(before, Dispatch) else None)

@@ -55,7 +55,7 @@ Value = TypeVar("Value", bound=Hashable)
 
 @dataclass(frozen=True)
 class Environment:
-    """What decides the hashes of one process.
+    """All that decides the hashes of one process.
 
     Attributes
     ----------
