@@ -9,6 +9,7 @@ from contextlib import closing, contextmanager, suppress
 from typing import Any
 
 from distributed import Client
+from distributed.comm.addressing import get_address_host
 from distributed.diagnostics.plugin import UploadFile
 
 from reducer.config.job import Job
@@ -136,8 +137,6 @@ def check_photo_access(client: Client, job: ResolvedJob, photos: Sequence[PhotoR
     ClusterError
         If a host does not answer.
     """
-    from distributed.comm.addressing import get_address_host
-
     workers_on: dict[str, list[str]] = {}
     for worker in sorted(client.nthreads()):
         workers_on.setdefault(get_address_host(worker), []).append(worker)
