@@ -1,4 +1,4 @@
-"""A new reduced list from the ledger of a run: no photo is read."""
+"""A new reduced list, cut from the ledger of a run without reading a photo."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from reducer.config.settings import unit_of
 from reducer.errors import InputError
 from reducer.run.folder import HASHES, IMAGES, OWN_FILES, SUMMARY, RunFolder
 from reducer.run.folder.lists import as_reduced, reduced_file
-from reducer.selection.rules import DECIDING, NeedsRanksError, select
+from reducer.selection.rules import DECIDING, NeedsRanksError, Selection, select
 from reducer.storage.atomic import write_file
 from reducer.storage.location import Location, absolute, is_url
 from reducer.storage.schemas import REDUCED_COLUMNS, with_distance_unit
 from reducer.storage.tables import counts
 
-#: Endings of a reduced list, and what they mean.
+#: Format of a reduced list by the ending of its name.
 KINDS = {".csv": "csv", ".parquet": "parquet"}
 
 
@@ -36,20 +36,20 @@ class CutResult:
     Attributes
     ----------
     rules : CutRules
-        How.
+        Rules that the list was cut by.
     photos, labels, bytes : int
-        Kept photos, the labels that they are of, and their bytes as far as those are known.
+        Kept photos, their labels, and their size in bytes as far as it is known.
     photos_of_unknown_size : int
         Kept photos that were not read.
     reasons : dict of str to int
-        What became of the photos of the ledger.
+        Photos of the ledger by the reason why they are kept or left out.
     smallest_distance : float or None
         The smallest insertion distance kept, in ``unit``; None where no label keeps two ranked photos.
     reached : float or None
         With a budget: the effective distance of the last photo that it had room for beyond those guaranteed,
         in ``unit``.
     unit : {"bits", "cosine"}
-        What distances are told in.
+        Unit of distances.
     """
 
     rules: CutRules
@@ -86,23 +86,23 @@ def cut(
     min_per_label: int | None = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> CutResult:
-    """Choose anew from the photos that a run has ranked.
+    """Cut a new reduced list from the photos that a run has ranked.
 
     Parameters
     ----------
     run : path
         The run folder, a local path or a URL. The run must be finished.
     output : path, optional
-        Where the list is written, as ``.csv`` (the manifest's own two columns) or ``.parquet``.
+        File to write the list to, ``.csv`` (the manifest's id and label columns) or ``.parquet``.
     min_distance, keep, total, max_bytes, min_per_label
-        As for `CutRules`, but that ``keep`` has no default: no limit. ``max_bytes`` may be text such as ``20GB``.
+        As for `CutRules`; without ``keep`` there is no limit per label. ``max_bytes`` may be text such as ``20GB``.
     storage_options : mapping, optional
-        What opens ``run`` and ``output`` where they are URLs.
+        fsspec options that open ``run`` and ``output`` where they are URLs.
 
     Raises
     ------
     InputError
-        If the rules, the run or ``output`` are wrong, or they need ranks of photos that were not read.
+        If the rules, the run or ``output`` are wrong, or the rules need ranks of photos that were not read.
 
     Examples
     --------
@@ -112,7 +112,6 @@ def cut(
     rules = CutRules(min_distance, keep, total, max_bytes, min_per_label)
     folder = RunFolder(Location(str(run), storage_options or {}))
     summary = folder.finished()
-    unit = unit_of(summary["job"])
     target = None if output is None else _target(folder, summary, Location(str(output), storage_options or {}))
 
     ledger = folder.whole_ledger(summary, ["row", "id", *REDUCED_COLUMNS, *DECIDING])
@@ -123,9 +122,16 @@ def cut(
             f"{error}, which this cut needs. First: reducer resume {folder.path} --rank-all (it ranks the "
             f"{error.unranked.unread:,} photos of labels that were kept whole, and looks at no other)"
         ) from None
-    rows = ledger.filter(pa.array(selection.kept))
-    job = summary["job"]
-    result = CutResult(
+    result = _result(ledger.filter(pa.array(selection.kept)), rules, selection, summary["job"])
+    if target is not None:
+        table = with_distance_unit(result._table, result.unit)
+        write_file(target, reduced_file(table, KINDS[Path(target.path).suffix]))
+    return result
+
+
+def _result(rows: pa.Table, rules: CutRules, selection: Selection, job: Mapping[str, Any]) -> CutResult:
+    """Return the figures of a list, from its rows of the ledger."""
+    return CutResult(
         rules=rules,
         photos=rows.num_rows,
         labels=pc.count_distinct(rows["label"]).as_py(),
@@ -134,25 +140,21 @@ def cut(
         reasons=counts(selection.reason),
         smallest_distance=pc.min(rows["insertion_distance"]).as_py(),
         reached=selection.reached,
-        unit=unit,
+        unit=unit_of(job),
         _rows=rows,
         _columns=(job["id_column"], job["label_column"]),
     )
-    if target is not None:
-        table = with_distance_unit(result._table, unit)
-        write_file(target, reduced_file(table, KINDS[Path(target.path).suffix]))
-    return result
 
 
 def _target(folder: RunFolder, summary: dict[str, Any], output: Location) -> Location:
-    """Where a list may be written."""
+    """Return the file to write a list to, refusing one that cannot be written or belongs to the run."""
     if Path(output.path).suffix not in KINDS:
         raise InputError(f"--output {output.path}: the name must end in .csv or .parquet, which says what is written")
     manifest = summary["job"]["manifest"]
-    own = [folder.place.below(name).path for name in (SUMMARY, *OWN_FILES)]
+    files = [folder.place.below(name).path for name in (SUMMARY, *OWN_FILES)]
     name = _resolved(output.path)
     inside = any(name.startswith(_resolved(folder.place.below(sub).path) + "/") for sub in (IMAGES, HASHES))
-    if name in map(_resolved, own) or inside or (manifest is not None and name == _resolved(manifest)):
+    if name in map(_resolved, files) or inside or (manifest is not None and name == _resolved(manifest)):
         raise InputError(f"--output {output.path} is a file of the run itself: give another name")
     if not output.remote:
         path = Path(output.path)
@@ -163,13 +165,13 @@ def _target(folder: RunFolder, summary: dict[str, Any], output: Location) -> Loc
 
 
 def _resolved(path: str) -> str:
-    """A path that is the same for all spellings of it."""
+    """Return the one path that all spellings of a path share."""
     local = path.removeprefix("file://")
     return absolute(path) if is_url(local) else os.path.realpath(local)
 
 
 def _always_kept(folder: RunFolder, job: Mapping[str, Any], rows: pa.ChunkedArray) -> NDArray[np.bool_]:
-    """Which rows of a ledger are of photos that are always kept."""
+    """Mark the rows of a ledger whose photos are always kept."""
     if job["always_keep"] is None:
         return np.zeros(len(rows), dtype=bool)
     saved = folder.plan.read()

@@ -1,4 +1,4 @@
-"""The story of one photo, from the ledger of a run."""
+"""The story of one photo, read from the ledger of a run."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ from reducer.storage.schemas import (
 
 @dataclass(frozen=True)
 class Story:
-    """What a run made of one photo under one label.
+    """The result of a run for one photo under one label.
 
     Attributes
     ----------
     row : dict
-        Its row of the ledger.
+        The photo's row of the ledger.
     why : str
-        What its reason means here.
+        Explanation of its reason.
     label_photos, label_ranked, label_kept : int
-        Photos of its label, those with a rank, and the kept ones.
+        Photos of its label, ranked photos and kept photos among them.
     nearest : dict or None
         ``id`` and ``path`` of the kept photo nearest to it; None if it is kept, or none is known.
     near_copy_bits : int
-        At most so far apart, in bits, two photos are near copies.
+        Distance in bits up to which two photos are near copies.
     unit : {"bits", "cosine"}
-        What the distances in ``row`` are told in.
+        Unit of the distances in ``row``.
     other_labels : list of dict
-        ``id``, ``label`` and ``distance`` of photos of other labels that are near copies, as far as
-        ``cross_label.parquet`` tells.
+        ``id``, ``label`` and ``distance`` in bits of near copies under other labels, read from
+        ``cross_label.parquet`` where there is one.
     """
 
     row: dict[str, Any]
@@ -62,21 +62,21 @@ class Story:
 
 
 def explain(run: Path | str, photo: str, *, storage_options: Mapping[str, Any] | None = None) -> list[Story]:
-    """Tell what a run made of a photo.
+    """Explain the result of a run for one photo.
 
     Parameters
     ----------
     run : path
-        The run folder, a local path or a URL; what an unfinished run has written so far counts.
+        The run folder, a local path or a URL; of an unfinished run, what it has written so far.
     photo : str
         The photo's id.
     storage_options : mapping, optional
-        What opens ``run`` where it is a URL.
+        fsspec options that open ``run`` where it is a URL.
 
     Returns
     -------
     list of Story
-        One for each label that the id stands under, at least one.
+        One story per label that the id stands under, at least one.
 
     Raises
     ------
@@ -85,20 +85,19 @@ def explain(run: Path | str, photo: str, *, storage_options: Mapping[str, Any] |
     """
     folder = RunFolder(Location(str(run), storage_options or {}))
     summary = folder.summary()
-    own = folder.parts.ledger(where=pc.field("id") == photo)
-    if not own.num_rows:
+    rows = folder.parts.ledger(where=pc.field("id") == photo)
+    if not rows.num_rows:
         raise InputError(_missing(folder, summary, photo))
-    labels = folder.parts.ledger(where=pc.field("label").isin(pc.unique(own["label"])))
+    labels = folder.parts.ledger(where=pc.field("label").isin(pc.unique(rows["label"])))
     rules = CutRules(**{name: summary["job"][name] for name in ("min_distance", "total", "max_bytes")})
-    unfiltered = summary["status"] != "done" and (rules.has_budget or rules.min_distance is not None)
+    unfiltered = summary["status"] != "done" and rules.needs_all_ranks
     pairs = folder.lists.cross_label_of(photo)
     stories = []
-    for row in own.to_pylist():
+    for row in rows.to_pylist():
         label = labels.filter(pc.equal(labels["label"], row["label"]))
         nearest = None
         if not row["kept"] and row["nearest_kept"] is not None:
-            found = label.filter(pc.equal(label["id"], row["nearest_kept"])).select(["id", "path"])
-            nearest = found.to_pylist()[0]
+            nearest = label.filter(pc.equal(label["id"], row["nearest_kept"])).select(["id", "path"]).to_pylist()[0]
         ranked = len(label) - label["rank"].null_count
         kept = pc.sum(label["kept"]).as_py()
         stories.append(
@@ -111,14 +110,14 @@ def explain(run: Path | str, photo: str, *, storage_options: Mapping[str, Any] |
                 nearest=nearest,
                 near_copy_bits=near_copy_bits(summary["job"]["hash_size"] ** 2),
                 unit=unit_of(summary["job"]),
-                other_labels=[pair for label_of_it, pair in pairs if label_of_it == row["label"]],
+                other_labels=[pair for own_label, pair in pairs if own_label == row["label"]],
             )
         )
     return stories
 
 
 def _missing(folder: RunFolder, summary: dict[str, Any], photo: str) -> str:
-    """Why a photo is not in the ledger."""
+    """Say why a photo is not in the ledger."""
     saved = folder.plan.read() if summary["status"] != "done" else None
     if saved is not None and pc.any(pc.equal(saved[0]["id"], photo)).as_py():
         return f"photo {photo!r} is not in the ledger yet: the run is not finished (reducer status {folder.path})"
@@ -126,7 +125,7 @@ def _missing(folder: RunFolder, summary: dict[str, Any], photo: str) -> str:
 
 
 def _why(row: dict[str, Any], job: dict[str, Any], photos: int, run: str, unfiltered: bool) -> str:
-    """What a photo's reason means."""
+    """Explain a photo's reason."""
     keep = job["keep"]
     budget = f"--total {job['total']}" if job["total"] is not None else f"--max-bytes {job['max_bytes']}"
     if unfiltered and row["rank"] is not None:

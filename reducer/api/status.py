@@ -1,4 +1,4 @@
-"""How far a run is, from what it has written; the run itself is not asked."""
+"""The progress of a run, from what it has written; the run itself is not asked."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ from reducer.storage.lock import holder
 
 @dataclass(frozen=True)
 class Status:
-    """How far a run is.
+    """Progress of a run.
 
     Attributes
     ----------
     state : str
-        In words: at work, done, or how it ended and how to go on.
+        In words: at work, done, or how it ended and how to continue it.
     done : int
         Photos that are hashed.
     to_read : int or None
-        Photos that are to be; None where shards have yet to tell.
+        Photos to be hashed in all; None where shards have yet to tell.
     reused : int
-        Those of them whose hashes came from an earlier run.
+        Photos whose hashes came from an earlier run.
     partitions_done, partitions : int
-        Partitions that are ranked, and all.
+        Partitions that are ranked, and partitions in all.
     shards_done, shards : int
-        Tar shards that are read, and all; 0 for single files.
+        Tar shards that are read, and shards in all; 0 for single files.
     failures : dict of str to int
         Photos that failed, by kind.
     rate : float or None
-        Photos read a second, as last noted; None if it is not known.
+        Photos read per second, as last noted; None if it is not known.
     seconds_left : float or None
-        What is left at this rate; None unless it is at work.
+        Seconds left at this rate; None unless the run is at work.
     """
 
     state: str
@@ -60,14 +60,14 @@ class Status:
 
 
 def status(run: Path | str, *, storage_options: Mapping[str, Any] | None = None) -> Status:
-    """Look how far a run is.
+    """Read how far a run is.
 
     Parameters
     ----------
     run : path
         The run folder, a local path or a URL.
     storage_options : mapping, optional
-        What opens it where it is a URL.
+        fsspec options that open ``run`` where it is a URL.
 
     Raises
     ------
@@ -115,16 +115,16 @@ def status(run: Path | str, *, storage_options: Mapping[str, Any] | None = None)
 
 
 def _state(folder: RunFolder, summary: dict[str, Any]) -> tuple[str, bool]:
-    """What a run is at, in words; and whether it is at work."""
+    """Return the state of a run in words, and whether it is at work."""
     if summary["status"] == "done":
         return "done", False
     try:
-        held = holder(folder.place)
+        owner = holder(folder.place)
     except InputError as error:  # an unreadable lock
         return f"perhaps at work ({error})", False
-    if held is not None and held.alive is not False:
-        unsure = "" if held.alive else "; whether it still runs cannot be seen from here"
-        return f"at work ({held}{unsure})", True
+    if owner is not None and owner.alive is not False:
+        unsure = "" if owner.alive else "; whether it still runs cannot be seen from here"
+        return f"at work ({owner}{unsure})", True
     ended = "stopped" if summary["status"] == "stopped" else "ended without a word (killed?)"
-    held_still = " --break-lock" if held is not None and folder.place.remote else ""
-    return f"{ended}; go on with: reducer resume {folder.path}{held_still}", False
+    break_lock = " --break-lock" if owner is not None and folder.place.remote else ""
+    return f"{ended}; go on with: reducer resume {folder.path}{break_lock}", False

@@ -124,3 +124,13 @@ def check_bits(name: str, value: object, bits: int) -> None:
 def flag(name: str) -> str:
     """Return the flag of a field, as the command line writes it."""
     return "--" + name.replace("_", "-")
+
+
+def is_whole(value: object) -> bool:
+    """Tell whether a value is a whole number, and not true or false."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def shown(value: object) -> str:
+    """Return a value as a message shows it: without the content of lists and mappings, which may be a secret."""
+    return f"a {type(value).__name__}" if isinstance(value, dict | list) else repr(value)

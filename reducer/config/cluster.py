@@ -1,46 +1,37 @@
-"""Where a job runs (`ClusterSpec`), and the YAML file that says so: validated before anything starts."""
+"""The place where a job runs (`ClusterSpec`): checked before anything starts. `cluster_file` reads it from YAML."""
 
 from __future__ import annotations
 
-import math
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from reducer.config.checks import flag, known_keys
-from reducer.config.job import Job
+from reducer.config.checks import flag, is_whole, shown
 from reducer.errors import InputError
-from reducer.formatting import parse_seconds
-
-if TYPE_CHECKING:
-    import yaml
 
 SHIP_CODE_NAMES = ("auto", "never")
-#: Arguments of cluster classes that say how many workers there are, as `scale` and `adapt` do.
+#: Arguments of cluster classes that decide the number of workers, as `scale` and `adapt` do.
 OWN_SIZE = ("n_workers", "hosts", "n", "workers")
-#: What stands around the name of a variable while the file is read as YAML: of Unicode's private use.
-BEGIN, END = "\ue000", "\ue001"
 TLS_SCHEMES = ("tls://", "wss://")
 
 
 @dataclass(frozen=True)
 class TLS:
-    """Files for encrypted connections, PEM; a cluster that we start uses the same pair on every side.
+    """PEM files for encrypted connections; a cluster that Reducer starts uses the same pair on every side.
 
     Attributes
     ----------
     ca_file : str
-        Certificates of whom to trust.
+        Certificates of the authorities to trust.
     client_cert, client_key : str
-        Ours.
+        Certificate and key of this process.
 
     Raises
     ------
     InputError
-        If one is not there.
+        If a file cannot be read.
     """
 
     ca_file: str
@@ -56,18 +47,18 @@ class TLS:
 
 @dataclass(frozen=True)
 class WorkerRules:
-    """How many workers a run waits for, for how long, and whether they get our code.
+    """Rules for the workers of a run: their number, how long to wait for them, and the code they run.
 
     Attributes
     ----------
     min : int
-        The run begins when so many workers have joined.
+        Workers that must have joined before the run begins.
     wait : float
         Seconds that a run goes without a worker (at its beginning: without `min` of them) before it ends.
     stall : float
         Seconds after which a partition that makes no progress is given to another worker.
     ship_code : {"auto", "never"}
-        Whether our package is sent to workers that lack it, or have another version.
+        Whether this package is sent to workers that lack it, or have another version.
 
     Raises
     ------
@@ -81,7 +72,7 @@ class WorkerRules:
     ship_code: str = "auto"
 
     def __post_init__(self) -> None:
-        if not _is_whole(self.min) or self.min < 1:
+        if not is_whole(self.min) or self.min < 1:
             raise InputError(f"workers: min is {self.min!r}: expected a whole number of 1 or more")
         for name in ("wait", "stall"):
             _check_seconds(f"workers: {name}", getattr(self, name))
@@ -91,35 +82,35 @@ class WorkerRules:
 
 @dataclass(frozen=True)
 class ClusterSpec:
-    """Where a job runs: in this process, on a LocalCluster of ours, on a cluster class, or at an address.
+    """The place where a job runs: this process, a LocalCluster, a cluster of a Dask class, or a running scheduler.
 
     Attributes
     ----------
     workers : int, optional
         Processes of a LocalCluster; default the CPUs that this process may use; 0 runs the job in this process.
     threads : int, optional
-        Threads a worker of the LocalCluster; default 1.
+        Threads per worker of the LocalCluster; default 1.
     address : str, optional
-        Of a running scheduler, such as ``tcp://10.0.0.1:8786``; it is never closed.
+        Address of a running scheduler, such as ``tcp://10.0.0.1:8786``; it is never closed.
     class_path : str, optional
         Dotted path of a Dask deployment class, which is started and closed.
     kwargs : mapping
-        Its arguments. They may hold secrets: not shown and not stored.
+        Arguments of the class. They may hold secrets: not shown and not stored.
     scale : int, optional
-        Workers that a class is asked for.
+        Workers that the class is asked for.
     adapt : tuple of int, optional
-        The fewest and the most workers that a class is asked for, as the work demands.
+        Smallest and largest number of workers that the class is asked for, as the work demands.
     timeout : float
         Seconds that a scheduler may take to answer.
     security : TLS, optional
         Files for encrypted connections.
     rules : WorkerRules
-        How workers are waited for.
+        Rules for the workers.
 
     Raises
     ------
     InputError
-        If they contradict each other.
+        If a value is out of its range or two contradict each other.
     """
 
     workers: int | None = None
@@ -148,7 +139,7 @@ class ClusterSpec:
             )
         for name, least in (("workers", 0), ("threads", 1)):
             value = getattr(self, name)
-            if value is not None and (not _is_whole(value) or value < least):
+            if value is not None and (not is_whole(value) or value < least):
                 raise InputError(f"{flag(name)} is {value!r}: expected a whole number of {least} or more")
         if self.workers == 0 and self.threads is not None:
             raise InputError("--workers 0 runs in this process, one photo at a time: leave --threads out")
@@ -157,20 +148,20 @@ class ClusterSpec:
         self._check_security()
 
     def _check_size(self) -> None:
-        """Refuse whatever says twice, or in vain, how many workers there are."""
+        """Refuse options that set the number of workers twice, or without effect."""
         if self.class_path is None:
             for name in ("kwargs", "scale", "adapt"):
                 if getattr(self, name):
                     raise InputError(f"cluster: {name} {'need' if name == 'kwargs' else 'needs'} a class")
         if self.scale is not None and self.adapt is not None:
             raise InputError("cluster: scale and adapt exclude each other: give one")
-        if self.scale is not None and (not _is_whole(self.scale) or self.scale < 1):
-            raise InputError(f"cluster: scale is {_shown(self.scale)}: expected a whole number of 1 or more")
+        if self.scale is not None and (not is_whole(self.scale) or self.scale < 1):
+            raise InputError(f"cluster: scale is {shown(self.scale)}: expected a whole number of 1 or more")
         if self.adapt is not None:
             least, most = self.adapt
-            if not (_is_whole(least) and _is_whole(most) and 0 <= least <= most and most >= 1):
+            if not (is_whole(least) and is_whole(most) and 0 <= least <= most and most >= 1):
                 raise InputError(
-                    f"cluster: adapt has minimum {_shown(least)} and maximum {_shown(most)}: expected whole numbers, "
+                    f"cluster: adapt has minimum {shown(least)} and maximum {shown(most)}: expected whole numbers, "
                     "the maximum 1 or more and no less than the minimum"
                 )
             if least < self.rules.min:
@@ -192,6 +183,7 @@ class ClusterSpec:
             )
 
     def _check_security(self) -> None:
+        """Refuse TLS files that would not be used."""
         if self.security is None:
             return
         if "security" in self.kwargs:
@@ -206,7 +198,7 @@ class ClusterSpec:
 
     @property
     def serial(self) -> bool:
-        """Whether the job runs in this process, without Dask."""
+        """True if the job runs in this process, without Dask."""
         return self.workers == 0
 
     @classmethod
@@ -216,199 +208,19 @@ class ClusterSpec:
         Parameters
         ----------
         path : str or Path
-            The file; its keys are explained in the one at the top of the repository. ``job`` is not looked at.
+            The file; the one at the top of the repository explains its keys. ``job`` is not looked at.
 
         Raises
         ------
         InputError
             If it cannot be read or is not of the form.
         """
+        from reducer.config.cluster_file import ClusterFile
+
         return ClusterFile.read(path).spec
 
 
-@dataclass(frozen=True)
-class ClusterFile:
-    """What ``cluster.yaml`` says.
-
-    Attributes
-    ----------
-    spec : ClusterSpec
-        Where a job runs.
-    job : mapping
-        What the fields of `reducer.Job` are by default.
-    """
-
-    spec: ClusterSpec
-    job: Mapping[str, Any] = field(default_factory=dict, repr=False)
-
-    @classmethod
-    def read(cls, path: str | Path) -> ClusterFile:
-        """Read it.
-
-        Parameters
-        ----------
-        path : str or Path
-            The file.
-
-        Raises
-        ------
-        InputError
-            If it cannot be read or is not of the form. Values that may be secrets are not repeated.
-        """
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"--cluster {path}: {error.strerror or error}") from None
-        except UnicodeDecodeError as error:
-            raise InputError(f"--cluster {path} is no YAML: {error}") from None
-        try:
-            return cls._of(_load(text, path))
-        except InputError as error:
-            line = str(error)
-            raise InputError(line if str(path) in line else f"{path}: {line}") from None
-
-    @classmethod
-    def _of(cls, content: object) -> ClusterFile:
-        top = known_keys("the file", content, ("version", "cluster", "client", "security", "workers", "job"))
-        if not _is_whole(top.get("version")) or top["version"] != 1:
-            raise InputError(f"version is {top.get('version')!r}; this Reducer reads version 1")
-        cluster = known_keys("cluster", top.get("cluster"), ("class", "kwargs", "address", "scale", "adapt"))
-        for key in ("class", "address"):
-            if cluster.get(key) is not None and not isinstance(cluster[key], str):
-                raise InputError(f"cluster: {key} is {_shown(cluster[key])}; expected text")
-        if cluster.get("class") is None and cluster.get("address") is None:
-            raise InputError("cluster needs a class (started for the run) or an address (running already)")
-        kwargs = {} if cluster.get("kwargs") is None else cluster["kwargs"]
-        if not isinstance(kwargs, dict) or not all(isinstance(key, str) for key in kwargs):
-            raise InputError(f"cluster: kwargs is a {type(kwargs).__name__}; expected keys with values")
-        adapt = cluster.get("adapt")
-        if adapt is not None:
-            adapt = known_keys("cluster: adapt", adapt, ("minimum", "maximum"))
-            if "maximum" not in adapt:
-                raise InputError("cluster: adapt needs a maximum")
-            adapt = (1 if adapt.get("minimum") is None else adapt["minimum"], adapt["maximum"])
-
-        client = _section(top, "client", ("timeout",))
-        rules = _section(top, "workers", tuple(rule.name for rule in fields(WorkerRules)))
-        for name in ("wait", "stall"):
-            if name in rules:
-                rules[name] = _seconds(f"workers: {name}", rules[name])
-        spec = ClusterSpec(
-            address=cluster.get("address"),
-            class_path=cluster.get("class"),
-            kwargs=kwargs,
-            scale=cluster.get("scale"),
-            adapt=adapt,
-            security=_security(top),
-            rules=WorkerRules(**rules),
-            timeout=_seconds("client: timeout", client.get("timeout", ClusterSpec.timeout)),
-        )
-        return cls(spec, _section(top, "job", tuple(job.name for job in fields(Job))))
-
-
-def _section(top: Mapping[str, Any], name: str, known: tuple[str, ...]) -> dict[str, Any]:
-    """A part of the file that may be left out; keys without a value are as good as not there."""
-    if top.get(name) is None:
-        return {}
-    return {key: value for key, value in known_keys(name, top[name], known).items() if value is not None}
-
-
-def _security(top: Mapping[str, Any]) -> TLS | None:
-    names = tuple(file.name for file in fields(TLS))
-    files = _section(top, "security", names)
-    if top.get("security") is None:
-        return None
-    for name in names:
-        if not isinstance(files.get(name), str):
-            raise InputError(f"security: {name} is {_shown(files.get(name))}; expected a PEM file")
-    return TLS(**{name: os.path.expanduser(path) for name, path in files.items()})
-
-
-def _seconds(where: str, value: object) -> float:
-    """A length of time as Dask writes it: ``60s``, ``10 minutes``, or a number of seconds."""
-    try:
-        if isinstance(value, bool) or not isinstance(value, str | int | float):
-            raise ValueError(value)
-        seconds = parse_seconds(value) if isinstance(value, str) else float(value)
-        if not math.isfinite(seconds):
-            raise ValueError(value)
-        return seconds
-    except (ValueError, OverflowError):
-        raise InputError(f"{where} is {_shown(value)}: expected a length of time, such as 60s or 10m") from None
-
-
 def _check_seconds(where: str, value: float) -> None:
+    """Refuse a value that is no number of seconds, more than 0."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
         raise InputError(f"{where} is {value!r}: expected more than 0 seconds")
-
-
-def _shown(value: object) -> str:
-    """A value as a message shows it: not what is in lists and mappings, which may be a secret."""
-    return f"a {type(value).__name__}" if isinstance(value, dict | list) else repr(value)
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _load(text: str, path: str | Path) -> object:
-    """YAML, with ``${NAME}`` filled in from the environment, and no key twice."""
-    import yaml
-
-    # Braces mean something to YAML: variables are marked by characters that mean nothing to anybody.
-    marked = re.sub(r"\$\{([^}\n]*)\}", f"{BEGIN}\\1{END}", text)
-    try:
-        loader = yaml.SafeLoader(marked)
-        try:
-            node = loader.get_single_node()
-            if node is None:
-                return None
-            _prepare(node, [], set())
-            return loader.construct_document(node)
-        finally:
-            loader.dispose()
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        # Not the error itself: it shows the line, which may hold a secret.
-        mark = getattr(error, "problem_mark", None)
-        where = f" near line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise InputError(f"--cluster {path} is no YAML that can be read{where} ({type(error).__name__})") from None
-
-
-def _prepare(node: yaml.Node, where: list[str], done: set[int]) -> None:
-    """Fill in the environment below a node; done here so that what a variable holds is never read as YAML."""
-    import yaml
-
-    if id(node) in done:  # an alias
-        return
-    done.add(id(node))
-    if isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key, value in node.value:
-            if not isinstance(key, yaml.ScalarNode) or BEGIN in key.value:
-                raise InputError(f"{': '.join(where) or 'the file'}: a key is no plain text")
-            if key.value in seen and key.value != "<<":
-                raise InputError(f"{': '.join([*where, str(key.value)])} is given twice")
-            seen.add(key.value)
-            _prepare(value, [*where, str(key.value)], done)
-    elif isinstance(node, yaml.SequenceNode):
-        for value in node.value:
-            _prepare(value, where, done)
-    elif isinstance(node, yaml.ScalarNode) and BEGIN in node.value:
-        alone = node.style is None and re.fullmatch(f"{BEGIN}[^{END}]*{END}", node.value)
-        node.value = re.sub(
-            f"(\\$?){BEGIN}([^{END}]*){END}", lambda found: _variable(found, ": ".join(where)), node.value
-        )
-        # As where the number itself stood there; in quotes it stays text.
-        whole = alone and re.fullmatch(r"0|-?[1-9][0-9]*", node.value)
-        node.tag = f"tag:yaml.org,2002:{'int' if whole else 'str'}"
-
-
-def _variable(found: re.Match[str], where: str) -> str:
-    escape, name = found[1], found[2]
-    if escape:
-        return f"${{{name}}}"
-    if name not in os.environ:
-        raise InputError(
-            f"{where}: the environment variable {name!r} is not set; set it, or write $${{...}} for the text itself"
-        )
-    return os.environ[name]

@@ -60,12 +60,12 @@ class CutRules:
 
     @property
     def has_budget(self) -> bool:
-        """Whether photos compete with those of other labels."""
+        """True if photos compete with those of other labels."""
         return self.total is not None or self.max_bytes is not None
 
     @property
     def needs_all_ranks(self) -> bool:
-        """Whether photos can be chosen only when all are ranked."""
+        """True if photos can be chosen only when all are ranked."""
         return self.min_distance is not None or self.has_budget
 
     def with_default_keep(self) -> CutRules:

@@ -1,4 +1,4 @@
-"""What was asked of a run (`Job`). What follows from it: `config.resolved`. Where it runs: `config.cluster`."""
+"""A run as it is asked for (`Job`). `config.resolved` fills in the values in force, `config.cluster` says where."""
 
 from __future__ import annotations
 
@@ -196,12 +196,12 @@ class Job:
 
     @property
     def by_vectors(self) -> bool:
-        """Whether photos are compared by vectors."""
+        """True if photos are compared by vectors."""
         return self.vectors is not None or self.embed is not None
 
     @property
     def hashes_photos(self) -> bool:
-        """Whether photos are read and hashed: with given vectors, only where another option needs the hashes."""
+        """True if photos are read and hashed: with given vectors, only if another option needs the hashes."""
         return (
             self.vectors is None
             or self.near_copy is not None
@@ -218,32 +218,32 @@ class Job:
 
     @property
     def images_location(self) -> Location:
-        """Where the photos are."""
+        """Location of the photos."""
         return Location(self.images, self.storage_options)
 
     @property
     def manifest_location(self) -> Location:
-        """Where the manifest is; an empty path without one."""
+        """Location of the manifest; an empty path without one."""
         return Location(self.manifest or "", self.manifest_storage_options)
 
     @property
     def output_location(self) -> Location:
-        """Where the run folder is."""
+        """Location of the run folder."""
         return Location(self.output, self.output_storage_options)
 
     @property
     def reuse_location(self) -> Location:
-        """Where the earlier run is whose hashes are reused; an empty path without one."""
+        """Location of the earlier run whose hashes are reused; an empty path without one."""
         return Location(self.reuse or "", self.output_storage_options)
 
     @property
     def vectors_location(self) -> Location:
-        """Where the vectors are; an empty path without any."""
+        """Location of the given vectors; an empty path without any."""
         return Location(self.vectors or "", self.storage_options)
 
     @property
     def source(self) -> Source:
-        """How workers read the photos."""
+        """Settings with which workers read the photos."""
         return Source(self.storage_options, self.reader, self.read_ahead)
 
 

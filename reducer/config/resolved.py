@@ -1,4 +1,4 @@
-"""What follows from a job (`ResolvedJob`): the values in force, worked out once per run and handed down."""
+"""The values in force that follow from a job (`ResolvedJob`): worked out once per run and handed down."""
 
 from __future__ import annotations
 
@@ -64,12 +64,12 @@ class ResolvedJob(Job):
 
     @property
     def has_filters(self) -> bool:
-        """Whether photos can be chosen only when all are ranked."""
+        """True if photos can be chosen only when all are ranked."""
         return self.cut_rules.needs_all_ranks
 
     @property
     def reads_all(self) -> bool:
-        """Whether labels with no more than ``keep`` photos are read too: some of theirs may have to be left out."""
+        """True if labels of no more than ``keep`` photos are read too, since some of their photos may be left out."""
         return self.rank_all or self.drop_flat or self.avoid is not None
 
     @property
@@ -101,7 +101,7 @@ class ResolvedJob(Job):
 
 
 def resolve(job: Job) -> ResolvedJob:
-    """Return what follows from a job; opens no file.
+    """Return the values in force that follow from a job; opens no file.
 
     Parameters
     ----------
