@@ -1,4 +1,4 @@
-"""What a run would do, without doing it: counts, and a time estimated from a few photos."""
+"""A dry run: counts of the work that a run would do, and a time estimated from a few photos."""
 
 from __future__ import annotations
 
@@ -20,48 +20,51 @@ from reducer.draw import TIME_SAMPLE, draw_order
 from reducer.photos.process import PhotoResult, embedded, process_photos
 from reducer.run.dask.connect import planned_threads
 from reducer.run.folder import RunFolder
-from reducer.run.known import Reuse, join_known, read_avoided
-from reducer.run.plan.plan import Plan, make_plan
-from reducer.run.prepare import check_vectors
+from reducer.run.known import Reuse, join_known
+from reducer.run.plan.plan import Plan
+from reducer.run.prepare import read_inputs
 from reducer.run.remaining import Remaining
 from reducer.run.tasks.hash_stage import InProcessProcessor, run_shards
 from reducer.run.tasks.tasks import ShardTasks
 from reducer.storage.location import ByteRange
 from reducer.storage.paths import with_paths
 
-#: Files at the beginning of a shard that are looked at at most for a sample.
+#: Files at the beginning of a shard that are read at most for a sample.
 SAMPLE_MEMBERS = 5000
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run would do.
+    """The work that a run would do.
 
     Attributes
     ----------
     labels, photos : int
-        In the manifest, or chosen of it; 0 where only the shards can tell.
+        Labels and photos of the manifest, or of the chosen labels; 0 where only the shards can tell.
     shards : int
         Tar shards that hold them; 0 for single files.
     labels_to_rank, photos_to_read : int
-        Those that are not kept whole, unread.
+        Labels that are not kept whole, and photos of them that are read.
     photos_kept_unread : int
         Photos of the labels that are kept whole.
     bytes_to_read : int or None
-        Of all photos to read, or all shards; None where neither a listing nor the sample tells.
+        Size in bytes of all photos to read, or of all shards; None where neither a listing nor the sample tells.
     bytes_estimated : bool
         Whether that is an estimate from the sample.
     photos_known : int
-        Those of the photos to read whose hashes ``reuse`` knows; they are not read if they are unchanged.
+        Photos to read whose hashes ``reuse`` holds; they are not read if they are unchanged.
     partitions : int
+        Partitions of the photos to read.
     largest_label : str
+        Name of the label of most photos.
     largest_label_photos : int
+        Photos of that label.
     threads : int or None
         Worker threads; None where only the running cluster can tell.
     sampled, sample_failed : int
-        Photos of the sample, and those of them that failed.
+        Photos of the sample, and failed photos among them.
     sample_failure : str or None
-        The first of the failures.
+        Path and error of the first failed photo of the sample.
     thread_seconds : float or None
         Estimated work of the whole run, in seconds of one worker thread; None without a sample.
     """
@@ -91,9 +94,9 @@ def forecast(job: Job, cluster: ClusterSpec | None = None, *, sample: int = SAMP
     Parameters
     ----------
     job : Job
-        What would be done.
+        The job that would be done.
     cluster : ClusterSpec, optional
-        Where; no cluster is started or asked.
+        The place where it would be done; no cluster is started or asked.
     sample : int
         Photos to read for the time estimate, drawn at random; 0 reads none.
 
@@ -103,32 +106,33 @@ def forecast(job: Job, cluster: ClusterSpec | None = None, *, sample: int = SAMP
         As for `reducer.reduce_images`.
     """
     RunFolder(job.output_location).check_free(overwrite=job.overwrite, break_lock=job.break_lock)
-    job = resolve(job).with_model()
-    check_vectors(job)
+    inputs = read_inputs(resolve(job))
+    threads = planned_threads(cluster or ClusterSpec())
     if not job.hashes_photos:
         sample = 0
-    plan = make_plan(job)
-    read_avoided(job)  # what is wrong with it is found here too
-    threads = planned_threads(cluster or ClusterSpec())
-    reuse = None if job.reuse is None else Reuse(job)
-    if plan.shards is not None:
-        return _of_shards(plan, reuse, threads, sample)
+    if inputs.plan.shards is not None:
+        return _of_shards(inputs.plan, inputs.reuse, threads, sample)
+    return _of_files(inputs.plan, inputs.reuse, threads, sample)
+
+
+def _of_files(plan: Plan, reuse: Reuse | None, threads: int | None, sample: int) -> Forecast:
+    """Forecast a run over single files, from a few of them drawn at random."""
+    job, rows = plan.job, plan.read.num_rows
     photos_known = 0
     if reuse is not None:
         photos_known = int(pc.sum(pc.is_valid(join_known(plan.read, reuse.known, job)["known_hash"])).as_py() or 0)
-    rows = plan.read.num_rows
     ids = plan.read["id"].to_pylist() if sample else []
     drawn = plan.read.take(pa.array(draw_order(TIME_SAMPLE, job.seed, "", ids)[:sample], pa.int64()))
     paths = with_paths(path_rule(job), drawn)["path"].to_pylist()
     clock = time.perf_counter()
-    looks = list(embedded(process_photos(paths, job.photo_settings, job.source), job.photo_settings))
+    results = list(embedded(process_photos(paths, job.photo_settings, job.source), job.photo_settings))
     seconds = time.perf_counter() - clock
-    failures = [f"{path}: {look.error}" for path, look in zip(paths, looks, strict=True) if look.error]
-    sizes = [look.bytes for look in looks if look.bytes is not None]
+    failures = [f"{path}: {result.error}" for path, result in zip(paths, results, strict=True) if result.error]
+    sizes = [result.bytes for result in results if result.bytes is not None]
 
     size = plan.read["bytes"]
-    known = size.null_count == 0 and job.hashes_photos
-    if known:
+    is_known = size.null_count == 0 and job.hashes_photos
+    if is_known:
         bytes_to_read: int | None = int(np.sum(size.to_numpy()))
     else:
         bytes_to_read = round(rows * sum(sizes) / len(sizes)) if sizes else None
@@ -136,16 +140,17 @@ def forecast(job: Job, cluster: ClusterSpec | None = None, *, sample: int = SAMP
         plan,
         threads,
         bytes_to_read=bytes_to_read,
-        bytes_estimated=not known,
+        bytes_estimated=not is_known,
         photos_known=photos_known,
-        sampled=len(looks),
+        sampled=len(results),
         sample_failed=len(failures),
         sample_failure=failures[0] if failures else None,
-        thread_seconds=rows * seconds / len(looks) if looks else None,
+        thread_seconds=rows * seconds / len(results) if results else None,
     )
 
 
 def _forecast(plan: Plan, threads: int | None, **others: Any) -> Forecast:
+    """Return a forecast with the figures that a plan tells, and others."""
     labels = plan.labels
     largest = int(np.argmax(labels.sizes)) if len(labels.sizes) else None
     return Forecast(
@@ -168,43 +173,51 @@ class _Enough(Exception):
 
 
 class _Sampler(InProcessProcessor):
-    """Looks at the first photos that are wanted."""
+    """Processes the first wanted photos of a shard.
+
+    Parameters
+    ----------
+    photos : int
+        Photos after which it stops.
+    """
 
     def __init__(self, photos: int) -> None:
         self.photos, self.members = photos, 0
         self.refs: list[ByteRange] = []
-        self.looks: list[PhotoResult] = []
+        self.results: list[PhotoResult] = []
 
     def at_content(self, ref: ByteRange, content: Callable[[], bytes], settings: PhotoSettings) -> PhotoResult | None:
-        look = super().at_content(ref, content, settings)
+        result = super().at_content(ref, content, settings)
         self.refs.append(ref)
-        self.looks.append(look or PhotoResult())
-        return look
+        self.results.append(result or PhotoResult())
+        return result
 
     def alive(self) -> None:
         self.members += 1
-        if len(self.looks) >= self.photos or self.members > SAMPLE_MEMBERS:
+        if len(self.results) >= self.photos or self.members > SAMPLE_MEMBERS:
             raise _Enough
 
 
 def _of_shards(plan: Plan, reuse: Reuse | None, threads: int | None, sample: int) -> Forecast:
-    """A forecast from the beginning of the first shard that has to be read."""
-    todo = Remaining(plan, RunFolder(plan.job.output_location), threads or 1, reuse=reuse, is_begun=False)
-    errand = todo.pieces()
-    known = [rows["hash"] for rows, _ in todo.reused.values()]
-    size = errand.bytes if isinstance(errand, ShardTasks) else 0
+    """Forecast a run over shards, from the beginning of the first shard that has to be read."""
+    remaining = Remaining(plan, RunFolder(plan.job.output_location), threads or 1, reuse=reuse, is_begun=False)
+    tasks = remaining.pieces()
+    known = [rows["hash"] for rows, _ in remaining.reused.values()]
+    size = tasks.bytes if isinstance(tasks, ShardTasks) else 0
     sampler = _Sampler(sample)
     seconds = None
-    if isinstance(errand, ShardTasks) and sample:
-        task = errand.task(errand.numbers[0])
+    if isinstance(tasks, ShardTasks) and sample:
+        task = tasks.task(tasks.numbers[0])
         clock = time.perf_counter()
         with suppress(_Enough):
-            run_shards(replace(task, shards=task.shards[:1]), errand.wanted, sampler)
-        took = time.perf_counter() - clock
+            run_shards(replace(task, shards=task.shards[:1]), tasks.wanted, sampler)
+        elapsed = time.perf_counter() - clock
         if sampler.refs:
-            seconds = took * size / (sampler.refs[-1].offset + sampler.refs[-1].bytes)
+            seconds = elapsed * size / (sampler.refs[-1].offset + sampler.refs[-1].bytes)
     failures = [
-        f"{ref}: {look.error}" for ref, look in zip(sampler.refs, sampler.looks, strict=True) if look.error is not None
+        f"{ref}: {result.error}"
+        for ref, result in zip(sampler.refs, sampler.results, strict=True)
+        if result.error is not None
     ]
     return _forecast(
         plan,
@@ -212,7 +225,7 @@ def _of_shards(plan: Plan, reuse: Reuse | None, threads: int | None, sample: int
         bytes_to_read=size,
         bytes_estimated=False,
         photos_known=sum(len(column) - column.null_count for column in known),
-        sampled=len(sampler.looks),
+        sampled=len(sampler.results),
         sample_failed=len(failures),
         sample_failure=failures[0] if failures else None,
         thread_seconds=seconds,

@@ -1,4 +1,4 @@
-"""What a run has made, for Python and notebooks."""
+"""The results of a run, for Python and notebooks."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 
 #: Pixels of the longest side of a photo in a figure of many, and of two.
 SMALL_SIDE, LARGE_SIDE = 320, 1000
-#: A picture in a figure takes at most so many bytes: more than any needs.
+#: Bytes that a picture in a figure may take: more than any needs.
 PICTURE_BYTES = 2**24
-#: Photos of a row of a figure.
+#: Photos per row of a figure.
 COLUMNS = 5
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run has made.
+    """The results of a run.
 
     Attributes
     ----------
@@ -57,12 +57,12 @@ class Result:
 
     @property
     def images(self) -> pd.DataFrame:
-        """The ledger: one row a photo of the manifest, in its order."""
+        """The ledger: one row per photo of the manifest, in its order."""
         frame: pd.DataFrame = self._folder.parts.ledger().to_pandas()
         return frame
 
     def plot_counts(self) -> Figure:
-        """How many labels have how many images, before and after, also without the 100 largest labels.
+        """Plot how many labels have how many images, before and after, also without the 100 largest labels.
 
         Returns
         -------
@@ -75,14 +75,14 @@ class Result:
         return both_counts(label_counts(self._folder.parts.ledger(["label", "kept"])))
 
     def plot_pair(self, label: object, which: str = "closest") -> Figure:
-        """Two photos of a label side by side, titled with the distance of their hashes or vectors.
+        """Plot two photos of a label side by side, titled with the distance of their hashes or vectors.
 
         Parameters
         ----------
         label : str
             The label.
         which : {"closest", "farthest"}
-            Of all its photos that have a hash, or a vector where that is what they are ranked by.
+            Pair to show, of all photos of the label that have a hash, or a vector if photos are ranked by vectors.
 
         Returns
         -------
@@ -91,7 +91,7 @@ class Result:
         Raises
         ------
         InputError
-            If the run has no such label, or of it fewer than two photos can be compared.
+            If the run has no such label, or fewer than two of its photos can be compared.
         """
         from reducer.outputs.report.figures import photos_plot
         from reducer.outputs.report.galleries import extreme_pairs
@@ -111,17 +111,18 @@ class Result:
         if self._job.by_vectors:
             difference = f"cosine distance {pair.distance:.4f}"
         title = f"{clip(label, 60)}, the {which} two: {difference}"
-        return photos_plot(title, [(clip(p.row["id"], 60), one) for p, one in zip(photos, pictures, strict=True)], 2)
+        captions = [clip(photo.row["id"], 60) for photo in photos]
+        return photos_plot(title, list(zip(captions, pictures, strict=True)), 2)
 
     def show(self, label: object, most: int = 25) -> Figure:
-        """The kept photos of a label in the order of their ranks, each with its insertion distance.
+        """Plot the kept photos of a label by rank, each with its insertion distance.
 
         Parameters
         ----------
         label : str
             The label.
         most : int
-            Photos at most.
+            Largest number of photos.
 
         Returns
         -------
@@ -144,11 +145,11 @@ class Result:
         shown = kept.num_rows if kept.num_rows <= most else f"the first {most} of {kept.num_rows:,}"
         unit = "cosine" if self._job.by_vectors else "bits"
         title = f"{clip(label, 60)}: {shown} kept photos of {rows.num_rows:,}, by rank"
-        return photos_plot(
-            title, [(_place(p.row, unit), one) for p, one in zip(photos, pictures, strict=True)], COLUMNS
-        )
+        captions = [_caption(photo.row, unit) for photo in photos]
+        return photos_plot(title, list(zip(captions, pictures, strict=True)), COLUMNS)
 
     def _rows(self, label: object) -> pa.Table:
+        """Return the rows of the ledger of a label."""
         from reducer.storage.tables import in_nanoseconds
 
         rows = in_nanoseconds(self._folder.parts.ledger(where=pc.field("label") == str(label)))
@@ -158,7 +159,7 @@ class Result:
         return rows
 
     def _pictures(self, photos: Sequence[Photo], side: int) -> list[np.ndarray[Any, Any] | str]:
-        """Pixels of photos, or why there are none; read in this process."""
+        """Read photos in this process, and return their pixels, or why there are none."""
         from reducer.outputs.report.thumbnails import PictureRequest, draw
         from reducer.photos.resize import Thumbnail
         from reducer.run.summary import check_storage_options
@@ -168,8 +169,10 @@ class Result:
         drawn = draw(wanted, self._job.source, self._job.settings_without_model, most_bytes=PICTURE_BYTES)
         return [
             # Grey pixels would be drawn in matplotlib's own colours.
-            np.asarray(Image.open(io.BytesIO(found.content)).convert("RGB")) if isinstance(found, Thumbnail) else found
-            for _, found in drawn
+            np.asarray(Image.open(io.BytesIO(picture.content)).convert("RGB"))
+            if isinstance(picture, Thumbnail)
+            else picture
+            for _, picture in drawn
         ]
 
     def _repr_html_(self) -> str:
@@ -179,8 +182,8 @@ class Result:
         return as_html("result.html", summary=self.summary, run=str(self.output), report=report)
 
 
-def _place(row: dict[str, Any], unit: str) -> str:
-    """What stands over a kept photo."""
+def _caption(row: dict[str, Any], unit: str) -> str:
+    """Return the caption of a kept photo."""
     name = clip(row["id"], 24)
     if row["rank"] is None:
         return f"{name}\nnot ranked"

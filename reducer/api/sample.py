@@ -19,7 +19,7 @@ from reducer.errors import InputError
 from reducer.run.dask.connect import CPU_COUNT
 
 WIDTH, HEIGHT = 800, 600
-#: Photos a landmark in GLDv2-clean (81,313 landmarks) at these shares of the landmarks.
+#: Photos per landmark in GLDv2-clean (81,313 landmarks) at these shares of the landmarks.
 GLDV2_QUANTILES = (
     (0.0, 2),
     (0.1, 3),
@@ -40,11 +40,11 @@ GLDV2_QUANTILES = (
     (0.9999, 966),
     (1.0, 6272),
 )
-#: Of the photos of a landmark about one in so many is a new view, the others are copies of views.
-PHOTOS_A_VIEW = 3
-#: How a copy differs, and how often. Crop and flip are no near copies to dHash, the others are.
+#: Photos per view of a landmark: one shows the view first, the others are copies of it.
+PHOTOS_PER_VIEW = 3
+#: Changes that make copies, and their shares. To dHash crops and flips are no near copies, the others are.
 CHANGES = {"brightness": 0.3, "quality": 0.25, "resize": 0.25, "crop": 0.12, "flip": 0.08}
-#: Photos are encoded within these numbers of bytes.
+#: Bounds of the size of an encoded photo, in bytes.
 FEWEST_BYTES, MOST_BYTES = 60_000, 150_000
 
 
@@ -59,17 +59,17 @@ class SamplePhoto:
 
 
 def label_sizes(labels: int, images: int) -> NDArray[np.int64]:
-    """Photos a label, in the shape of GLDv2's histogram scaled to a number of photos.
+    """Return the photos per label, in the shape of GLDv2's histogram scaled to a number of photos.
 
     Parameters
     ----------
     labels, images : int
-        How many, ``images`` at least twice ``labels``.
+        Numbers of labels and photos, ``images`` at least twice ``labels``.
 
     Returns
     -------
     ndarray of int64, shape (labels,)
-        Rising, at least 2 each, ``images`` in all.
+        Photos per label, rising, at least 2 each, ``images`` in all.
     """
     shares, sizes = np.array(GLDV2_QUANTILES).T
     at = (np.arange(labels) + 0.5) / labels
@@ -84,12 +84,12 @@ def label_sizes(labels: int, images: int) -> NDArray[np.int64]:
 
 
 def plan_sample(labels: int, images: int, seed: int) -> list[SamplePhoto]:
-    """Which photos there are: their ids, views and changes, in the order of ``train.csv``."""
+    """Return the photos to draw: their ids, views and changes, in the order of ``train.csv``."""
     photos = []
     for label, size in enumerate(label_sizes(labels, images).tolist()):
         random = _random(seed, "label", label)
         landmark = str(1 + label * 203_093 // labels + int(random.integers(203_093 // labels)))
-        views = max(2, round(size / PHOTOS_A_VIEW))
+        views = max(2, round(size / PHOTOS_PER_VIEW))
         for number in range(size):
             if number < views:
                 view, change = number, "original"
@@ -108,11 +108,11 @@ def write_sample(directory: str, *, labels: int = 60, images: int = 2000, seed: 
     Parameters
     ----------
     directory : str
-        Where; made if it is not there, refused if it holds something.
+        Folder to write; made if it is not there, refused if it holds something.
     labels, images : int
-        Landmarks, and photos in all (at least two a landmark).
+        Landmarks, and photos in all (at least two per landmark).
     seed : int
-        The same seed draws the same files (with the same versions of numpy and Pillow).
+        Seed of the collection: an equal seed draws equal files, with equal versions of numpy and Pillow.
     progress : bool
         Whether to show a progress bar.
 
@@ -130,15 +130,29 @@ def write_sample(directory: str, *, labels: int = 60, images: int = 2000, seed: 
         raise InputError(f"--labels is {labels}: expected 1 to 10000")
     if images < 2 * labels:
         raise InputError(f"--images is {images}: {labels} labels need at least {2 * labels}, two each")
+    target = _empty_folder(directory)
+    photos = plan_sample(labels, images, seed)
+    total = _draw_photos(photos, target, seed, progress)
+    _write_csv(target / "train.csv", ("id", "landmark_id"), [(p.id, p.landmark) for p in photos])
+    _write_csv(target / "truth.csv", ("id", "view", "change"), [(p.id, p.view, p.change) for p in photos])
+    return total
+
+
+def _empty_folder(directory: str) -> Path:
+    """Make a folder, refusing one that holds something."""
     target = Path(directory)
     try:
         target.mkdir(parents=True, exist_ok=True)
-        empty = not any(target.iterdir())
+        is_empty = not any(target.iterdir())
     except OSError as error:
         raise InputError(f"DIR {directory} cannot be used: {error.strerror or error}") from None
-    if not empty:
+    if not is_empty:
         raise InputError(f"DIR {directory} is there already and not empty: give another folder")
-    photos = plan_sample(labels, images, seed)
+    return target
+
+
+def _draw_photos(photos: list[SamplePhoto], target: Path, seed: int, progress: bool) -> int:
+    """Write the photos of all views, and return their size in bytes."""
     by_view: dict[str, list[SamplePhoto]] = {}
     for photo in photos:
         by_view.setdefault(photo.view, []).append(photo)
@@ -146,31 +160,28 @@ def write_sample(directory: str, *, labels: int = 60, images: int = 2000, seed: 
 
     def draw(view: str) -> int:
         base = draw_view(_random(seed, "view", view))
-        total = 0
+        size = 0
         for photo in by_view[view]:
             content = encode(CHANGE_FUNCTIONS[photo.change](base, _random(seed, "photo", photo.id)), photo.change)
             (target / "train" / "/".join(photo.id[:3]) / f"{photo.id}.jpg").write_bytes(content)
-            total += len(content)
+            size += len(content)
             bar.update()
-        return total
+        return size
 
     # Pillow lets go of the interpreter lock while it resizes and encodes, so threads are enough.
     with (
-        tqdm(total=images, unit=" photos", desc="drawing", disable=not progress) as bar,
+        tqdm(total=len(photos), unit=" photos", desc="drawing", disable=not progress) as bar,
         ThreadPoolExecutor(CPU_COUNT) as pool,
     ):
         try:
-            total = sum(pool.map(draw, by_view))
+            return sum(pool.map(draw, by_view))
         except BaseException:
             pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for what is not begun
             raise
-    _write_csv(target / "train.csv", ("id", "landmark_id"), [(p.id, p.landmark) for p in photos])
-    _write_csv(target / "truth.csv", ("id", "view", "change"), [(p.id, p.view, p.change) for p in photos])
-    return total
 
 
 def draw_view(random: np.random.Generator) -> Image.Image:
-    """One view: clouds of noise at every scale (as photos have), and some buildings before them."""
+    """Draw one view: clouds of noise at every scale (as photos have), and some buildings before them."""
     coarse = sum(
         weight * _noise(random, columns) for columns, weight in ((3, 44), (6, 32), (12, 19), (50, 10), (200, 8))
     )
@@ -194,7 +205,7 @@ def draw_view(random: np.random.Generator) -> Image.Image:
 
 
 def _noise(random: np.random.Generator, columns: int) -> NDArray[np.float32]:
-    """Smooth noise with so many random points in a row, at a quarter of the photo's size."""
+    """Draw smooth noise with a number of random points per row, at a quarter of the photo's size."""
     rows = max(2, columns * HEIGHT // WIDTH)
     small = Image.fromarray(random.standard_normal((rows, columns), dtype=np.float32))
     return np.asarray(small.resize((WIDTH // 4, HEIGHT // 4), Image.Resampling.BICUBIC))
@@ -227,7 +238,7 @@ CHANGE_FUNCTIONS: dict[str, Callable[[Image.Image, np.random.Generator], Image.I
 
 
 def encode(image: Image.Image, change: str) -> bytes:
-    """As JPEG, within `FEWEST_BYTES` and `MOST_BYTES` if a quality tried gives that; copies by quality get less."""
+    """Encode as JPEG, by the first of three qualities that gives `FEWEST_BYTES` to `MOST_BYTES`, else by the last."""
     for quality in (74, 80, 66) if change == "quality" else (90, 82, 94):
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=quality)
@@ -236,8 +247,9 @@ def encode(image: Image.Image, change: str) -> bytes:
     return buffer.getvalue()
 
 
-def _random(seed: int, *what: object) -> np.random.Generator:
-    digest = hashlib.blake2b(repr((seed, *what)).encode(), digest_size=16).digest()
+def _random(seed: int, *key: object) -> np.random.Generator:
+    """Return the random numbers of a key."""
+    digest = hashlib.blake2b(repr((seed, *key)).encode(), digest_size=16).digest()
     return np.random.default_rng(int.from_bytes(digest, "big"))
 
 

@@ -1,4 +1,4 @@
-"""Flags to configuration to one call; errors to exit codes. Imports nothing heavy before a command runs."""
+"""The commands: flags to configuration to one call. Imports nothing heavy before a command runs."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ from reducer.config.settings import (
 from reducer.errors import TooManyFailuresError
 from reducer.formatting import format_bytes
 
-#: Options of a job that exclude each other: one of the command line wins over one of the cluster file.
+#: Options of a job that exclude each other: an option of the command line wins over one of the cluster file.
 EXCLUSIVE = (("path_column", "path_template"), ("total", "max_bytes"))
 
 
@@ -63,8 +63,8 @@ EXCLUSIVE = (("path_column", "path_template"), ("total", "max_bytes"))
 @click.version_option(__version__, prog_name="reducer")
 def main() -> None:
     """Reduce a labelled photo collection to the K most different photos of every label."""
-    # A notebook names its own to all that it starts. Where that is not installed matplotlib could not be imported, and
-    # what is written to a file needs none.
+    # A notebook sets its own backend for all processes that it starts. Where that is not installed matplotlib could not
+    # be imported, and files are written without one.
     os.environ.pop("MPLBACKEND", None)
 
 
@@ -76,8 +76,8 @@ def main() -> None:
 @click.option(
     "--manifest",
     metavar="FILE",
-    help="CSV or Parquet file with one row a photo, or GLDv2's train_clean.csv. Without one, every photo below IMAGES "
-    "is taken: its folder is its label, its relative path its id. In tar shards, every sample of WebDataset's.",
+    help="CSV or Parquet file with one row per photo, or GLDv2's train_clean.csv. Without one, every photo below "
+    "IMAGES is taken: its folder is its label, its relative path its id. In tar shards, every sample of WebDataset's.",
 )
 @cluster_options
 @click.option("--id-column", default="id", show_default=True, help="The manifest's column of photo ids.")
@@ -93,7 +93,7 @@ def main() -> None:
     "--keep",
     type=int,
     metavar="K",
-    help=f"Photos kept a label.  [default: {DEFAULT_KEEP}, or no limit with --total or --max-bytes]",
+    help=f"Photos kept per label.  [default: {DEFAULT_KEEP}, or no limit with --total or --max-bytes]",
 )
 @cut_options
 @click.option(
@@ -102,7 +102,7 @@ def main() -> None:
     metavar="N|all",
     default="1000",
     show_default=True,
-    help="Photos read a label at most, drawn at random.",
+    help="Photos read per label at most, drawn at random.",
 )
 @click.option(
     "--strategy",
@@ -112,9 +112,9 @@ def main() -> None:
 @click.option(
     "--vectors",
     metavar="FILE",
-    help="Rank by these vectors: a Parquet file with the --id-column and a list of numbers (or a column a dimension), "
-    "or a folder of such. No photo is read, unless --near-copy, --avoid, --drop-flat, --cross-label or --max-bytes is "
-    "given. A URL is opened with --storage-option.",
+    help="Rank by these vectors: a Parquet file with the --id-column and a list of numbers (or one column per "
+    "dimension), or a folder of such. No photo is read, unless --near-copy, --avoid, --drop-flat, --cross-label or "
+    "--max-bytes is given. A URL is opened with --storage-option.",
 )
 @click.option(
     "--embed",
@@ -144,14 +144,14 @@ def main() -> None:
 @click.option(
     "--always-keep",
     metavar="FILE",
-    help="Ids that are ranked before all others and kept whatever --avoid and --drop-flat say, at most --keep a label: "
-    "one a line, or a CSV or Parquet file with the --id-column.",
+    help="Ids that are ranked before all others and kept whatever --avoid and --drop-flat say, at most --keep per "
+    "label: one per line, or a CSV or Parquet file with the --id-column.",
 )
 @click.option(
     "--avoid",
     metavar="FILE",
     help="Do not keep photos near one of these, a test set say: another run's folder, a CSV or Parquet file with a "
-    "column 'hash', or one hash a line (which must be of --hash's kind: a list does not tell). Reads all labels.",
+    "column 'hash', or one hash per line (which must be of --hash's kind: a list does not tell). Reads all labels.",
 )
 @click.option(
     "--avoid-distance",
@@ -195,7 +195,7 @@ def main() -> None:
     metavar="NAME",
     help="WebDataset shards without a manifest: which field of KEY.json is the label.  [default: what KEY.cls holds]",
 )
-@click.option("--partition-images", type=int, metavar="N", help="Photos a partition.  [default: 500 to 2000]")
+@click.option("--partition-images", type=int, metavar="N", help="Photos per partition.  [default: 500 to 2000]")
 @click.option("--max-pixels", default=200_000_000, show_default=True, help="Photos that declare more pixels fail.")
 @click.option(
     "--max-failures",
@@ -308,7 +308,7 @@ def run(
 @click.option("--labels", metavar="A,B,C", help="Only these labels.")
 @click.option("--limit-labels", type=int, metavar="N", help="Only N labels, drawn at random.")
 @click.option("--label-field", metavar="NAME", help="As for `reducer run`.")
-@click.option("--partition-images", type=int, metavar="N", help="Photos a task.  [default: 500 to 2000]")
+@click.option("--partition-images", type=int, metavar="N", help="Photos per task.  [default: 500 to 2000]")
 @click.option("--max-pixels", default=200_000_000, show_default=True, help="Photos that declare more pixels fail.")
 @click.option(
     "--max-failures", default=0.1, show_default=True, help="Exit 3 when more than this share of the photos have failed."
@@ -336,9 +336,9 @@ def embed(
 ) -> None:
     """Make vectors of all photos by an ONNX model, and choose none.
 
-    IMAGES is as for `reducer run`. FILE gets a row a photo: its id, its label, why it has no vector if it has none, and
-    its unit vector (float16). `reducer run --vectors FILE` ranks by it. What is made so far lies in FILE.parts, so a
-    command that was stopped goes on when it is given again. Exit codes are those of `reducer run`.
+    IMAGES is as for `reducer run`. FILE gets one row per photo: its id, its label, why it has no vector if it has none,
+    and its unit vector (float16). `reducer run --vectors FILE` ranks by it. What is made so far lies in FILE.parts, so
+    a command that was stopped goes on when it is given again. Exit codes are those of `reducer run`.
     """
     log_to_stderr(log_level, quiet)
     spec = spec_of(cluster, address, workers, threads)
@@ -392,22 +392,22 @@ def resume(
     from reducer.run.folder import RunFolder
     from reducer.storage.location import Location
 
-    place = Location(run, options["output_storage_options"])
-    before = RunFolder(place).summary()
+    location = Location(run, options["output_storage_options"])
+    before = RunFolder(location).summary()
     try:
         result = resume_run(run, spec, **options, progress=not quiet)
     except TooManyFailuresError:
-        print_result(place, quiet)
+        print_result(location, quiet)
         raise
     if all(result.summary[name] == before[name] for name in ("run", "resumed")) and not quiet:
         click.echo("Nothing was left to do.")
-    print_result(place, quiet)
+    print_result(location, quiet)
 
 
 @main.command(epilog="Example: reducer cut run --output ten.csv --keep 10 --min-distance 8")
 @click.argument("run", metavar="RUN")
 @click.option("--output", required=True, metavar="FILE", help="The list to write: .csv, or .parquet with more columns.")
-@click.option("--keep", type=int, metavar="K", help="Photos kept a label.  [default: no limit]")
+@click.option("--keep", type=int, metavar="K", help="Photos kept per label.  [default: no limit]")
 @cut_options
 @run_storage_options
 @click.option("--quiet", is_flag=True, help="Print errors only.")
@@ -440,7 +440,7 @@ def cut(run: str, output: str, quiet: bool, **options: Any) -> None:
     help="Pictures of photos at most; only so many photos are read. 0 reads none.",
 )
 @click.option("--workers", type=int, help="Read photos in so many worker processes.  [default: in this process]")
-@click.option("--threads", type=int, help="Threads a worker.  [default: 1]")
+@click.option("--threads", type=int, help="Threads per worker.  [default: 1]")
 @on_which_cluster
 @photo_storage_options
 @run_storage_options

@@ -1,4 +1,4 @@
-"""What the options of commands have in common, and how a command ends: errors and signals to exit codes."""
+"""Options that commands share, and the end of a command: errors and signals become exit codes."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ Command = Callable[..., None]
 
 
 class Terminated(BaseException):
-    """SIGTERM came; not caught by anything that handles errors."""
+    """Raised on SIGTERM; not an `Exception`, so that nothing which handles errors catches it."""
 
 
 def candidates_number(ctx: click.Context, param: click.Parameter, value: str) -> int | None:
-    """A whole number of 1 or more, or None for ``all``."""
+    """Parse ``--candidates``: a whole number of 1 or more, or None for ``all``."""
     if value == "all":
         return None
     if value.isdecimal() and int(value) >= 1:
@@ -36,7 +36,7 @@ def candidates_number(ctx: click.Context, param: click.Parameter, value: str) ->
 
 
 def read_cluster_file(ctx: click.Context, param: click.Parameter, value: str | None) -> ClusterSpec | None:
-    """Read ``--cluster``; what it says of the job becomes what flags are by default."""
+    """Read ``--cluster``; its section ``job`` becomes the defaults of flags."""
     if value is None:
         return None
     try:
@@ -45,7 +45,7 @@ def read_cluster_file(ctx: click.Context, param: click.Parameter, value: str | N
         end(f"Error: {error}", error.exit_code)
     options = {option.name: option for option in ctx.command.params}
     try:
-        # A run that is gone on with has its job already: only what opens its places is of use.
+        # A run that is resumed has its job already: only the options that open its locations are of use.
         known = options if "images" in options else options.keys() & set(STORAGE_OPTIONS)
         flags = {name: _as_flag(options[name], default) for name, default in file.job.items() if name in known}
     except ReducerError as error:
@@ -55,7 +55,7 @@ def read_cluster_file(ctx: click.Context, param: click.Parameter, value: str | N
 
 
 def _as_flag(option: click.Parameter, value: Any) -> Any:
-    """A value from YAML as the command line would give it."""
+    """Return a value from YAML as the command line would give it."""
     name = option.name
     if isinstance(value, dict) and name in STORAGE_OPTIONS:
         pairs = {key: json.dumps(v) if isinstance(v, bool | dict) else str(v) for key, v in value.items()}
@@ -75,9 +75,9 @@ def _as_flag(option: click.Parameter, value: Any) -> Any:
 
 
 def exit_codes(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn errors and signals into the exit codes that scripts go by.
+    """Turn errors and signals into exit codes that scripts can rely on.
 
-    Done here and not left to click, which turns Ctrl-C into exit code 1, also under ``dask reducer``.
+    Left to click, Ctrl-C would become exit code 1, also under ``dask reducer``.
     """
 
     def on_sigterm(signum: int, frame: object) -> NoReturn:
@@ -101,12 +101,13 @@ def exit_codes(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def end(message: str, code: int) -> NoReturn:
+    """Print a message to stderr and end the command."""
     click.echo(message, err=True)
     sys.exit(code)
 
 
 def _stopped(kwargs: dict[str, Any]) -> str:
-    """What a person who stopped a command should know."""
+    """Return the message for a person who stopped a command: the state of its files, and how to continue."""
     if "target" in kwargs:
         return f"Stopped. What is in {kwargs['target']} is whole; to go on, give the same command again."
     if click.get_current_context().info_name == "embed":
@@ -123,23 +124,23 @@ def _stopped(kwargs: dict[str, Any]) -> str:
     folder = RunFolder(Location(path, parse_options("", kwargs.get("output_storage_options", ()))))
     if not folder.is_run():
         return "Stopped before the first photo was hashed; nothing was written."
-    found = folder.read_summary()
-    if found.get("status") == "done":
-        report = found["job"].get("report") and not folder.has(REPORT)
+    summary = folder.read_summary()
+    if summary.get("status") == "done":
+        report = summary["job"].get("report") and not folder.has(REPORT)
         return f"Stopped; the run in {folder.path} is whole" + (
             f", but its report is not drawn: reducer report {folder.path}" if report else "."
         )
-    of_all = "" if found.get("photos_to_read") is None else f" of {found['photos_to_read']}"
+    of_all = "" if summary.get("photos_to_read") is None else f" of {summary['photos_to_read']}"
     return (
-        f"Stopped. The photos hashed so far ({found.get('photos_read', 0)}{of_all}) are kept in {folder.path}; the "
+        f"Stopped. The photos hashed so far ({summary.get('photos_read', 0)}{of_all}) are kept in {folder.path}; the "
         f"reduced list is not written yet. To go on: reducer resume {folder.path}"
     )
 
 
 def cluster_options(command: Command) -> Command:
-    """The options of commands that need a cluster."""
+    """Add the options of a command that needs a cluster."""
     for option in (
-        click.option("--threads", type=int, help="Threads a worker.  [default: 1]"),
+        click.option("--threads", type=int, help="Threads per worker.  [default: 1]"),
         click.option("--workers", type=int, help="Worker processes; 0 runs in this process.  [default: usable CPUs]"),
     ):
         command = option(command)
@@ -147,7 +148,7 @@ def cluster_options(command: Command) -> Command:
 
 
 def on_which_cluster(command: Command) -> Command:
-    """The options that name a cluster."""
+    """Add the options that name a cluster."""
     for option in (
         click.option(
             "--cluster",
@@ -165,7 +166,7 @@ def on_which_cluster(command: Command) -> Command:
 
 
 def spec_of(cluster: ClusterSpec | None, address: str | None, workers: int | None, threads: int | None) -> ClusterSpec:
-    """Where to run, from the options of `cluster_options`."""
+    """Return the place to run, from the options of `cluster_options`."""
     if source_of("cluster") is ParameterSource.DEFAULT_MAP and (address, workers, threads) != (None, None, None):
         cluster = None  # scripts/run_cluster.py names a file for those who say nothing else
     if address is not None and cluster is not None:
@@ -176,7 +177,7 @@ def spec_of(cluster: ClusterSpec | None, address: str | None, workers: int | Non
 
 
 def photo_storage_options(command: Command) -> Command:
-    """Storage options of IMAGES."""
+    """Add the storage options of IMAGES."""
     option = click.option(
         "--storage-option",
         "storage_options",
@@ -189,7 +190,7 @@ def photo_storage_options(command: Command) -> Command:
 
 
 def manifest_storage_options(command: Command) -> Command:
-    """Storage options of --manifest."""
+    """Add the storage options of --manifest."""
     option = click.option(
         "--manifest-storage-option",
         "manifest_storage_options",
@@ -201,7 +202,7 @@ def manifest_storage_options(command: Command) -> Command:
 
 
 def run_storage_options(command: Command) -> Command:
-    """Storage options of the run folder."""
+    """Add the storage options of the run folder."""
     option = click.option(
         "--output-storage-option",
         "output_storage_options",
@@ -212,19 +213,19 @@ def run_storage_options(command: Command) -> Command:
     return option(command)
 
 
-def parsed_storage(given: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The storage options among a command's."""
+def parsed_storage(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Parse the storage options among the options of a command."""
     from reducer.storage.remote import parse_options
 
     return {
-        name: parse_options("--" + name.removesuffix("s").replace("_", "-"), given[name])
+        name: parse_options("--" + name.removesuffix("s").replace("_", "-"), options[name])
         for name in STORAGE_OPTIONS
-        if name in given
+        if name in options
     }
 
 
 def logging_options(command: Command) -> Command:
-    """How much a command says."""
+    """Add the options that set how much a command says."""
     for option in (
         click.option(
             "--log-level",
@@ -240,7 +241,7 @@ def logging_options(command: Command) -> Command:
 
 
 def cut_options(command: Command) -> Command:
-    """The filters and budgets."""
+    """Add the filters and budgets."""
     for option in (
         click.option(
             "--min-per-label",
@@ -266,7 +267,7 @@ def cut_options(command: Command) -> Command:
 
 
 def embed_options(command: Command) -> Command:
-    """What a model is given, and which of its outputs is taken."""
+    """Add the options for the input and output of a model."""
     for option in (
         click.option(
             "--embed-output", metavar="NAME", help="Which of its outputs holds the vectors.  [default: its one]"
@@ -301,12 +302,12 @@ def embed_options(command: Command) -> Command:
 
 
 def source_of(name: str) -> ParameterSource | None:
-    """Where the value of an option comes from."""
+    """Return the source of an option's value: the command line, the cluster file or the default."""
     return click.get_current_context().get_parameter_source(name)
 
 
 def log_to_stderr(level: str, quiet: bool = False) -> None:
-    """Log what is of this level or above; `quiet` leaves warnings out unless they are asked for."""
+    """Log messages of a level and above; `quiet` leaves warnings out unless another level asks for them."""
     level = "error" if quiet and level == "warning" else level
     logger = logging.getLogger("reducer")
     logger.setLevel(level.upper())

@@ -1,4 +1,4 @@
-"""What commands print."""
+"""The output of commands."""
 
 from __future__ import annotations
 
@@ -22,63 +22,67 @@ if TYPE_CHECKING:
     from reducer.api.status import Status
     from reducer.outputs.export.export import ExportResult
 
-#: Photos that an export names which are not there.
+#: Failed photos that an export names.
 SHOWN_FAILURES = 5
 
 
-def print_forecast(found: Forecast, job: Job, sample: int) -> None:
-    """Print what a dry run has found.
+def print_forecast(forecast: Forecast, job: Job, sample: int) -> None:
+    """Print the forecast of a dry run.
 
     Raises
     ------
     TooManyFailuresError
         If all photos of the sample have failed.
     """
-    if found.bytes_to_read is None:
+    if forecast.bytes_to_read is None:
         size = "of unknown size"
     else:
-        size = f"{'about ' if found.bytes_estimated else ''}{format_bytes(found.bytes_to_read)}"
-    if found.photos:
-        click.echo(f"labels:         {found.labels:,}, of which {found.labels_to_rank:,} are ranked")
-        click.echo(f"photos:         {found.photos:,}, of which {found.photos_kept_unread:,} are kept unread")
+        size = f"{'about ' if forecast.bytes_estimated else ''}{format_bytes(forecast.bytes_to_read)}"
+    if forecast.photos:
+        click.echo(f"labels:         {forecast.labels:,}, of which {forecast.labels_to_rank:,} are ranked")
+        click.echo(f"photos:         {forecast.photos:,}, of which {forecast.photos_kept_unread:,} are kept unread")
         if job.hashes_photos:
-            click.echo(f"photos to read: {found.photos_to_read:,}{'' if found.shards else f', {size}'}")
+            click.echo(f"photos to read: {forecast.photos_to_read:,}{'' if forecast.shards else f', {size}'}")
         else:
-            click.echo(f"photos to rank: {found.photos_to_read:,}, by their vectors; none is decoded")
+            click.echo(f"photos to rank: {forecast.photos_to_read:,}, by their vectors; none is decoded")
     else:
         click.echo("photos, labels: not known before the shards are read, which tell them")
-    if found.shards:
-        click.echo(f"shards:         {found.shards:,}, of which {size} are to be read")
-    if found.photos_known:
-        of_them = "photos in shards that are" if found.shards else "of them, not read where they are"
-        click.echo(f"known already:  {found.photos_known:,} {of_them} unchanged (--reuse)")
-    more = " or more: the cluster's worker threads decide" if found.threads is None else ""
-    if found.photos:
-        click.echo(f"partitions:     {found.partitions:,}{more}")
-        click.echo(f"largest label:  {found.largest_label} with {found.largest_label_photos:,} photos")
-    if found.sample_failed:
-        click.echo(f"sample:         {found.sample_failed} of {found.sampled} photos failed: {found.sample_failure}")
-    if found.sampled and found.sample_failed == found.sampled:
-        raise TooManyFailuresError(
-            f"all {found.sampled} photos of the sample have failed: check IMAGES, --path-template or --path-column"
+    if forecast.shards:
+        click.echo(f"shards:         {forecast.shards:,}, of which {size} are to be read")
+    if forecast.photos_known:
+        of_them = "photos in shards that are" if forecast.shards else "of them, not read where they are"
+        click.echo(f"known already:  {forecast.photos_known:,} {of_them} unchanged (--reuse)")
+    more = " or more: the cluster's worker threads decide" if forecast.threads is None else ""
+    if forecast.photos:
+        click.echo(f"partitions:     {forecast.partitions:,}{more}")
+        click.echo(f"largest label:  {forecast.largest_label} with {forecast.largest_label_photos:,} photos")
+    if forecast.sample_failed:
+        click.echo(
+            f"sample:         {forecast.sample_failed} of {forecast.sampled} photos failed: {forecast.sample_failure}"
         )
-    if found.shards and sample and job.hashes_photos and found.bytes_to_read and not found.sampled:
+    if forecast.sampled and forecast.sample_failed == forecast.sampled:
+        raise TooManyFailuresError(
+            f"all {forecast.sampled} photos of the sample have failed: check IMAGES, --path-template or --path-column"
+        )
+    if forecast.shards and sample and job.hashes_photos and forecast.bytes_to_read and not forecast.sampled:
         click.echo("sample:         the first files of the first shard are not wanted, so the time is not known")
-    if found.thread_seconds is not None:
-        if found.threads is None:
+    if forecast.thread_seconds is not None:
+        if forecast.threads is None:
             where = "on one worker thread; divide by those of the cluster"
         else:
-            where = f"on {found.threads} worker thread{'s' if found.threads > 1 else ''}"
-        click.echo(f"time:           about {format_duration(found.thread_seconds / (found.threads or 1))} {where}")
+            where = f"on {forecast.threads} worker thread{'s' if forecast.threads > 1 else ''}"
+        click.echo(
+            f"time:           about {format_duration(forecast.thread_seconds / (forecast.threads or 1))} {where}"
+        )
     click.echo("Nothing was written.")
 
 
-def print_result(place: Location, quiet: bool) -> None:
-    """What a run has come to, if it is done."""
+def print_result(location: Location, quiet: bool) -> None:
+    """Print the result of a run, if it is done."""
     from reducer.run.folder import REPORT, RunFolder
 
-    output = place.path
-    summary = RunFolder(place).read_summary()
+    folder, output = RunFolder(location), location.path
+    summary = folder.read_summary()
     if quiet or summary["status"] != "done":
         return
     quality, timings = summary["quality"], summary["timings"]
@@ -114,11 +118,12 @@ def print_result(place: Location, quiet: bool) -> None:
         )
     for remark in remarks(summary, output):
         click.echo(remark)
-    report = ", report.html" if RunFolder(place).has(REPORT) else ""
+    report = ", report.html" if folder.has(REPORT) else ""
     click.echo(f"Results: {output}{os.sep} ({lists}, images{os.sep}, summary.json{report})")
 
 
 def _print_budget(rules: CutRules, photos: int, size: int, reached: float | None, unit: str) -> None:
+    """Print how much of a budget is used, if there is one."""
     if not rules.has_budget:
         return
     most = rules.total if rules.total is not None else int(rules.max_bytes or 0)
@@ -129,7 +134,7 @@ def _print_budget(rules: CutRules, photos: int, size: int, reached: float | None
 
 
 def print_cut(result: CutResult, output: str) -> None:
-    """What a cut has come to."""
+    """Print the result of a cut."""
     unknown = result.photos_of_unknown_size
     click.echo(
         f"Kept {result.photos:,} photos of {result.labels:,} labels, {format_bytes(result.bytes)}"
@@ -144,7 +149,7 @@ def print_cut(result: CutResult, output: str) -> None:
 
 
 def print_embedded(result: EmbedResult) -> None:
-    """What embedding has come to."""
+    """Print the result of embedding."""
     rate = "" if result.photos_per_second is None else f", {result.photos_per_second:,} photos/s"
     click.echo(f"Embedded {result.photos - result.failed:,} of {result.photos:,} photos{rate}")
     if result.failed:
@@ -154,7 +159,7 @@ def print_embedded(result: EmbedResult) -> None:
 
 
 def print_export(result: ExportResult) -> None:
-    """What an export has come to."""
+    """Print the result of an export."""
     there = result.photos - result.written
     click.echo(
         f"Exported {result.photos:,} photos of {result.labels:,} labels"
@@ -175,7 +180,7 @@ def print_export(result: ExportResult) -> None:
 
 
 def print_story(story: Story) -> None:
-    """One photo of one label."""
+    """Print the story of one photo of one label."""
     row = story.row
     click.echo(f"photo:        {row['id']} ({row['path']})")
     if row["width"] is not None:
@@ -210,7 +215,7 @@ def print_story(story: Story) -> None:
 
 
 def print_status(status: Status) -> None:
-    """How far a run is."""
+    """Print the progress of a run."""
     click.echo(f"state:      {status.state}")
     whole = "" if status.to_read is None else f" of {status.to_read:,}"
     shards = f"{status.shards_done:,} of {status.shards:,} shards read, " if status.shards else ""
@@ -227,6 +232,7 @@ def print_status(status: Status) -> None:
 
 
 def _print_quality(quality: dict[str, Any]) -> None:
+    """Print the quality of the selection beside that of a random one."""
     if not quality["selection"]["pairs"]:
         return
     for table in (quality, quality["by_hash"]):
