@@ -213,26 +213,16 @@ def hash_photo(content: bytes, settings: PhotoSettings) -> PhotoHash:
     if settings.decode == "fastest":
         with _photo_failures(settings.max_pixels):
             content = first_scan_only(content, largest_grid(settings), settings.max_pixels) or content
-    with opened_photo(content, settings.max_pixels) as opened:
-        image = opened
-        width, height = image.size
-        jpeg = opened.format in JPEG_FORMATS
-        if settings.exif_orientation:
-            if not jpeg:  # some formats tell it behind the pixels only
-                image.load()
-            turn = orientation(image)
-        else:
-            turn = 1
-        if settings.decode != "exact" and jpeg:
-            columns, rows = kind.grid(settings.hash_size)
-            if turn >= 5:  # stored lying on its side
-                columns, rows = rows, columns
-            opened.draft("L", (DRAFT_FLOOR * columns, DRAFT_FLOOR * rows))
-        if turn != 1:
-            image = image.transpose(TURNS[turn])
+    draft = None
+    if settings.decode != "exact":
+        columns, rows = kind.grid(settings.hash_size)
+        draft = ("L", (DRAFT_FLOOR * columns, DRAFT_FLOOR * rows))
+    with opened_photo(content, settings.max_pixels, oriented=settings.exif_orientation, draft=draft) as photo:
+        image = photo.upright()
         flat = settings.drop_flat and grey_deviation(image) < FLAT_DEVIATION
         bits: NDArray[np.bool_] = getattr(imagehash, kind.function)(image, hash_size=settings.hash_size).hash
-        return PhotoHash(np.packbits(bits).tobytes(), width, height, opened.format or "unknown", flat)
+        format_name = photo.image.format or "unknown"
+        return PhotoHash(np.packbits(bits).tobytes(), photo.width, photo.height, format_name, flat)
 
 
 def largest_grid(settings: PhotoSettings) -> tuple[int, int]:
@@ -259,9 +249,40 @@ def enough_of(settings: PhotoSettings) -> Callable[[bytes], int | None] | None:
     return partial(bytes_needed, grid=largest_grid(settings), max_pixels=settings.max_pixels)
 
 
+@dataclass(frozen=True, slots=True)
+class OpenedPhoto:
+    """A photo that is about to be decoded.
+
+    Attributes
+    ----------
+    image : PIL.Image.Image
+        As stored, not turned; a JPEG is not decoded yet.
+    width, height : int
+        As stored, in pixels, whatever size it is decoded at.
+    turn : int
+        EXIF orientation, 1 to 8; 1 also where nobody asked for it.
+    """
+
+    image: Image.Image
+    width: int
+    height: int
+    turn: int
+
+    def upright(self) -> Image.Image:
+        """Return the photo as it is to be looked at, decoded if it must be turned."""
+        return turned(self.image, self.turn)
+
+
+def turned(image: Image.Image, turn: int) -> Image.Image:
+    """Return a picture turned and mirrored as an EXIF orientation (1 to 8) demands; the picture itself for 1."""
+    return image if turn == 1 else image.transpose(TURNS[turn])
+
+
 @contextmanager
-def opened_photo(content: bytes, max_pixels: int) -> Iterator[Image.Image]:
-    """A photo to be decoded; whatever goes wrong with it meanwhile is its own failure.
+def opened_photo(
+    content: bytes, max_pixels: int, *, oriented: bool = True, draft: tuple[str | None, tuple[int, int]] | None = None
+) -> Iterator[OpenedPhoto]:
+    """Open a photo for decoding; whatever goes wrong with it until the end of the block is a failure of the photo.
 
     Parameters
     ----------
@@ -269,11 +290,17 @@ def opened_photo(content: bytes, max_pixels: int) -> Iterator[Image.Image]:
         The whole file.
     max_pixels : int
         As for `hash_photo`.
+    oriented : bool
+        Whether the EXIF orientation is read. Formats other than JPEG are decoded for that: some tell it behind the
+        pixels only.
+    draft : (str or None, (int, int)), optional
+        For a JPEG: the mode to decode to (None for the mode of the file), and the least columns and rows, in pixels, of
+        the upright photo: libjpeg decodes at 1/2, 1/4 or 1/8 of the size where that is no smaller.
 
     Yields
     ------
-    PIL.Image.Image
-        Not decoded yet.
+    OpenedPhoto
+        The photo, and its EXIF orientation.
 
     Raises
     ------
@@ -283,10 +310,19 @@ def opened_photo(content: bytes, max_pixels: int) -> Iterator[Image.Image]:
     if not content:
         raise PhotoError("empty", "the file has 0 bytes")
     with _photo_failures(max_pixels), Image.open(io.BytesIO(content)) as image:
-        for columns, rows in (image.size, _tile_size(image)):
+        width, height = image.size
+        for columns, rows in ((width, height), _tile_size(image)):
             if columns * rows > max_pixels:
                 raise PhotoError("too large", f"{columns} x {rows} pixels, over --max-pixels {max_pixels}")
-        yield image
+        jpeg = image.format in JPEG_FORMATS
+        if oriented and not jpeg:
+            image.load()
+        turn = orientation(image) if oriented else 1
+        if draft is not None and jpeg:
+            mode, (columns, rows) = draft
+            # Of a photo that is stored lying on its side, columns are rows.
+            image.draft(mode, (rows, columns) if turn >= 5 else (columns, rows))
+        yield OpenedPhoto(image, width, height, turn)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from reducer.config.settings import EmbedSettings, PhotoSettings
 from reducer.errors import InputError, one_line
-from reducer.photos.hashing import JPEG_FORMATS, TURNS, opened_photo, orientation
+from reducer.photos.hashing import opened_photo
 from reducer.storage.codecs import PROBLEMS, as_units
 
 if TYPE_CHECKING:
@@ -49,19 +49,10 @@ def picture_of(content: bytes, settings: PhotoSettings) -> Picture:
     """
     assert settings.embed is not None
     side = settings.embed.size
-    with opened_photo(content, settings.max_pixels) as opened:
-        image: Image.Image = opened
-        turn = 1
-        if settings.exif_orientation:
-            if opened.format not in JPEG_FORMATS:  # some formats tell it behind the pixels only
-                image.load()
-            turn = orientation(image)
-        if settings.decode != "exact" and opened.format in JPEG_FORMATS:
-            opened.draft("RGB", (side, side))
-        if turn != 1:
-            image = image.transpose(TURNS[turn])
-        fitted = ImageOps.fit(image.convert("RGB"), (side, side), method=Image.Resampling.BICUBIC)
-        return np.asarray(fitted)
+    draft = None if settings.decode == "exact" else ("RGB", (side, side))
+    with opened_photo(content, settings.max_pixels, oriented=settings.exif_orientation, draft=draft) as photo:
+        image = photo.upright().convert("RGB")
+        return np.asarray(ImageOps.fit(image, (side, side), method=Image.Resampling.BICUBIC))
 
 
 def vectors_of(pictures: Sequence[Picture], settings: EmbedSettings) -> list[bytes | str]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image
 
-from reducer.photos.hashing import DEEP_MODES, JPEG_FORMATS, TURNS, opened_photo, orientation
+from reducer.photos.hashing import DEEP_MODES, JPEG_FORMATS, opened_photo, turned
 
 #: Of JPEG, WebP and AVIF.
 QUALITY = 90
@@ -64,22 +64,19 @@ def resized(content: bytes, side: int, *, max_pixels: int) -> bytes:
     PhotoError
         As `reducer.photos.hashing.hash_photo`.
     """
-    with opened_photo(content, max_pixels) as opened:
-        if max(opened.size) <= side:
-            opened.load()  # what is broken is not handed on
+    with opened_photo(content, max_pixels) as photo:
+        if max(photo.width, photo.height) <= side:
+            photo.image.load()  # what is broken is not handed on
             return content
-        kind = "JPEG" if opened.format in JPEG_FORMATS else str(opened.format)
-        if opened.format not in JPEG_FORMATS:
-            opened.load()  # some formats tell their orientation behind the pixels only
-        turn = orientation(opened)
+        kind = "JPEG" if photo.image.format in JPEG_FORMATS else str(photo.image.format)
         extras: dict[str, Any] = {}
-        if profile := opened.info.get("icc_profile"):
+        if profile := photo.image.info.get("icc_profile"):
             extras["icc_profile"] = profile
-        if turn != 1:
+        if photo.turn != 1:
             exif = Image.Exif()
-            exif[ExifTags.Base.Orientation] = turn
+            exif[ExifTags.Base.Orientation] = photo.turn
             extras["exif"] = exif
-        image = _smaller(opened, side).copy()  # of no format: a TIFF hands on all of its tags
+        image = _smaller(photo.image, side).copy()  # of no format: a TIFF hands on all of its tags
         image.info.clear()  # a comment would be saved too
         for form, picture in _ways(kind, image):
             file = io.BytesIO()
@@ -152,13 +149,9 @@ def thumbnail(content: bytes, side: int, *, max_pixels: int, most_bytes: int) ->
     PhotoError
         As `reducer.photos.hashing.hash_photo`.
     """
-    with opened_photo(content, max_pixels) as opened:
-        opened.draft(opened.mode, (DECODED * side, DECODED * side))
-        opened.load()
-        turn = orientation(opened)  # some formats tell it behind the pixels only
-        image = _shrunk(opened, side)
-        if turn != 1:
-            image = image.transpose(TURNS[turn])
+    with opened_photo(content, max_pixels, draft=(None, (DECODED * side, DECODED * side))) as photo:
+        photo.image.load()
+        image = turned(_shrunk(photo.image, side), photo.turn)
         image.info.clear()  # a comment would be saved too
         while True:
             for quality in QUALITIES:
