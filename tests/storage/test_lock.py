@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -26,20 +26,22 @@ from faultproxy import FaultProxy, one_in
 from s3server import S3Server
 from waiting import wait_for
 
-import reducer.storage.lock
+import reducer.storage.lock_kinds
 from reducer import InputError
+from reducer.errors import LostLockError
 from reducer.storage.location import Location
-from reducer.storage.lock import LOCK, Holder, check_unlocked, holder, is_of_lock, locked
+from reducer.storage.lock import check_unlocked, holder, is_of_lock, locked
+from reducer.storage.lock_kinds import LOCK, Holder
 
 #: A process that takes locks and gives them back, as it is told on its standard input.
 RUNNER = """
-import json, logging, os, sys, time
+import errno, json, logging, sys, time
 import reducer.storage.lock
 from reducer import InputError
 from reducer.storage.location import Location
 
-def missing(*_, **__):
-    raise OSError(1, "not here")
+def no_locks(*_):
+    raise OSError(errno.ENOSYS, "Function not implemented")
 
 said = []
 handler = logging.Handler()
@@ -48,11 +50,9 @@ logging.getLogger("reducer").addHandler(handler)
 print("ready", flush=True)
 for line in sys.stdin:
     order = json.loads(line)
-    if "flock" in order["without"]:
+    if order["without_flock"]:
         import fcntl
-        fcntl.flock = missing
-    if "link" in order["without"]:
-        os.link = missing
+        fcntl.flock = no_locks
     place = Location(order["path"], order["options"])
     said.clear()
     time.sleep(max(0, order["at"] - time.time()))
@@ -74,11 +74,13 @@ class Runner:
         command = [sys.executable, "-c", RUNNER]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def order(self, place: Location | Path, *, at: float = 0, break_lock: bool = False, without: str = "") -> None:
+    def order(
+        self, place: Location | Path, *, at: float = 0, break_lock: bool = False, without_flock: bool = False
+    ) -> None:
         where = place if isinstance(place, Location) else Location(str(place))
         self._say(
             {"path": where.path, "options": {**where.options}, "at": at, "break_lock": break_lock}
-            | {"without": without}
+            | {"without_flock": without_flock}
         )
 
     def answer(self) -> dict[str, Any]:
@@ -128,23 +130,31 @@ def messages(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
 
 
 def lock_of(process: int, **others: Any) -> Holder:
-    """The lock of a process that runs here."""
+    """The lock of a process of this host."""
     since = datetime.now(UTC).isoformat(timespec="seconds")
-    started = psutil.Process(process).create_time()
-    held = Holder(socket.gethostname(), process, started, psutil.boot_time(), since, uuid.uuid4().hex)
-    return replace(held, **others)
+    return replace(Holder(socket.gethostname(), process, since, uuid.uuid4().hex), **others)
 
 
 def stale_lock(**others: Any) -> Holder:
     """The lock of a process that has ended."""
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
-    return lock_of(os.getpid(), **{"pid": process.pid, **others})
+    return lock_of(process.pid, **others)
 
 
 def write(folder: Path, held: Holder) -> Holder:
-    (folder / LOCK).write_text(json.dumps(asdict(held)))
+    (folder / LOCK).write_bytes(held.to_json())
     return held
+
+
+def without_flock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no file system of this process have locks."""
+
+    def flock(handle: int, operation: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(reducer.storage.lock_kinds, "SETTLE_SECONDS", 0.1)
 
 
 def try_lock(place: Location, **how: Any) -> bool:
@@ -187,7 +197,7 @@ def test_the_second_is_refused_while_the_first_lives(tmp_path: Path, runner: Cal
     assert (held.host, held.pid) == (socket.gethostname(), first.process.pid)
     assert abs(datetime.now(UTC) - datetime.fromisoformat(held.since)) < timedelta(seconds=30)
     content = (tmp_path / LOCK).read_bytes()
-    assert json.loads(content) == asdict(held)
+    assert json.loads(content) == {"host": held.host, "pid": held.pid, "since": held.since, "token": held.token}
     for refuse in (lambda: check_unlocked(place), lambda: locked(place).__enter__()):
         with pytest.raises(InputError) as refused:
             refuse()
@@ -233,44 +243,53 @@ def test_the_lock_of_a_killed_run_is_taken_over(
     assert os.listdir(tmp_path) == []
 
 
-def test_another_process_with_the_pid_is_not_the_holder(tmp_path: Path, runner: Callable[[], Runner]) -> None:
-    other = runner().process.pid
-    started = psutil.Process(other).create_time()
-    assert write(tmp_path, lock_of(other)).alive is True
-    assert not try_lock(Location(str(tmp_path)))
-    assert write(tmp_path, lock_of(other, process_started=started - 3)).alive is False
-    assert try_lock(Location(str(tmp_path)))
-
-
-def test_a_clock_that_was_set_does_not_end_a_run(tmp_path: Path, runner: Callable[[], Runner]) -> None:
-    held = lock_of(runner().process.pid)
-    day = 86400
-    # Where starts are reckoned back from the clock, as on Linux, and where they are kept as they were, as on Windows.
-    for times in (
-        {"process_started": held.process_started - day, "host_started": held.host_started - day},
-        {"host_started": held.host_started - day},
-    ):
-        assert write(tmp_path, replace(held, **times)).alive is True  # type: ignore[arg-type]
-        assert not try_lock(Location(str(tmp_path)))
-
-
-def test_our_own_pid_of_an_earlier_start_of_the_host_is_not_ours(tmp_path: Path) -> None:
-    # A service is started as the same process at the same second after each start of its host.
-    assert write(tmp_path, lock_of(os.getpid())).alive is False
-    assert try_lock(Location(str(tmp_path)))
-
-
-def test_a_process_that_is_hidden_may_live(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    held = write(tmp_path, stale_lock())
+@pytest.mark.parametrize("others", [{"pid": 1}, {"pid": os.getpid()}], ids=["of another", "of our own"])
+def test_the_lock_of_a_killed_run_is_taken_over_though_its_process_number_is_in_use(
+    tmp_path: Path, others: dict[str, Any]
+) -> None:
+    write(tmp_path, stale_lock(**others))
+    held = holder(Location(str(tmp_path)))
+    assert held is not None
     assert held.alive is False
+    assert try_lock(Location(str(tmp_path)))
 
-    def refuse(pid: int, number: int) -> None:
-        raise PermissionError(errno.EPERM, "Operation not permitted")
 
-    # As where /proc is mounted with hidepid=2, and the process is of another user.
-    monkeypatch.setattr(os, "kill", refuse)
-    assert held.alive is None
-    assert not try_lock(Location(str(tmp_path)))
+#: Takes the lock of a folder, says so, and tells after some seconds whether it still has it.
+NAMESPACED = """
+import os, sys
+from reducer import InputError
+from reducer.errors import LostLockError
+from reducer.storage.location import Location
+from reducer.storage.lock import holder, locked
+try:
+    with locked(Location(sys.argv[1])) as check:
+        print("has it as process", os.getpid(), flush=True)
+        sys.stdin.readline()
+        check()
+        print("still has it", flush=True)
+except InputError as error:
+    print(holder(Location(sys.argv[1])).alive, error, flush=True)
+"""
+
+
+def test_a_run_in_another_pid_namespace_of_the_same_host_name_is_refused(tmp_path: Path) -> None:
+    namespace = ["unshare", "--pid", "--fork", "--mount-proc"]
+    try:
+        subprocess.run([*namespace, "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("namespaces of processes may not be made here")
+    command = [*namespace, sys.executable, "-c", NAMESPACED, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "has it as process 1\n"
+        second = subprocess.run(command, input="", capture_output=True, text=True, check=True)
+        assert second.stdout.startswith(
+            f"True {tmp_path} is locked by another run: host {socket.gethostname()}, process 1"
+        )
+        assert not try_lock(Location(str(tmp_path)))
+        said, _ = first.communicate("\n")
+    assert said == "still has it\n"
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_process_does_not_take_its_own_lock_again(tmp_path: Path) -> None:
@@ -314,32 +333,47 @@ def test_of_many_that_find_a_stale_lock_one_gets_it(tmp_path: Path, runner: Call
     stale = stale_lock()
     race(tmp_path, runners, 12, stale)
     race(tmp_path, runners, 6, None)
-    # On file systems without hard links, and without locks of folders.
-    race(tmp_path, runners, 6, stale, without="link")
-    race(tmp_path, runners, 6, None, without="link")
-    race(tmp_path, runners, 1, stale, without="link flock")
-    race(tmp_path, runners, 6, None, without="link flock")
+    race(tmp_path, runners, 1, stale, without_flock=True)
+    race(tmp_path, runners, 6, None, without_flock=True)
 
 
-def test_a_folder_that_something_else_has_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reducer.storage.lock, "GUARD_SECONDS", 0.3)
+def test_a_folder_that_something_else_has_locked(tmp_path: Path) -> None:
     folder = os.open(tmp_path, os.O_RDONLY)  # flock RUN reducer run ... --output RUN
     fcntl.flock(folder, fcntl.LOCK_EX)
-    write(tmp_path, stale_lock())
     with locked(Location(str(tmp_path))):
         assert not try_lock(Location(str(tmp_path)))
     os.close(folder)
     assert os.listdir(tmp_path) == []
 
 
-def test_what_a_run_leaves_that_is_killed_as_it_takes_the_lock(tmp_path: Path) -> None:
-    (tmp_path / f".{LOCK}.{uuid.uuid4().hex}.tmp").write_text("{")
-    (tmp_path / "notes.tmp").write_text("mine")
-    assert [is_of_lock(name) for name in sorted(os.listdir(tmp_path))] == [True, False]
-    with locked(Location(str(tmp_path))):
-        assert sorted(os.listdir(tmp_path)) == [LOCK, "notes.tmp"]
-        assert is_of_lock(LOCK)
-    assert os.listdir(tmp_path) == ["notes.tmp"]
+def test_who_looks_at_a_lock_keeps_nobody_from_it(tmp_path: Path) -> None:
+    write(tmp_path, stale_lock())
+    with open(tmp_path / LOCK) as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        timer = threading.Timer(0.03, fcntl.flock, (looking, fcntl.LOCK_UN))
+        timer.start()
+        assert try_lock(Location(str(tmp_path)))
+        timer.join()
+
+
+def test_what_a_run_leaves_that_is_killed_as_it_takes_the_lock(
+    tmp_path: Path, messages: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reducer.storage.lock_kinds, "HALF_WRITTEN_SECONDS", 0.02)
+    place = Location(str(tmp_path))
+    (tmp_path / LOCK).touch()
+    assert holder(place) is None
+    check_unlocked(place)
+    with locked(place):
+        assert not try_lock(place)
+    assert os.listdir(tmp_path) == []
+    assert messages() == []
+
+
+def test_names_of_locks() -> None:
+    # The last is of an earlier version.
+    names = [LOCK, "notes.tmp", "lock.json.tmp", f".{LOCK}.{uuid.uuid4().hex}.tmp"]
+    assert [is_of_lock(name) for name in names] == [True, False, False, True]
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, GeneratorExit])
@@ -349,24 +383,38 @@ def test_a_run_that_fails_gives_its_lock_back(tmp_path: Path, error: type[BaseEx
     assert os.listdir(tmp_path) == []
 
 
-def test_a_lock_that_cannot_be_removed_hides_no_failure(tmp_path: Path, messages: Callable[[], list[str]]) -> None:
+def test_a_lock_that_cannot_be_removed_hides_no_failure(
+    tmp_path: Path, messages: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with pytest.raises(ValueError, match="the failure itself"), locked(Location(str(tmp_path))):
+        monkeypatch.setattr(Path, "unlink", refuse)
+        raise ValueError("the failure itself")
+    monkeypatch.undo()
+    assert messages() == [f"{tmp_path}: the lock (lock.json) could not be removed: Permission denied"]
+    assert try_lock(Location(str(tmp_path)))
+
+
+def test_a_folder_that_is_removed_meanwhile_hides_no_failure(tmp_path: Path, messages: Callable[[], list[str]]) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     with pytest.raises(ValueError, match="the failure itself"), locked(Location(str(folder))):
         shutil.rmtree(folder)
         raise ValueError("the failure itself")
-    assert messages() == [f"{folder}: the lock (lock.json) could not be removed: No such file or directory"]
+    assert messages() == [f"{folder}: the lock of this run was taken away: another run may have written here"]
 
 
-def test_ctrl_c_while_the_lock_is_taken_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    link = os.link
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(errno.ENOSPC, "No space left on device")])
+def test_what_goes_wrong_while_the_lock_is_written_leaves_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def fail(handle: int) -> None:
+        raise error
 
-    def interrupted(*paths: Any) -> None:
-        link(*paths)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "link", interrupted)
-    with pytest.raises(KeyboardInterrupt), locked(Location(str(tmp_path))):
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises((KeyboardInterrupt, InputError)), locked(Location(str(tmp_path))):
         pass
     assert os.listdir(tmp_path) == []
 
@@ -442,15 +490,36 @@ def test_a_run_whose_lock_was_broken_leaves_that_of_the_other(
     assert os.listdir(tmp_path) == []
 
 
-def test_of_many_that_break_the_same_lock_one_gets_it(tmp_path: Path, messages: Callable[[], list[str]]) -> None:
+def test_a_run_notices_that_its_lock_was_broken(tmp_path: Path, runner: Callable[[], Runner]) -> None:
+    second = runner()
+    with locked(Location(str(tmp_path))) as check:
+        check()
+        assert second.take(tmp_path, break_lock=True)["won"]
+        lost = f"the lock of {tmp_path} was taken by another run"
+        with pytest.raises(
+            LostLockError, match=rf"{lost} \(host .*, process {second.process.pid}, .*\): this one ends"
+        ):
+            check()
+        second.give_back()
+        with pytest.raises(LostLockError, match=f"{lost}: this one ends, and writes nothing more"):
+            check()
+
+
+def test_of_many_that_break_the_same_lock_one_gets_it(
+    tmp_path: Path, messages: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(tmp_path, stale_lock(host="elsewhere"))
-    folder = os.open(tmp_path, os.O_RDONLY)
-    fcntl.flock(folder, fcntl.LOCK_EX)
-    # By then all have seen whose lock it is that they break.
-    timer = threading.Timer(0.5, os.close, (folder,))
-    timer.start()
+    all_have_read, has_read, read = threading.Barrier(8), threading.local(), reducer.storage.lock_kinds._LocalLock.read
+
+    def read_together(lock: reducer.storage.lock_kinds._LocalLock) -> bytes | None:
+        content = read(lock)
+        if not hasattr(has_read, "before"):
+            has_read.before = True
+            all_have_read.wait()
+        return content
+
+    monkeypatch.setattr(reducer.storage.lock_kinds._LocalLock, "read", read_together)
     assert winners(Location(str(tmp_path)), break_lock=True) == [1]
-    timer.join()
     assert len(messages()) == 1
     assert "host elsewhere" in messages()[0]
     assert os.listdir(tmp_path) == []
@@ -461,11 +530,10 @@ def test_break_lock_where_there_is_none_says_nothing(tmp_path: Path, messages: C
     assert messages() == []
 
 
-GOOD = {"host": "h", "pid": 7, "process_started": 1.5, "host_started": 1, "since": "now", "token": "t"}
+GOOD = {"host": "h", "pid": 7, "since": "now", "token": "t"}
 
 
 BROKEN: dict[str, bytes] = {
-    "nothing": b"",
     "a half": b'{"host": "h", "pid": 7, "proc',
     "a list": b"[]",
     "null": b"null",
@@ -476,7 +544,7 @@ BROKEN: dict[str, bytes] = {
     "a large pid": json.dumps({**GOOD, "pid": 2**40}).encode(),
     "a true pid": json.dumps({**GOOD, "pid": True}).encode(),
     "control characters": json.dumps({**GOOD, "host": "\x1b[2J"}).encode(),
-    "no start": json.dumps({**GOOD, "process_started": None}).encode(),
+    "no time": json.dumps({**GOOD, "since": None}).encode(),
     "no token": json.dumps({name: value for name, value in GOOD.items() if name != "token"}).encode(),
 }
 
@@ -485,7 +553,7 @@ BROKEN: dict[str, bytes] = {
 def test_a_lock_that_cannot_be_read_is_refused_until_it_is_broken(
     tmp_path: Path, messages: Callable[[], list[str]], content: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reducer.storage.lock, "HALF_WRITTEN_SECONDS", 0.02)
+    monkeypatch.setattr(reducer.storage.lock_kinds, "HALF_WRITTEN_SECONDS", 0.02)
     place = Location(str(tmp_path))
     (tmp_path / LOCK).write_bytes(content)
     for refuse in (lambda: holder(place), lambda: check_unlocked(place), lambda: locked(place).__enter__()):
@@ -502,8 +570,8 @@ def test_a_lock_that_cannot_be_read_is_refused_until_it_is_broken(
     assert os.listdir(tmp_path) == []
 
 
-def test_a_lock_of_a_later_version_is_read(tmp_path: Path) -> None:
-    (tmp_path / LOCK).write_text(json.dumps({**GOOD, "more": 1}))
+def test_a_lock_of_another_version_is_read(tmp_path: Path) -> None:
+    (tmp_path / LOCK).write_text(json.dumps({**GOOD, "process_started": 1.5, "more": 1}))
     assert holder(Location(str(tmp_path))) == Holder(**GOOD)  # type: ignore[arg-type]
 
 
@@ -514,6 +582,50 @@ def test_a_lock_that_is_half_written_is_waited_for(tmp_path: Path) -> None:
     timer.start()
     assert holder(Location(str(tmp_path))) == held
     timer.join()
+
+
+# File systems without locks
+
+
+def test_where_there_are_no_locks_the_file_keeps_others_out(
+    tmp_path: Path, messages: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_flock(monkeypatch)
+    place = Location(str(tmp_path))
+    assert winners(place) == [1]
+    assert messages() == [f"{tmp_path}: its file system has no locks, lock.json alone keeps others out"]
+    with locked(place):
+        held = holder(place)
+        assert held is not None
+        assert (held.pid, held.alive) == (os.getpid(), True)
+        assert not try_lock(place)
+        with pytest.raises(InputError, match=f"process {os.getpid()}"):
+            check_unlocked(place)
+    stale = write(tmp_path, stale_lock())
+    check_unlocked(place)
+    with locked(place):
+        assert not try_lock(place)
+    left = f"{tmp_path}: the lock of a run that ended without giving it back (host {stale.host}, pid {stale.pid})"
+    assert f"{left} was taken over" in messages()
+    (tmp_path / LOCK).touch()
+    assert not try_lock(place)
+    assert try_lock(place, break_lock=True)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_process_that_is_hidden_may_live(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_flock(monkeypatch)
+    write(tmp_path, stale_lock())
+
+    def refuse(pid: int, number: int) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    # As where /proc is mounted with hidepid=2, and the process is of another user.
+    monkeypatch.setattr(os, "kill", refuse)
+    held = holder(Location(str(tmp_path)))
+    assert held is not None
+    assert held.alive is True
+    assert not try_lock(Location(str(tmp_path)))
 
 
 # URLs
@@ -552,6 +664,7 @@ def test_s3_refuses_the_second_even_if_the_first_was_killed(
             assert str(refused.value) == whose + gone + advice
         if not gone:
             first.kill()
+            first.process.wait()
     assert holder(bucket) == held
     check_unlocked(bucket, break_lock=True)
     with locked(bucket, break_lock=True):
@@ -680,7 +793,7 @@ def test_a_conflict_on_s3_is_asked_again(bucket: Location, monkeypatch: pytest.M
     monkeypatch.setattr(s3fs.S3FileSystem, "call_s3", call_s3)
     assert try_lock(bucket)
     left.extend([1] * 99)
-    monkeypatch.setattr(reducer.storage.lock, "PAUSE", 0.0)
+    monkeypatch.setattr(reducer.storage.lock_kinds, "PAUSE", 0.0)
     with pytest.raises(InputError, match=r"cannot be locked: others take its lock and give it back all the time$"):
         locked(bucket).__enter__()
     assert holder(bucket) is None
@@ -688,7 +801,7 @@ def test_a_conflict_on_s3_is_asked_again(bucket: Location, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("scheme", ["memory", "file"])
 def test_other_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
-    monkeypatch.setattr(reducer.storage.lock, "SETTLE_SECONDS", 0.5)
+    monkeypatch.setattr(reducer.storage.lock_kinds, "SETTLE_SECONDS", 0.5)
     place = Location(f"memory://{uuid.uuid4().hex}" if scheme == "memory" else f"file://{tmp_path}")
     assert holder(place) is None
     assert winners(place) == [1]
