@@ -126,7 +126,8 @@ class RunFolder(RunFiles):
             self.write_summary(summary)
             self.make_folder(IMAGES)
             self.remove_leftovers()
-            self.remove([name for name in OWN_FILES if name in self._names()])
+            names = self._names()
+            self.remove([name for name in OWN_FILES if name in names])
             self.parts.remove()
             self.pieces.remove()
         except (OSError, ReducerError) as error:
