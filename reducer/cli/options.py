@@ -13,8 +13,7 @@ from typing import Any, NoReturn
 import click
 from click.core import ParameterSource
 
-from reducer.config.cluster import ClusterSpec
-from reducer.config.cluster_file import ClusterFile
+from reducer.config.cluster import ClusterFile, ClusterSpec
 from reducer.config.settings import EMBED_BATCH, EMBED_MEAN, EMBED_SIZE, EMBED_STD, STORAGE_OPTIONS
 from reducer.errors import InputError, ReducerError
 from reducer.formatting import format_labels

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
+from reducer.config.settings import LARGEST_HASH, SMALLEST_HASH
 from reducer.errors import InputError, nearest
 from reducer.formatting import parse_bytes
 
@@ -119,6 +121,33 @@ def check_bits(name: str, value: object, bits: int) -> None:
     """
     if not isinstance(value, int) or not 0 <= value <= bits:
         raise InputError(f"{flag(name)} is {value!r}: expected a whole number of bits from 0 to {bits}")
+
+
+def check_hash(name: str, size: object) -> None:
+    """Refuse a size that a perceptual hash cannot have.
+
+    Raises
+    ------
+    InputError
+        Naming the flag.
+    """
+    if not isinstance(size, int) or not SMALLEST_HASH <= size <= LARGEST_HASH:
+        raise InputError(f"--hash-size is {size!r}: expected a whole number from {SMALLEST_HASH} to {LARGEST_HASH}")
+    if name == "whash" and size.bit_count() != 1:
+        raise InputError(f"--hash-size is {size}: whash needs a power of two (2, 4, 8, 16 or 32)")
+
+
+def label_names(labels: Iterable[object]) -> tuple[str, ...]:
+    """Return the labels of a trial run as text.
+
+    Raises
+    ------
+    InputError
+        If they are one text instead of a list.
+    """
+    if isinstance(labels, str):
+        raise InputError("labels: give a list of labels, not one text")
+    return tuple(str(label) for label in labels)
 
 
 def flag(name: str) -> str:

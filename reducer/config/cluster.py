@@ -1,15 +1,19 @@
-"""The place where a job runs (`ClusterSpec`): checked before anything starts. `cluster_file` reads it from YAML."""
+"""The place where a job runs (`ClusterSpec`), and the YAML file that names it: checked before anything starts."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from reducer.config.checks import flag, is_whole, shown
+from reducer.config.checks import flag, is_whole, known_keys, shown
+from reducer.config.job import Job
+from reducer.config.yaml_file import load_yaml
 from reducer.errors import InputError
+from reducer.formatting import parse_seconds
 
 SHIP_CODE_NAMES = ("auto", "never")
 #: Arguments of cluster classes that decide the number of workers, as `scale` and `adapt` do.
@@ -215,9 +219,120 @@ class ClusterSpec:
         InputError
             If it cannot be read or is not of the form.
         """
-        from reducer.config.cluster_file import ClusterFile
-
         return ClusterFile.read(path).spec
+
+
+@dataclass(frozen=True)
+class ClusterFile:
+    """The content of ``cluster.yaml``.
+
+    Attributes
+    ----------
+    spec : ClusterSpec
+        The place where a job runs.
+    job : mapping
+        Defaults for fields of `reducer.Job`.
+    """
+
+    spec: ClusterSpec
+    job: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def read(cls, path: str | Path) -> ClusterFile:
+        """Read the file.
+
+        Parameters
+        ----------
+        path : str or Path
+            The file.
+
+        Raises
+        ------
+        InputError
+            If it cannot be read or is not of the form. Values that may be secrets are not repeated.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"--cluster {path}: {error.strerror or error}") from None
+        except UnicodeDecodeError as error:
+            raise InputError(f"--cluster {path} is no YAML: {error}") from None
+        try:
+            return cls._of(load_yaml(text, path))
+        except InputError as error:
+            message = str(error)
+            raise InputError(message if str(path) in message else f"{path}: {message}") from None
+
+    @classmethod
+    def _of(cls, content: object) -> ClusterFile:
+        """Check the parsed content of the file."""
+        top = known_keys("the file", content, ("version", "cluster", "client", "security", "workers", "job"))
+        if not is_whole(top.get("version")) or top["version"] != 1:
+            raise InputError(f"version is {top.get('version')!r}; this Reducer reads version 1")
+        cluster = known_keys("cluster", top.get("cluster"), ("class", "kwargs", "address", "scale", "adapt"))
+        for key in ("class", "address"):
+            if cluster.get(key) is not None and not isinstance(cluster[key], str):
+                raise InputError(f"cluster: {key} is {shown(cluster[key])}; expected text")
+        if cluster.get("class") is None and cluster.get("address") is None:
+            raise InputError("cluster needs a class (started for the run) or an address (running already)")
+        kwargs = {} if cluster.get("kwargs") is None else cluster["kwargs"]
+        if not isinstance(kwargs, dict) or not all(isinstance(key, str) for key in kwargs):
+            raise InputError(f"cluster: kwargs is a {type(kwargs).__name__}; expected keys with values")
+        adapt = cluster.get("adapt")
+        if adapt is not None:
+            adapt = known_keys("cluster: adapt", adapt, ("minimum", "maximum"))
+            if "maximum" not in adapt:
+                raise InputError("cluster: adapt needs a maximum")
+            adapt = (1 if adapt.get("minimum") is None else adapt["minimum"], adapt["maximum"])
+
+        client = _section(top, "client", ("timeout",))
+        rules = _section(top, "workers", tuple(rule.name for rule in fields(WorkerRules)))
+        for name in ("wait", "stall"):
+            if name in rules:
+                rules[name] = _seconds(f"workers: {name}", rules[name])
+        spec = ClusterSpec(
+            address=cluster.get("address"),
+            class_path=cluster.get("class"),
+            kwargs=kwargs,
+            scale=cluster.get("scale"),
+            adapt=adapt,
+            security=_security(top),
+            rules=WorkerRules(**rules),
+            timeout=_seconds("client: timeout", client.get("timeout", ClusterSpec.timeout)),
+        )
+        return cls(spec, _section(top, "job", tuple(job.name for job in fields(Job))))
+
+
+def _section(top: Mapping[str, Any], name: str, known: tuple[str, ...]) -> dict[str, Any]:
+    """Return a section of the file, empty where it is left out; keys without a value are left out too."""
+    if top.get(name) is None:
+        return {}
+    return {key: value for key, value in known_keys(name, top[name], known).items() if value is not None}
+
+
+def _security(top: Mapping[str, Any]) -> TLS | None:
+    """Return the section ``security``; None where it is left out."""
+    names = tuple(file.name for file in fields(TLS))
+    files = _section(top, "security", names)
+    if top.get("security") is None:
+        return None
+    for name in names:
+        if not isinstance(files.get(name), str):
+            raise InputError(f"security: {name} is {shown(files.get(name))}; expected a PEM file")
+    return TLS(**{name: os.path.expanduser(path) for name, path in files.items()})
+
+
+def _seconds(where: str, value: object) -> float:
+    """Return the seconds of a length of time as Dask writes it: ``60s``, ``10 minutes``, or a number of seconds."""
+    try:
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise ValueError(value)
+        seconds = parse_seconds(value) if isinstance(value, str) else float(value)
+        if not math.isfinite(seconds):
+            raise ValueError(value)
+        return seconds
+    except (ValueError, OverflowError):
+        raise InputError(f"{where} is {shown(value)}: expected a length of time, such as 60s or 10m") from None
 
 
 def _check_seconds(where: str, value: float) -> None:

@@ -7,8 +7,7 @@ from typing import Any
 
 from reducer.config.checks import file_digest
 from reducer.config.cut_rules import CutRules
-from reducer.config.job import Job
-from reducer.config.job_checks import rules_of
+from reducer.config.job import Job, rules_of
 from reducer.config.settings import STRATEGY_NAMES, EmbedSettings, PhotoSettings, default_strategy, near_copy_bits
 
 

@@ -13,8 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from reducer.config.cluster import ClusterSpec
-from reducer.config.job import Job
-from reducer.config.job_checks import PATH_FIELDS
+from reducer.config.job import PATH_FIELDS, Job
 from reducer.config.resolved import ResolvedJob
 from reducer.config.settings import STORAGE_OPTIONS
 from reducer.errors import InputError

@@ -8,7 +8,7 @@ import pytest
 from machine import ROOT
 
 from reducer import TLS, ClusterSpec, InputError, WorkerRules
-from reducer.config.cluster_file import ClusterFile
+from reducer.config.cluster import ClusterFile
 
 LOCAL = "distributed.LocalCluster"
 FULL = """

@@ -19,7 +19,7 @@ from machine import ROOT
 from PIL import Image
 
 from reducer.cli.main import main
-from reducer.config.cluster_file import ClusterFile
+from reducer.config.cluster import ClusterFile
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
