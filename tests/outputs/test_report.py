@@ -524,7 +524,7 @@ def page_of(job: dict[str, object]) -> dict[str, object]:
         "bytes": {"before": "", "after": "", "unknown_before": 0},
         "certificate": None,
         "figures": {"counts": ""},
-        "reading": {"rows": [], "at": None},
+        "choice": {"rows": [], "at": None},
         "near": 6,
         "unit": "bits",
         "compared_by": "dhash, 64 bits",

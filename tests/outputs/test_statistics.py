@@ -98,7 +98,7 @@ def test_the_pairs_are_those_that_the_quality_was_told_of(
 
 
 def test_of_a_label_with_very_many_kept_photos_some_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statistics, "MOST_COMPARED", 5)
+    monkeypatch.setattr(statistics, "PHOTOS_COMPARED", 5)
     rows = [
         {"label": "a", "id": str(i), "hash": to_hex(bytes([0, i]), 16), "rank": i, "kept": i < 8} for i in range(12)
     ]

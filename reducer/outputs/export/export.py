@@ -25,8 +25,8 @@ from reducer.outputs.export.layout import (
     FAILURES,
     LABELS,
     LIST,
-    PLAN,
     SAME,
+    TABLE,
     ExportOptions,
     index_name,
     shard_name,
@@ -317,7 +317,7 @@ def _begin(folder: ExportFolder, plan: ExportPlan, job: ResolvedJob, *, overwrit
         _check_room(folder.place, transfer, freed if clear else 0)
     if clear:
         folder.remove(_files_of(old))
-        folder.remove([PLAN])  # last: it names the others, if this is stopped
+        folder.remove([TABLE])  # last: it names the others, if this is stopped
     return transfer
 
 

@@ -23,8 +23,8 @@ from reducer.storage.location import is_url
 
 SAME, BY_LABEL, TAR = LAYOUT_NAMES
 #: Files of ours at the top of TARGET.
-STATE, LIST, PLAN, LABELS, FAILURES = "export.json", "train.csv", "export.parquet", "labels.csv", "failures.csv"
-OWN_FILES = (STATE, LIST, PLAN, LABELS, FAILURES)
+STATE, LIST, TABLE, LABELS, FAILURES = "export.json", "train.csv", "export.parquet", "labels.csv", "failures.csv"
+OWN_FILES = (STATE, LIST, TABLE, LABELS, FAILURES)
 #: Extensions that torchvision's ImageFolder takes for photos (``torchvision.datasets.folder.IMG_EXTENSIONS``).
 IMAGE_FOLDER = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 #: Extensions by Pillow's names of formats, where a photo's name has none; that of JPEG for all others and for unknown

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from reducer.config.settings import Source
 from reducer.errors import InputError
-from reducer.outputs.export.layout import OWN_FILES, PLAN, STATE, index_name
+from reducer.outputs.export.layout import OWN_FILES, STATE, TABLE, index_name
 from reducer.photos.reader import states_of
 from reducer.photos.requests import FileState
 from reducer.run.folder.files import parquet_file
@@ -24,9 +24,9 @@ from reducer.storage.location import Location, explaining_errors
 from reducer.storage.remote import nanoseconds, with_retries
 from reducer.storage.schemas import EXPORT_SCHEMA
 
-FORMAT, FORMAT_VERSION = "reducer-export", 1
+EXPORT_FORMAT, EXPORT_VERSION = "reducer-export", 1
 #: Metadata key under which the index of a shard tells how the shard was when it was written.
-METADATA = b"reducer"
+SHARD_STATE = b"reducer"
 #: Objects that a store deletes with one request.
 DELETED_TOGETHER = 1000
 
@@ -60,8 +60,8 @@ class ExportFolder(Files):
             if STATE in names:
                 with suppress(ValueError):
                     state = json.loads(self._read(STATE))
-                    if isinstance(state, dict) and state.get("format") == FORMAT:
-                        if state.get("format_version") != FORMAT_VERSION:
+                    if isinstance(state, dict) and state.get("format") == EXPORT_FORMAT:
+                        if state.get("format_version") != EXPORT_VERSION:
                             raise InputError(f"TARGET {self.path} was written by another version: give another folder")
                         return state
             elif all(name in map(temporary_name, OWN_FILES) for name in names):
@@ -78,10 +78,10 @@ class ExportFolder(Files):
 
     def table(self) -> pa.Table:
         """Return ``export.parquet`` of an earlier export; empty where there is none."""
-        if PLAN not in self._names():
+        if TABLE not in self._names():
             return EXPORT_SCHEMA.empty_table()
-        with explaining_errors(self.place, f"{self.place.below(PLAN).path} cannot be read"):
-            return self._read_parquet(PLAN).replace_schema_metadata(None).cast(EXPORT_SCHEMA)
+        with explaining_errors(self.place, f"{self.place.below(TABLE).path} cannot be read"):
+            return self._read_parquet(TABLE).replace_schema_metadata(None).cast(EXPORT_SCHEMA)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -171,12 +171,12 @@ class ExportFolder(Files):
 
     def write_state(self, state: dict[str, Any]) -> None:
         """Write ``export.json``."""
-        content = {"format": FORMAT, "format_version": FORMAT_VERSION, **state}
+        content = {"format": EXPORT_FORMAT, "format_version": EXPORT_VERSION, **state}
         self.write(STATE, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
     def write_table(self, rows: pa.Table) -> None:
         """Write ``export.parquet``."""
-        self.write(PLAN, parquet_file(rows))
+        self.write(TABLE, parquet_file(rows))
 
     def write(self, name: str, content: bytes) -> None:
         """Write one of `OWN_FILES`."""
@@ -200,7 +200,7 @@ class ExportFolder(Files):
         """
         with explaining_errors(self.place, f"{self.place.below(shard).path} cannot be looked at"):
             state = with_retries(lambda: self._state_of(shard))
-        metadata = {METADATA: json.dumps({"bytes": state.bytes, "mtime_ns": state.mtime_ns, "etag": state.etag})}
+        metadata = {SHARD_STATE: json.dumps({"bytes": state.bytes, "mtime_ns": state.mtime_ns, "etag": state.etag})}
         self._write(index_name(shard), parquet_file(rows.replace_schema_metadata(metadata)))
 
     def _state_of(self, name: str) -> FileState:
@@ -225,7 +225,7 @@ class ExportFolder(Files):
             return None
         try:
             rows = pq.read_table(pa.BufferReader(self._read(index_name(shard))))
-            written = FileState(**json.loads(rows.schema.metadata[METADATA]))
+            written = FileState(**json.loads(rows.schema.metadata[SHARD_STATE]))
             return rows.replace_schema_metadata(None).cast(EXPORT_SCHEMA) if there.is_as(written) else None
         except (pa.ArrowInvalid, OSError, ValueError, KeyError, TypeError):
             return None

@@ -20,13 +20,13 @@ from reducer.outputs.report.statistics import InsertionCurve, LabelCounts, PairD
 
 #: Colours of text, lines, photos before, kept photos, and a random choice. The report gives each a name, so that they
 #: can change with the reader's theme.
-INK, LINE, BEFORE, KEPT, RANDOM = "#1c2530", "#c3cad3", "#7d8896", "#0b63c5", "#b3541e"
-NAMES = {INK: "--ink", LINE: "--line", BEFORE: "--before", KEPT: "--kept", RANDOM: "--random"}
+INK, LINE, BEFORE_COLOUR, KEPT_COLOUR, RANDOM_COLOUR = "#1c2530", "#c3cad3", "#7d8896", "#0b63c5", "#b3541e"
+NAMES = {INK: "--ink", LINE: "--line", BEFORE_COLOUR: "--before", KEPT_COLOUR: "--kept", RANDOM_COLOUR: "--random"}
 #: Inches. Narrow, so that text keeps its size on a phone.
 SIZE = (4.6, 3.1)
 BINS = 100
 #: Bins of cosine distances at most.
-COSINE_BINS = 50
+MOST_COSINE_BINS = 50
 #: Largest labels, without which the counts are shown a second time.
 LARGEST = 100
 STYLE: Any = {
@@ -111,7 +111,10 @@ def _counts(axes: Axes, counts: LabelCounts) -> None:
     # Whole numbers: a bin that holds one of them more than others would look like a peak.
     step = -(-most // BINS)
     edges = np.arange(0.5, most + step + 0.5, step)
-    for values, name, colour, filled in ((counts.photos, "before", BEFORE, True), (counts.kept, "after", KEPT, False)):
+    for values, name, colour, filled in (
+        (counts.photos, "before", BEFORE_COLOUR, True),
+        (counts.kept, "after", KEPT_COLOUR, False),
+    ):
         axes.stairs(
             np.histogram(values, edges)[0], edges, label=name, color=colour, fill=filled, linewidth=1.2, baseline=0.5
         )
@@ -141,12 +144,12 @@ def pairs_plot(pairs: PairDistances, near_copy_bits: int) -> Picture:
         edges, sides = pairs.edges, [pairs.random, pairs.kept]
         if pairs.unit != "bits":  # no more bins than can be seen, over the distances that there are
             used = 1 + int(np.flatnonzero(pairs.kept + pairs.random).max(initial=0))
-            starts = np.arange(0, used, -(-used // COSINE_BINS))
-            edges = edges[np.append(starts, min(len(edges) - 1, starts[-1] + -(-used // COSINE_BINS)))]
+            starts = np.arange(0, used, -(-used // MOST_COSINE_BINS))
+            edges = edges[np.append(starts, min(len(edges) - 1, starts[-1] + -(-used // MOST_COSINE_BINS)))]
             sides = [np.add.reduceat(values, starts) for values in sides]
         if near_copy_bits >= 0:
             axes.axvspan(-0.5, near_copy_bits + 0.5, color=LINE, alpha=0.5, linewidth=0, label="near copies")
-        for values, name, colour in zip(sides, ("random choice", "kept"), (RANDOM, KEPT), strict=True):
+        for values, name, colour in zip(sides, ("random choice", "kept"), (RANDOM_COLOUR, KEPT_COLOUR), strict=True):
             axes.stairs(100 * values / max(1, values.sum()), edges, label=name, color=colour, linewidth=1.5)
         axes.set_xlim(edges[0], edges[-1])
         axes.set_ylim(bottom=0)
@@ -178,8 +181,9 @@ def insertion_plot(
         figure, (axes,) = _new(*SIZE)
         low, median, high = curve.distance[:, :most]
         after = np.arange(1, len(median) + 1)
-        axes.fill_between(after, low, high, color=KEPT, alpha=0.2, linewidth=0, label="80 % of the labels")
-        axes.plot(after, median, color=KEPT, linewidth=1.8, label="median", marker="o" if len(after) < 3 else None)
+        axes.fill_between(after, low, high, color=KEPT_COLOUR, alpha=0.2, linewidth=0, label="80 % of the labels")
+        marker = "o" if len(after) < 3 else None
+        axes.plot(after, median, color=KEPT_COLOUR, linewidth=1.8, label="median", marker=marker)
         if near_copy_bits >= 0:
             axes.axhspan(0, near_copy_bits, color=LINE, alpha=0.5, linewidth=0, label="near copies")
         if keep is not None and keep <= len(median):

@@ -210,7 +210,7 @@ def _context(
         "certificate": certificate_line(summary["quality"]),
         "remarks": remarks(summary, folder.path),
         "figures": figures_of(folder, job, measure, ledger, counts, curve),
-        "reading": choice_of_k(curve, counts, job.keep, measure.near),
+        "choice": choice_of_k(curve, counts, job.keep, measure.near),
         "near": measure.near,
         "unit": measure.unit,
         "compared_by": f"{job.hash}, {measure.bits} bits" if measure.unit == "bits" else "vectors, cosine",

@@ -29,7 +29,7 @@ from reducer.run.folder import RunFolder
 from reducer.storage.schemas import FAILED
 
 #: Failures shown of each kind.
-EXAMPLES = 5
+FAILURE_EXAMPLES = 5
 #: Numbers of photos for which the table to choose K by has rows.
 KS = (1, 2, 3, 5, 8, 10, 12, 15, 20, 25, 30, 40, 50, 75, 100, 150, 200, 300, 500, 750, 1000, 2000, 5000)
 #: The curve shows this many times the photos kept per label, and at least this many ranks.
@@ -267,7 +267,9 @@ def failures_of(folder: RunFolder, kinds: Mapping[str, int]) -> list[dict[str, A
         {
             "kind": kind,
             "count": count,
-            "examples": failed.filter(pc.starts_with(failed["error"], f"{kind}:")).slice(0, EXAMPLES).to_pylist(),
+            "examples": failed.filter(pc.starts_with(failed["error"], f"{kind}:"))
+            .slice(0, FAILURE_EXAMPLES)
+            .to_pylist(),
         }
         for kind, count in sorted(kinds.items(), key=lambda pair: (-pair[1], pair[0]))
     ]

@@ -19,9 +19,9 @@ from reducer.storage.sorting import numbered
 Counts = NDArray[np.int64]
 
 #: Kept photos of a label that are compared, at most: all pairs of a million photos would take too long.
-MOST_COMPARED = 2000
+PHOTOS_COMPARED = 2000
 #: Labels whose vectors are read for a report, and bins of cosine distances, 0 to 2.
-MOST_LABELS, COSINE_BINS = 200, 2000
+LABELS_COMPARED, COSINE_BINS = 200, 2000
 #: Quantiles over labels: 80 % of them lie between the first and the last.
 SHARES = (0.1, 0.5, 0.9)
 
@@ -142,7 +142,7 @@ class PairDistances:
 
 
 def labels_to_compare(ledger: pa.Table, seed: int) -> list[str]:
-    """Return labels with at least two kept photos that have a rank, at most `MOST_LABELS`, drawn at random.
+    """Return labels with at least two kept photos that have a rank, at most `LABELS_COMPARED`, drawn at random.
 
     Parameters
     ----------
@@ -154,7 +154,7 @@ def labels_to_compare(ledger: pa.Table, seed: int) -> list[str]:
     kept = ledger.filter(pc.and_(ledger["kept"], pc.is_valid(ledger["rank"])))
     counted = kept.group_by("label").aggregate([([], "count_all")])
     names = sorted(counted.filter(pc.greater(counted["count_all"], 1))["label"].to_pylist())
-    return [names[number] for number in draw_order(REPORT_LABELS, seed, "", names)[:MOST_LABELS]]
+    return [names[number] for number in draw_order(REPORT_LABELS, seed, "", names)[:LABELS_COMPARED]]
 
 
 def pair_distances(ledger: pa.Table, bits: int, seed: int) -> PairDistances:
@@ -169,7 +169,7 @@ def pair_distances(ledger: pa.Table, bits: int, seed: int) -> PairDistances:
         Bits of a hash.
     seed : int
         Seed of the job: the random choice is the one that its quality was compared with. From a label with more than
-        `MOST_COMPARED` kept photos, this number of photos is drawn.
+        `PHOTOS_COMPARED` kept photos, this number of photos is drawn.
     """
     by_vectors = "vector" in ledger.column_names
     ranked = ledger.select(["label", "id", "vector" if by_vectors else "hash", "rank", "kept"])
@@ -194,8 +194,8 @@ def pair_distances(ledger: pa.Table, bits: int, seed: int) -> PairDistances:
         if len(chosen) < 2:
             continue
         drawn = rows[draw_order(RANDOM_ORDER, seed, label, [ids[row] for row in rows.tolist()])]
-        if len(chosen) > MOST_COMPARED:
-            chosen = drawn[kept[drawn]][:MOST_COMPARED]
+        if len(chosen) > PHOTOS_COMPARED:
+            chosen = drawn[kept[drawn]][:PHOTOS_COMPARED]
         of_kept += histogram(chosen)
         of_random += histogram(drawn[: len(chosen)])
     return PairDistances(of_kept, of_random, edges, "cosine" if by_vectors else "bits")
