@@ -25,7 +25,7 @@ from reducer import ClusterSpec, Job, reduce_images
 from reducer.api.sample import label_sizes
 from reducer.config.resolved import resolve
 from reducer.run.plan.plan import make_plan
-from reducer.run.tasks.rank_stage import peak_memory
+from reducer.run.tasks.photo_results import peak_memory
 from reducer.run.tasks.tasks import PartitionTasks
 
 #: Runs a function of this module in a process of its own, whose peak memory is its own too.

@@ -29,7 +29,7 @@ from reducer.run.plan.partitions import assign, partition_count
 from reducer.run.summary import failure_kinds
 from reducer.run.tasks.environment import versions
 from reducer.run.tasks.messages import Tally
-from reducer.run.tasks.rank_stage import peak_memory
+from reducer.run.tasks.photo_results import peak_memory
 from reducer.selection.cross_label import cross_label_table
 from reducer.selection.quality import quality_summary, reevaluate_ledger
 from reducer.selection.quality_sums import Quality

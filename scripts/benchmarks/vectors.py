@@ -22,7 +22,7 @@ from reducer.api.sample import label_sizes
 from reducer.config.resolved import resolve
 from reducer.photos.hashing import hash_photo
 from reducer.photos.model import PATHS, picture_of, vectors_of
-from reducer.run.tasks.rank_stage import peak_memory
+from reducer.run.tasks.photo_results import peak_memory
 from reducer.selection.distance import Cosine
 from reducer.selection.strategies import STRATEGIES, Candidates
 from reducer.storage.codecs import as_units

@@ -1,4 +1,4 @@
-"""What a worker does with a tar shard, or with a piece of a label that is too large for a partition: hash, not rank."""
+"""Hash, but do not rank, the photos of a tar shard, or of a piece of a label that is too large for a partition."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from reducer.photos.reader import DISK_BLOCK, Shards, too_large
 from reducer.photos.requests import PhotoFile
 from reducer.photos.tar import Member, ShardFile, TarScan
 from reducer.run.tasks.messages import PartitionTask, Piece, PieceReport, PiecesResult, ShardTask, WantedKeys, is_wanted
-from reducer.run.tasks.rank_stage import (
+from reducer.run.tasks.photo_results import (
     first_failure,
     peak_memory,
     photo_paths,
@@ -39,64 +39,65 @@ from reducer.storage.schemas import HASHES_SCHEMA, from_ipc, to_ipc
 WRONG_MD5 = "wrong md5"
 #: Photos of more bytes are read apart when the shard is at its end, as they may take more memory than there is.
 MOST_AT_ONCE = 64 * 2**20
-#: A label in a shard has at most so many bytes.
+#: Most bytes that a label in a shard has.
 MOST_LABEL_BYTES = 2**20
 
 
 class PhotoProcessor(Protocol):
-    """What reads and hashes photos."""
+    """A way to read and hash photos."""
 
     def at_all(self, refs: Sequence[PhotoRef], settings: PhotoSettings, source: Source) -> Iterator[PhotoResult]:
-        """Look at photos in turn, wherever they lie."""
+        """Read and hash photos in turn, wherever they lie."""
 
     def at_content(self, ref: ByteRange, content: Callable[[], bytes], settings: PhotoSettings) -> PhotoResult | None:
-        """Look at a photo whose bytes have just come by; None if it is to be looked at later, with `at_all`."""
+        """Hash a photo whose bytes have just come by; None if it is to be processed later, with `at_all`."""
 
     def alive(self) -> None:
-        """Called whenever the work has gone on a bit."""
+        """Note that the work goes on; called often."""
 
 
 class InProcessProcessor:
-    """Looks at photos in this very process."""
+    """Reads and hashes photos in this very process."""
 
     def at_all(self, refs: Sequence[PhotoRef], settings: PhotoSettings, source: Source) -> Iterator[PhotoResult]:
+        """Read and hash photos in turn, wherever they lie."""
         return process_photos(refs, settings, source)
 
     def at_content(self, ref: ByteRange, content: Callable[[], bytes], settings: PhotoSettings) -> PhotoResult | None:
+        """Hash a photo whose bytes have just come by."""
         try:
             return process_photo(PhotoFile(content(), None), settings)
         except PhotoError as error:
             return PhotoResult(error=str(error))
 
     def alive(self) -> None:
-        pass
+        """Do nothing: nobody waits for a sign."""
 
 
-def run_piece(task: PartitionTask, looker: PhotoProcessor | None = None) -> PiecesResult:
+def run_piece(task: PartitionTask, processor: PhotoProcessor | None = None) -> PiecesResult:
     """Hash the photos of a piece of a large label.
 
     Parameters
     ----------
     task : PartitionTask
         The piece.
-    looker : PhotoProcessor, optional
-        What reads and hashes the photos.
+    processor : PhotoProcessor, optional
+        Reads and hashes the photos.
     """
     started = time.perf_counter()
-    looker = looker or InProcessProcessor()
+    processor = processor or InProcessProcessor()
     table = from_ipc(task.rows)
     refs = photo_refs(task, table)
-    looks, now = photo_results(task, table, refs, looker.at_all)
+    results, tried = photo_results(task, table, refs, processor.at_all)
     paths = photo_paths(task, table)
-    reused = [not own for own in now]
-    columns = {"key": paths, "path": paths, "reused": reused, **_hash_columns(looks, task.settings)}
-    piece = Piece(
-        task.index, _packed(columns, len(looks)), PieceReport(tally_of(looks, now)), first_failure(refs, looks)
-    )
+    reused = [not by_us for by_us in tried]
+    columns = {"key": paths, "path": paths, "reused": reused, **_hash_columns(results, task.settings)}
+    report = PieceReport(tally_of(results, tried))
+    piece = Piece(task.index, _packed(columns, len(results)), report, first_failure(refs, results))
     return PiecesResult(task.index, (piece,), time.perf_counter() - started, peak_memory())
 
 
-def run_shards(task: ShardTask, wanted: WantedKeys | None, looker: PhotoProcessor | None = None) -> PiecesResult:
+def run_shards(task: ShardTask, wanted: WantedKeys | None, processor: PhotoProcessor | None = None) -> PiecesResult:
     """Read shards from end to end and hash the photos that are wanted.
 
     Parameters
@@ -105,13 +106,13 @@ def run_shards(task: ShardTask, wanted: WantedKeys | None, looker: PhotoProcesso
         The shards.
     wanted : ndarray of uint64, optional
         From `wanted_keys`; None for every photo.
-    looker : PhotoProcessor, optional
-        What reads and hashes the photos.
+    processor : PhotoProcessor, optional
+        Reads and hashes the photos.
 
     Returns
     -------
     PiecesResult
-        A piece a shard.
+        One piece per shard.
     """
     started = time.perf_counter()
     settings = task.settings
@@ -120,7 +121,7 @@ def run_shards(task: ShardTask, wanted: WantedKeys | None, looker: PhotoProcesso
         pillow_settings(settings.max_pixels),
     ):
         pieces = tuple(
-            _Reading(task, shards, number, wanted, looker or InProcessProcessor()).piece()
+            _Reading(task, shards, number, wanted, processor or InProcessProcessor()).piece()
             for number in range(len(task.shards))
         )
     return PiecesResult(task.index, pieces, time.perf_counter() - started, peak_memory())
@@ -128,50 +129,51 @@ def run_shards(task: ShardTask, wanted: WantedKeys | None, looker: PhotoProcesso
 
 @dataclass(slots=True)
 class _Seen:
-    """A photo that is wanted."""
+    """A photo that is wanted, found in a shard."""
 
     key: str
     path: str
     ref: ByteRange
-    #: None if it is only to be found.
-    look: PhotoResult | None = None
+    #: None where the photo is only to be found.
+    result: PhotoResult | None = None
     label: str | None = None
 
 
 @dataclass
 class _Reading:
-    """One shard, from end to end."""
+    """The reading of one shard, from end to end."""
 
     task: ShardTask
     shards: Shards
-    place: int
+    number: int
     wanted: WantedKeys | None
-    looker: PhotoProcessor
+    processor: PhotoProcessor
     seen: list[_Seen] = field(default_factory=list)
-    #: Those to look at when the shard is at its end.
+    #: Photos to process when the shard is at its end.
     later: list[_Seen] = field(default_factory=list)
-    #: Those whose pictures wait for a batch to be full.
+    #: Photos whose pictures wait for a batch to be full.
     pictured: list[_Seen] = field(default_factory=list)
     labels: dict[str, str] = field(default_factory=dict)
     skipped: Counter[str] = field(default_factory=Counter)
     members: int = 0
     example: str | None = None
     damage: str | None = None
-    #: Why it could not be read on.
+    #: Why the shard could not be read to its end.
     unreadable: str | None = None
 
     @property
     def shard(self) -> Shard:
-        return self.task.shards[self.place]
+        """The shard."""
+        return self.task.shards[self.number]
 
     def piece(self) -> Piece:
-        """Read it, and tell what was found."""
+        """Read the shard and return its photos."""
         digest = None if self.shard.md5 is None else hashlib.md5(usedforsecurity=False)
-        # Blocks of a store are under way already: nothing would be gained by leaving some out.
+        # Blocks of a store are under way already: leaving some out would gain nothing.
         skip = 2**63 if is_url(self.shard.path) else DISK_BLOCK
         with closing(ShardFile(self._blocks_from, self.shard.bytes, digest, skip=skip)) as file:
             self._scan(TarScan(file), file)
-        self._look_later()
+        self._process_later()
         seen = self._labelled() if self.task.keys is MemberKeys.SAMPLE else self.seen
         md5 = None if digest is None or self.unreadable is not None else digest.hexdigest()
         wrong_md5 = self.shard.md5 not in (None, md5)
@@ -179,14 +181,14 @@ class _Reading:
             what = "it cannot be read to its end" if md5 is None else f"it has {md5}"
             error = str(PhotoError(WRONG_MD5, f"of its shard {self.shard.path}: {what}, not {self.shard.md5}"))
             for photo in seen:
-                photo.look = PhotoResult(error=error)
-        looked = [(photo.ref, photo.look) for photo in seen if photo.look is not None]
-        looks = [look for _, look in looked]
+                photo.result = PhotoResult(error=error)
+        processed = [(photo.ref, photo.result) for photo in seen if photo.result is not None]
+        results = [result for _, result in processed]
         return Piece(
             self.shard.number,
             self._rows(seen),
             PieceReport(
-                tally=tally_of(looks, [True] * len(looks)),
+                tally=tally_of(results, [True] * len(results)),
                 members=self.members,
                 skipped=dict(sorted(self.skipped.items())),
                 example=self.example,
@@ -194,12 +196,12 @@ class _Reading:
                 md5=md5,
                 wrong_md5=wrong_md5,
             ),
-            first_failure([ref for ref, _ in looked], looks),
+            first_failure([ref for ref, _ in processed], results),
         )
 
     def _blocks_from(self, offset: int) -> Iterator[bytes]:
         try:
-            yield from self.shards.blocks_from(self.place, offset)
+            yield from self.shards.blocks_from(self.number, offset)
         except PhotoError as error:
             if str(error).startswith(OUT_OF_MEMORY):
                 raise MemoryError from None  # of this worker: it says nothing of the shard
@@ -209,7 +211,7 @@ class _Reading:
     def _scan(self, scan: TarScan, file: ShardFile) -> None:
         try:
             for member in scan:
-                self.looker.alive()
+                self.processor.alive()
                 self.members += 1
                 self._consider(member, scan)
             file.finish()
@@ -236,7 +238,7 @@ class _Reading:
             self._take(key, member, scan, hash_it)
 
     def _consider_sample(self, member: Member, scan: TarScan) -> None:
-        """A file of a WebDataset sample: all that have one key lie one after the other."""
+        """Consider a file of a WebDataset sample: all files of one key lie one after the other."""
         folder, name = posixpath.split(member.path)
         stem, _, extension = name.partition(".")
         key, extension = posixpath.join(folder, stem), f".{extension.lower()}"
@@ -258,65 +260,65 @@ class _Reading:
         photo = _Seen(key, member.path, ref)
         self.seen.append(photo)
         if member.problem is not None:
-            photo.look = PhotoResult(error=member.problem)
+            photo.result = PhotoResult(error=member.problem)
         elif hash_it and member.link:
             self.later.append(photo)
         elif hash_it:
             error = too_large(member.bytes, self.task.settings.max_pixels)
             if error is not None:
-                photo.look = PhotoResult(bytes=member.bytes, error=str(error))
+                photo.result = PhotoResult(bytes=member.bytes, error=str(error))
                 return
             if member.bytes <= MOST_AT_ONCE:
-                photo.look = self.looker.at_content(photo.ref, scan.content, self.task.settings)
-            if photo.look is None:
+                photo.result = self.processor.at_content(photo.ref, scan.content, self.task.settings)
+            if photo.result is None:
                 self.later.append(photo)
-            if self.unreadable is not None:  # it was no fault of the photo's
+            if self.unreadable is not None:  # no fault of the photo
                 self.seen.pop()
                 raise PhotoError("unreadable", self.unreadable)
             self._embed_full_batches(photo)
 
     def _embed_full_batches(self, photo: _Seen) -> None:
         settings = self.task.settings.embed
-        if settings is None or photo.look is None or photo.look.picture is None:
+        if settings is None or photo.result is None or photo.result.picture is None:
             return
         self.pictured.append(photo)
         if len(self.pictured) == settings.batch:
             self._embed()
 
     def _embed(self) -> None:
-        """Put vectors in the place of the pictures that have come together."""
+        """Put vectors in the place of the pictures collected so far."""
         settings, photos = self.task.settings.embed, self.pictured
         if settings is None or not photos:
             return
-        looks = with_vectors([photo.look for photo in photos if photo.look is not None], settings)
-        for photo, look in zip(photos, looks, strict=True):
-            photo.look = look
+        results = with_vectors([photo.result for photo in photos if photo.result is not None], settings)
+        for photo, result in zip(photos, results, strict=True):
+            photo.result = result
         self.pictured = []
 
-    def _look_later(self) -> None:
+    def _process_later(self) -> None:
         self._embed()
-        # A link leads to where another photo lies, which may have been looked at.
-        seen = {photo.ref: photo.look for photo in self.seen if photo.look is not None}
-        refs = [ref for ref in dict.fromkeys(photo.ref for photo in self.later) if ref not in seen]
-        looks = self.looker.at_all(refs, self.task.settings, self.task.source)
-        seen |= zip(refs, embedded(looks, self.task.settings), strict=True)
+        # A link leads to where another photo lies, which may have been processed.
+        results_of = {photo.ref: photo.result for photo in self.seen if photo.result is not None}
+        refs = [ref for ref in dict.fromkeys(photo.ref for photo in self.later) if ref not in results_of]
+        results = self.processor.at_all(refs, self.task.settings, self.task.source)
+        results_of |= zip(refs, embedded(results, self.task.settings), strict=True)
         for photo in self.later:
-            photo.look = seen[photo.ref]
+            photo.result = results_of[photo.ref]
 
     def _labelled(self) -> list[_Seen]:
         for photo in self.seen:
             photo.label = self.labels.get(photo.key)
-        found = [photo for photo in self.seen if photo.label is not None]
-        if len(found) < len(self.seen):
+        labelled = [photo for photo in self.seen if photo.label is not None]
+        if len(labelled) < len(self.seen):
             field = self.task.label_field
             beside = "a .cls beside it" if field is None else f"a .json beside it that has the field {field!r}"
-            self.skipped[f"photo without {beside}"] += len(self.seen) - len(found)
-        return found
+            self.skipped[f"photo without {beside}"] += len(self.seen) - len(labelled)
+        return labelled
 
     def _rows(self, seen: Sequence[_Seen]) -> bytes:
-        # What tells whether a photo has changed is its shard's.
+        # A photo counts as changed where its shard has changed.
         state: dict[str, Any] = {"mtime_ns": self.shard.mtime_ns, "etag": self.shard.etag}
-        looks = [replace(photo.look or PhotoResult(), bytes=photo.ref.bytes, **state) for photo in seen]
+        results = [replace(photo.result or PhotoResult(), bytes=photo.ref.bytes, **state) for photo in seen]
         columns = {
             "key": [photo.key for photo in seen],
             "label": [photo.label for photo in seen],
@@ -325,32 +327,34 @@ class _Reading:
             "offset": [photo.ref.offset for photo in seen],
             "reused": [False] * len(seen),
         }
-        return _packed(columns | _hash_columns(looks, self.task.settings), len(seen))
+        return _packed(columns | _hash_columns(results, self.task.settings), len(seen))
 
 
 def _label(content: bytes, name: str | None) -> str | None:
-    """What a ``.cls`` holds, or a field of a JSON object; None if that is no label."""
+    """Return the label that a ``.cls`` holds, or a field of a JSON object; None if that is no label."""
     try:
         text = content.decode("utf-8-sig")
-        found = text if name is None else json.loads(text)[name]
+        label = text if name is None else json.loads(text)[name]
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
-    if isinstance(found, bool) or not isinstance(found, str | int):
+    if isinstance(label, bool) or not isinstance(label, str | int):
         return None
-    return str(found).strip() or None
+    return str(label).strip() or None
 
 
-def _hash_columns(looks: Sequence[PhotoResult], settings: PhotoSettings) -> dict[str, Any]:
+def _hash_columns(results: Sequence[PhotoResult], settings: PhotoSettings) -> dict[str, Any]:
+    """Return the columns of `HASHES_SCHEMA` that tell of results."""
     return {
-        **seen_columns(looks),
-        "hash": [look.hash and to_hex(look.hash.bits, settings.bits) for look in looks],
-        "flat": [look.hash and look.hash.flat for look in looks],
-        "error": [look.error for look in looks],
-        "vector": [look.vector for look in looks],
+        **seen_columns(results),
+        "hash": [result.hash and to_hex(result.hash.bits, settings.bits) for result in results],
+        "flat": [result.hash and result.hash.flat for result in results],
+        "error": [result.error for result in results],
+        "vector": [result.vector for result in results],
     }
 
 
 def _packed(columns: dict[str, Any], rows: int) -> bytes:
+    """Pack columns as a table of `HASHES_SCHEMA`; those not given are null."""
     arrays = [
         pa.nulls(rows, f.type)
         if f.name not in columns

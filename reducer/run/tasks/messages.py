@@ -1,4 +1,4 @@
-"""What crosses a border between stages: frozen dataclasses. Tables: `reducer.storage.schemas`."""
+"""Messages between the client and its workers: frozen dataclasses. Tables: `reducer.storage.schemas`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from reducer.selection.quality_sums import Quality
 from reducer.storage.codecs import digest_of
 from reducer.storage.location import MemberKeys, PathRule, Shard
 
-#: Digests of the keys that are wanted, in rising order; the lowest bit tells whether the photo is to be hashed, too.
+#: Digests of the keys that are wanted, ascending; the lowest bit tells whether the photo is to be hashed, too.
 WantedKeys = NDArray[np.uint64]
 
 
@@ -33,13 +33,13 @@ class PartitionTask:
         rule gives it, ``always_keep`` where it is true of any, `KNOWN_SCHEMA` where anything is known, and ``shard``,
         ``offset`` and ``bytes`` where a photo is to be read from a shard.
     settings : PhotoSettings
-        The same for all partitions of a run.
+        Settings of the run.
     source : Source
         How photos are read; may hold secrets.
     path_rule : PathRule or None
-        Where the photos lie.
+        Rule that gives the paths of the photos.
     trusted : bool
-        Whether what is known of photos holds without a look at their files.
+        Whether known results hold without checking that the files are unchanged.
     is_piece : bool
         Whether it is a piece of a label that is too large for a partition: its photos are hashed, and ranked elsewhere.
     """
@@ -67,17 +67,17 @@ class ShardTask:
     index : int
         Number of the first shard.
     shards : tuple of Shard
-        In the order of their numbers.
+        The shards, in the order of their numbers.
     settings : PhotoSettings
-        As for `PartitionTask`.
+        Settings of the run.
     source : Source
-        How they are read; may hold secrets.
+        How shards are read; may hold secrets.
     keys : MemberKeys
-        What the photos are called.
+        How photos are named in the shards.
     label_field : str or None
-        Where labels stand in a sample's JSON; None where they stand in its ``.cls``.
+        Field of a sample's JSON that holds the label; None where labels stand in a ``.cls`` file.
     md5_fails : bool
-        Whether photos of a shard fail whose MD5 sum is not the published one.
+        Whether the photos of a shard fail if its MD5 sum is not the published one.
     """
 
     index: int
@@ -94,22 +94,22 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class Tally:
-    """What came of the photos of a part; adds up over parts.
+    """Counts of the photos of a part; they add up over parts.
 
     Attributes
     ----------
     read, failed : int
-        Photos tried, and those of them that could not be hashed.
+        Photos tried, and those that could not be hashed.
     reused : int
         Photos whose hashes were known from an earlier run.
     bytes_read : int
         Bytes of photos read.
     looked_up : int
-        Photos whose vectors were looked for among those that are given.
+        Photos whose vectors were looked for among the given ones.
     quality : Quality
-        What the choice is worth, by what photos are compared by.
+        Quality of the choice, by what photos are compared by.
     by_hash : Quality
-        The same by their hashes, where they have some and are compared by vectors.
+        Quality by hashes, where photos have some and are compared by vectors.
     """
 
     read: int = 0
@@ -140,7 +140,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class PartitionResult:
-    """What a worker sends back for one partition.
+    """The result of one partition, as a worker sends it back.
 
     Attributes
     ----------
@@ -150,13 +150,13 @@ class PartitionResult:
         `RESULT_SCHEMA` rows, one for each of the task's and in their order, packed by `to_ipc`, with a column
         ``vector`` behind them where photos are compared by vectors.
     tally : Tally
-        What came of the photos.
+        Counts of the photos.
     first_failure : str or None
         ``path: error`` of the first failed photo.
     seconds : float
         Wall time on the worker.
     peak_memory : int
-        Highest resident memory of the worker process so far, in bytes; 0 where it cannot be told.
+        Highest resident memory of the worker process so far, in bytes; 0 where it is not known.
     """
 
     index: int
@@ -172,16 +172,16 @@ class PartitionResult:
 
 @dataclass(frozen=True)
 class Piece:
-    """What was found in a shard, or of a piece of a large label.
+    """The hashes of the photos of a shard, or of a piece of a large label.
 
     Attributes
     ----------
     number : int
-        Of the shard, or of the piece; names its file of hashes.
+        Number of the shard, or of the piece; names its file of hashes.
     found : bytes
         `HASHES_SCHEMA` rows, packed by `to_ipc`.
     report : PieceReport
-        What came of it.
+        Counts, and what is wrong with the shard.
     first_failure : str or None
         ``photo: error`` of the first failed photo.
     """
@@ -194,24 +194,24 @@ class Piece:
 
 @dataclass(frozen=True)
 class PieceReport:
-    """What came of a shard, or of a piece of a large label.
+    """Report on a shard, or on a piece of a large label.
 
     Attributes
     ----------
     tally : Tally
-        Of its photos.
+        Counts of the photos.
     members : int
-        Files that it holds, wanted or not.
+        Files that the shard holds, wanted or not.
     skipped : dict of str to int
-        Members that were left out though they may have been meant, counted by why.
+        Members that were left out though they may have been meant, counted by reason.
     example : str or None
-        Path of one of its files that might have been wanted.
+        Path of a file in the shard that might have been wanted.
     damage : str or None
-        Why it may hold more photos than were found.
+        Why the shard may hold more photos than were found.
     md5 : str or None
-        Its MD5 sum, in hex, where it was asked for.
+        MD5 sum of the shard, in hex, where it was asked for.
     wrong_md5 : bool
-        Whether that is not the published one.
+        Whether the sum is not the published one.
     """
 
     tally: Tally = field(default_factory=Tally)
@@ -223,25 +223,25 @@ class PieceReport:
     wrong_md5: bool = False
 
     def as_dict(self) -> dict[str, Any]:
-        """In what JSON can say; `from_dict` reads it."""
+        """Return the report as values of JSON; `from_dict` reads them."""
         return asdict(self) | {"tally": self.tally.as_dict()}
 
     @classmethod
-    def from_dict(cls, found: dict[str, Any]) -> PieceReport:
-        """Read what `as_dict` made."""
-        return cls(**found | {"tally": Tally.from_dict(found["tally"])})
+    def from_dict(cls, values: dict[str, Any]) -> PieceReport:
+        """Read the values made by `as_dict`."""
+        return cls(**values | {"tally": Tally.from_dict(values["tally"])})
 
 
 @dataclass(frozen=True)
 class PiecesResult:
-    """What a worker sends back for shards, or for a piece of a large label.
+    """The result of a group of shards, or of a piece of a large label, as a worker sends it back.
 
     Attributes
     ----------
     index : int
-        Of the task.
+        Number of the task.
     pieces : tuple of Piece
-        One a shard.
+        One per shard, or the one piece.
     seconds, peak_memory
         As for `PartitionResult`.
     """
@@ -256,14 +256,14 @@ class PiecesResult:
 
 
 def wanted_keys(keys: Iterable[str], hashed: NDArray[np.bool_]) -> WantedKeys:
-    """Which photos are looked for in shards, small enough to be sent to each worker.
+    """Return the photos to look for in shards, in a form small enough to be sent to each worker.
 
     Parameters
     ----------
     keys : iterable of str
-        What they are called there (`MemberKeys`).
+        Names of the photos in the shards (`MemberKeys`).
     hashed : ndarray of bool, shape (keys,)
-        Whether each is to be hashed too, and not only to be found.
+        Whether each photo is to be hashed too, and not only to be found.
 
     Returns
     -------
@@ -275,11 +275,11 @@ def wanted_keys(keys: Iterable[str], hashed: NDArray[np.bool_]) -> WantedKeys:
 
 
 def is_wanted(wanted: WantedKeys, key: str) -> bool | None:
-    """Whether a photo is to be hashed; None if it is not wanted at all.
+    """Return whether a photo is to be hashed; None if it is not wanted at all.
 
-    Two keys may have the same digest: then one too many is looked at, which whoever knows the keys leaves out.
+    Two keys may have the same digest: then one photo too many is hashed, which the client leaves out.
     """
     digest = digest_of(key) | 1
     place = int(np.searchsorted(wanted, np.uint64(digest), side="right")) - 1
-    found = int(wanted[place]) if place >= 0 else -1
-    return bool(found & 1) if found | 1 == digest else None
+    nearest = int(wanted[place]) if place >= 0 else -1
+    return bool(nearest & 1) if nearest | 1 == digest else None

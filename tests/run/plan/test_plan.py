@@ -15,7 +15,7 @@ from reducer.formatting import parse_labels
 from reducer.run.dask.dispatch import as_bag
 from reducer.run.dask.messages import RunContext, WorkItem
 from reducer.run.plan.plan import as_unread, make_plan
-from reducer.run.tasks.rank_stage import photo_paths
+from reducer.run.tasks.photo_results import photo_paths
 from reducer.run.tasks.tasks import PartitionTasks
 from reducer.storage.paths import with_paths
 from reducer.storage.schemas import LEDGER_SCHEMA, TASK_SCHEMA, from_ipc
