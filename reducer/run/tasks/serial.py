@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Generator
 
 from reducer.run.tasks.environment import environment
-from reducer.run.tasks.hash_stage import run_piece, run_shards
 from reducer.run.tasks.messages import PartitionResult, PiecesResult
-from reducer.run.tasks.rank_stage import run_partition
-from reducer.run.tasks.tasks import PartitionTasks, ShardTasks
+from reducer.run.tasks.tasks import Tasks
 
 
 class InProcess:
@@ -16,7 +14,7 @@ class InProcess:
 
     Parameters
     ----------
-    errand : PartitionTasks or ShardTasks
+    errand : Tasks
         The work.
 
     Attributes
@@ -25,17 +23,11 @@ class InProcess:
         Versions and libraries of this process that decide hashes.
     """
 
-    def __init__(self, errand: PartitionTasks | ShardTasks) -> None:
+    def __init__(self, errand: Tasks) -> None:
         self.errand = errand
         self.environment = environment(errand.job.photo_settings)
 
     def results(self) -> Generator[PartitionResult | PiecesResult]:
         """Yield the result of each partition, piece or group of shards, in turn."""
-        tasks = self.errand
-        for number in tasks.numbers:
-            if isinstance(tasks, ShardTasks):
-                yield run_shards(tasks.task(number), tasks.wanted)
-            elif tasks.is_pieces:
-                yield run_piece(tasks.task(number))
-            else:
-                yield run_partition(tasks.task(number), tasks.avoid)
+        for number in self.errand.numbers:
+            yield self.errand.run(number)

@@ -1,4 +1,4 @@
-"""What is to be sent to workers: partitions, pieces or shards, as tasks made when they are sent: few are held."""
+"""Work of a run as tasks for workers: partitions, pieces or shards. Each is made when it is sent: few are held."""
 
 from __future__ import annotations
 
@@ -14,34 +14,37 @@ from numpy.typing import NDArray
 from reducer.config.job import member_keys, path_rule
 from reducer.config.resolved import ResolvedJob
 from reducer.run.tasks.given_vectors import GivenVectors
-from reducer.run.tasks.messages import PartitionTask, ShardTask, WantedKeys
+from reducer.run.tasks.hash_stage import run_piece, run_shards
+from reducer.run.tasks.messages import PartitionResult, PartitionTask, PiecesResult, ShardTask, WantedKeys
+from reducer.run.tasks.rank_stage import run_partition
 from reducer.storage.codecs import Hashes, VectorSpool
 from reducer.storage.location import ByteRange, PhotoRef, Shard
 from reducer.storage.paths import with_paths
 from reducer.storage.schemas import GIVEN_SCHEMA, KNOWN_SCHEMA, SHARD_POSITION_SCHEMA, to_ipc
 
-#: So many photos are tried to see whether workers can read them.
+#: Photos that are tried to see whether workers can read them.
 FEW = 20
-#: Small shards are read a few at a time, up to so many bytes, so that a worker need not wait between them.
+#: Most bytes of the small shards that one task reads, so that a worker need not wait between them.
 GROUP_BYTES = 256 * 2**20
-GROUPS_A_THREAD = 4
+#: Groups of shards per worker thread at least.
+GROUPS_PER_THREAD = 4
 
 
 @dataclass(frozen=True)
 class PartitionTasks:
-    """The partitions, or pieces of labels too large for one, that are to be done, and how.
+    """Tasks for partitions, or for pieces of labels too large for one.
 
     Attributes
     ----------
     job : ResolvedJob
-        Whose they are.
+        The job.
     rows : Division
-        Rows of each by its number, in the order in which they are to be done: `TASK_SCHEMA`, `KNOWN_SCHEMA` where
+        Rows of each task by its number, in the order in which they are to be done: `TASK_SCHEMA`, `KNOWN_SCHEMA` where
         anything is known, and `SHARD_POSITION_SCHEMA` where photos lie in shards.
     trusted : frozenset of int
-        Those for which what is known holds without a look at the files.
+        Numbers of the tasks whose known results hold without checking that the files are unchanged.
     is_pieces : bool
-        Whether they are pieces.
+        Whether the tasks are pieces.
     avoid : ndarray of uint8, shape (m, hash bytes), optional
         Hashes to avoid.
     aside : VectorSpool, optional
@@ -60,28 +63,41 @@ class PartitionTasks:
 
     @property
     def numbers(self) -> list[int]:
-        """Of what is to be done, in turn."""
+        """Numbers of the partitions or pieces, in the order in which they are to be done."""
         return list(self.rows)
 
     @property
     def shared(self) -> NDArray[np.uint8] | None:
-        """What all tasks need."""
+        """Hashes to avoid, which all tasks need."""
         return self.avoid
 
     @property
     def photos(self) -> int:
-        """How many there are in all."""
+        """Number of photos in all."""
         return self.rows.photos
 
+    unit = " photos"
+    total = photos
+
+    def size(self, index: int) -> int:
+        """Return the number of photos of a partition or piece."""
+        return self.rows.size(index)
+
+    def run(self, index: int) -> PartitionResult | PiecesResult:
+        """Hash the photos of a piece, or hash and rank those of a partition, in this process."""
+        if self.is_pieces:
+            return run_piece(self.task(index))
+        return run_partition(self.task(index), self.avoid)
+
     def probes(self) -> list[PhotoRef]:
-        """A few photos from all over, the first among them; none where nothing needs to be read."""
+        """Return a few photos from all over, the first among them; none where nothing needs to be read."""
         if not self.job.hashes_photos:
             return []
         few = self.rows.without(self.trusted).few(FEW)
         return [with_paths(path_rule(self.job), row)["path"][0].as_py() for row in few]
 
     def task(self, index: int) -> PartitionTask:
-        """What is to be done with a partition or piece."""
+        """Return the task of a partition or piece."""
         rows = self.rows[index]
         in_shards = SHARD_POSITION_SCHEMA.names[0] in rows.column_names
         rule = None if in_shards else path_rule(self.job)
@@ -90,7 +106,7 @@ class PartitionTasks:
             columns.append("always_keep")
         if in_shards:
             columns += [*KNOWN_SCHEMA.names, *SHARD_POSITION_SCHEMA.names, "bytes"]
-        elif KNOWN_SCHEMA.names[0] in rows.column_names and _anything(rows, "known_hash", "known_error"):
+        elif KNOWN_SCHEMA.names[0] in rows.column_names and _any_value(rows, "known_hash", "known_error"):
             columns += KNOWN_SCHEMA.names
         if self.aside is not None and "known_vector" in columns:
             place = rows.schema.get_field_index("known_vector")
@@ -111,18 +127,19 @@ class PartitionTasks:
         )
 
 
-def _anything(rows: pa.Table, *names: str) -> bool:
+def _any_value(rows: pa.Table, *names: str) -> bool:
+    """Return whether any of some columns has a value."""
     return any(rows[name].null_count < rows.num_rows for name in names)
 
 
 @dataclass(frozen=True)
 class ShardTasks:
-    """The shards that are to be read, and how.
+    """Tasks for shards that are to be read.
 
     Attributes
     ----------
     job : ResolvedJob
-        Whose they are.
+        The job.
     groups : dict of int to tuple of Shard
         Shards that one task reads, by the number of the first.
     wanted : ndarray of uint64 or None
@@ -135,8 +152,8 @@ class ShardTasks:
 
     @classmethod
     def of(cls, job: ResolvedJob, shards: Sequence[Shard], wanted: WantedKeys | None, threads: int) -> ShardTasks:
-        """That of some shards, in groups for so many worker threads in all."""
-        most = min(GROUP_BYTES, sum(shard.bytes for shard in shards) // (GROUPS_A_THREAD * threads))
+        """Divide shards into groups for a number of worker threads in all."""
+        most = min(GROUP_BYTES, sum(shard.bytes for shard in shards) // (GROUPS_PER_THREAD * threads))
         groups: list[list[Shard]] = []
         size = 0
         for shard in shards:
@@ -149,26 +166,38 @@ class ShardTasks:
 
     @property
     def numbers(self) -> list[int]:
-        """Of the groups."""
+        """Numbers of the groups."""
         return list(self.groups)
 
     @property
     def shared(self) -> NDArray[np.uint8] | None:
-        """What all tasks need."""
+        """Wanted keys as bytes, which all tasks need."""
         return None if self.wanted is None else self.wanted.view(np.uint8).reshape(-1, 8)
 
     @property
     def bytes(self) -> int:
-        """Of all shards."""
-        return sum(shard.bytes for group in self.groups.values() for shard in group)
+        """Bytes of all shards."""
+        return sum(map(self.size, self.groups))
+
+    unit = "B"
+    total = bytes
+    is_pieces = True
+
+    def size(self, index: int) -> int:
+        """Return the bytes of a group's shards."""
+        return sum(shard.bytes for shard in self.groups[index])
+
+    def run(self, index: int) -> PiecesResult:
+        """Read the shards of a group and hash their photos in this process."""
+        return run_shards(self.task(index), self.wanted)
 
     def probes(self) -> list[PhotoRef]:
-        """The beginnings of a few shards."""
+        """Return the first bytes of a few shards."""
         shards = [shard for group in self.groups.values() for shard in group if shard.bytes]
         return [ByteRange(shard.path, 0, 1) for shard in shards[:: -(-len(shards) // FEW) or 1]]
 
     def task(self, index: int) -> ShardTask:
-        """What is to be done with a group."""
+        """Return the task of a group."""
         return ShardTask(
             index=index,
             shards=self.groups[index],
@@ -180,15 +209,20 @@ class ShardTasks:
         )
 
 
+#: Tasks of either kind. Both have ``job``, ``numbers``, ``shared``, ``is_pieces``, ``unit`` and ``total`` (for progress
+#: bars: photos or bytes), ``size``, ``probes``, ``task`` and ``run``.
+Tasks = PartitionTasks | ShardTasks
+
+
 class Division(Mapping[int, pa.Table]):
-    """The rows of partitions or pieces by their numbers, each copied only when it is asked for: few are held.
+    """Rows of partitions or pieces by their numbers, each copied only when it is asked for: few are held.
 
     Parameters
     ----------
     rows : pyarrow.Table
-        All of them, in one chunk lest taking some is slow.
+        All rows, in one chunk: from several, taking some is slow.
     parts : mapping of int to ndarray of int64 or pyarrow.Table
-        The places of each part's rows, or the rows themselves, in the order in which they are to be done.
+        Positions of each part's rows, or the rows themselves, in the order in which the parts are to be done.
     """
 
     def __init__(self, rows: pa.Table, parts: Mapping[int, NDArray[np.int64] | pa.Table]) -> None:
@@ -196,7 +230,7 @@ class Division(Mapping[int, pa.Table]):
 
     @classmethod
     def by(cls, number: NDArray[np.int32], rows: pa.Table) -> Division:
-        """Rows by their numbers; those of negative ones are left out."""
+        """Divide rows by their numbers; rows of negative numbers are left out."""
         order = np.argsort(number, kind="stable")
         ends = np.cumsum(np.bincount(number + 1, minlength=1)).tolist()  # the first group is left out
         parts = {n: order[start:stop] for n, (start, stop) in enumerate(pairwise(ends)) if start < stop}
@@ -213,29 +247,29 @@ class Division(Mapping[int, pa.Table]):
         return len(self._parts)
 
     def __or__(self, others: Mapping[int, pa.Table]) -> Division:
-        """With other rows of some parts, or of others behind them."""
+        """Return a division with other rows of some parts, or with further parts behind."""
         return Division(self._rows, {**self._parts, **others})
 
     def without(self, numbers: Collection[int]) -> Division:
-        """All but some parts."""
+        """Return a division of all but some parts."""
         return Division(self._rows, {n: part for n, part in self._parts.items() if n not in numbers})
 
     def size(self, number: int) -> int:
-        """Rows of a part."""
+        """Return the number of rows of a part."""
         return len(self._parts[number])
 
     @property
     def photos(self) -> int:
-        """Rows in all."""
+        """Number of rows in all."""
         return sum(map(len, self._parts.values()))
 
     def few(self, most: int) -> list[pa.Table]:
-        """A few single rows from all over, the first among them."""
+        """Return a few single rows from all over, the first among them."""
         sizes = np.array([*map(len, self._parts.values())], dtype=np.int64)
         ends, numbers = np.cumsum(sizes), list(self)
-        places = range(0, self.photos, -(-self.photos // most) or 1)
-        parts = np.searchsorted(ends, places, side="right").tolist()
+        positions = range(0, self.photos, -(-self.photos // most) or 1)
+        parts = np.searchsorted(ends, positions, side="right").tolist()
         return [
-            self[numbers[part]].slice(place - int(ends[part] - sizes[part]), 1)
-            for place, part in zip(places, parts, strict=True)
+            self[numbers[part]].slice(position - int(ends[part] - sizes[part]), 1)
+            for position, part in zip(positions, parts, strict=True)
         ]
