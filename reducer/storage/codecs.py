@@ -21,8 +21,8 @@ PROBLEMS = ("", "its vector holds numbers that are not finite", "its vector is a
 ROUNDING = 2**-10
 #: Of float64.
 LARGEST = np.finfo(np.float64).max
-#: Vectors that are made alike at a time.
-BLOCK = 4096
+#: Vectors that are scaled at a time: few enough that their float64 numbers stay in the processor's cache.
+BLOCK = 512
 
 
 Hashes = NDArray[np.uint8]
@@ -52,7 +52,8 @@ def as_units(vectors: NDArray[np.floating]) -> tuple[Vectors, NDArray[np.uint8]]
 
     Notes
     -----
-    The squares are added one dimension after the other, so that the last bit of a length is the same on every machine.
+    The squares are added one dimension after the other (`numpy.add.accumulate` does so by its definition, a sum need
+    not), so that the last bit of a length is the same on every machine.
     """
     units = np.zeros(vectors.shape, dtype=np.float16)
     problem = np.zeros(len(vectors), dtype=np.uint8)
@@ -63,10 +64,7 @@ def as_units(vectors: NDArray[np.floating]) -> tuple[Vectors, NDArray[np.uint8]]
             # Their squares may be out of its range, those of smaller kinds never are. A power of two changes no bit.
             peak = np.abs(wide).max(axis=1, initial=0)
             wide = np.ldexp(wide, -np.frexp(np.where(np.isfinite(peak), peak, LARGEST))[1][:, None])
-        squares = np.zeros(len(wide))
-        for column in np.ascontiguousarray(wide.T):
-            squares += column * column
-        length = np.sqrt(squares)
+        length = np.sqrt(np.add.accumulate(np.square(wide), axis=1)[:, -1])
         bad = ~np.isfinite(length)
         problem[own][bad], problem[own][length == 0] = 1, 2
         good = (length > 0) & ~bad
@@ -91,8 +89,15 @@ def units_of(packed: pa.Array | pa.ChunkedArray) -> Vectors:
 
 
 def packed(units: Vectors) -> pa.Array:
-    """Vectors as bytes of float16 numbers."""
-    return pa.array(list(map(bytes, units)), pa.binary())
+    """Return vectors as bytes of float16 numbers.
+
+    Parameters
+    ----------
+    units : ndarray of float16, shape (n, dimensions)
+    """
+    numbers = pa.py_buffer(np.ascontiguousarray(units))
+    size = units.shape[1] * units.itemsize
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(size), len(units), [None, numbers]).cast(pa.binary())
 
 
 def vectors_table(rows: pa.Table, vectors: pa.Array | pa.ChunkedArray) -> pa.Table | None:
@@ -158,16 +163,25 @@ class VectorSpool:
         self._rows = self.dimensions = 0
 
     def put(self, vectors: pa.Array | pa.ChunkedArray) -> pa.Array:
-        """Keep vectors, bytes of float16 numbers or null, and tell where each stands; null where one is null."""
+        """Keep vectors, bytes of float16 numbers or null; return the position of each, null where one is null."""
         there = _numpy(pc.is_valid(vectors))
         places = np.full(len(vectors), -1, dtype=np.int64)
         if there.any():
-            units = units_of(vectors.drop_null())
-            places[there] = np.arange(self._rows, self._rows + len(units))
-            self.dimensions = units.shape[1]
-            self._file.write(units.tobytes())
-            self._rows += len(units)
+            places[there] = self.append(units_of(vectors.drop_null()))
         return pa.array(places, mask=places < 0)
+
+    def append(self, units: Vectors) -> Positions:
+        """Keep vectors, and return the position of each.
+
+        Parameters
+        ----------
+        units : ndarray of float16, shape (n, dimensions)
+        """
+        positions = np.arange(self._rows, self._rows + len(units))
+        self.dimensions = units.shape[1]
+        self._file.write(units.tobytes())
+        self._rows += len(units)
+        return positions
 
     def packed(self, places: pa.Array | pa.ChunkedArray) -> pa.Array:
         """Vectors by their places, as bytes of float16 numbers; null where a place is null."""

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("reducer")
 
-#: Partitions that are with the scheduler at a time, per worker thread, so that its graph stays small.
-WINDOW = 16
 #: Seconds between two signs of a partition that goes on, at most.
 MOST_BEAT = 10.0
 #: A partition that was lost this often, each time with several workers, is given up.
@@ -169,7 +167,7 @@ class Dispatch:
             client,
             self._submit,
             map(Attempt, errand.numbers),
-            window=WINDOW,
+            window=errand.window,
             left_out=None if before is None else before.left_out,
             wait=self.rules.wait,
             watch=self._look_for_stalls,

@@ -22,8 +22,8 @@ from reducer.storage.codecs import NO_VECTOR, PROBLEMS, VectorSpool, as_units, d
 from reducer.storage.location import Location
 from reducer.storage.schemas import GIVEN_SCHEMA
 
-#: Bytes of vectors that are in memory at a time.
-BATCH_BYTES = 2**25
+#: Bytes of vectors, as float32 numbers, that are read at a time; a few times that is in memory.
+BATCH_BYTES = 2**23
 #: Columns that are read at a time, where each dimension has one.
 COLUMNS_TOGETHER = 64
 #: States of a photo behind those of `PROBLEMS`: its list has another length, there is none for its id, or several.
@@ -101,7 +101,7 @@ class GivenVectors:
         is_new &= self._state[photos] == MISSING
         self._state[photos[is_new]] = states[is_new]
         good = is_new & (states == 0)
-        self._position[photos[good]] = self._spool.put(packed(units[good])).to_numpy()
+        self._position[photos[good]] = self._spool.append(units[good])
         # A vector that stands twice is one vector, unless the two differ.
         again = np.flatnonzero(~is_new)
         differ = self._state[photos[again]] != states[again]

@@ -28,6 +28,9 @@ FEW = 20
 GROUP_BYTES = 256 * 2**20
 #: Groups of shards per worker thread at least.
 GROUPS_PER_THREAD = 4
+#: Tasks per worker thread that are with the scheduler at a time: no thread waits, and the graph stays small. Those that
+#: carry vectors have megabytes each, of which the client and the scheduler hold several copies at times.
+WINDOW, WINDOW_OF_VECTORS = 16, 4
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,11 @@ class PartitionTasks:
     def numbers(self) -> list[int]:
         """Numbers of the partitions or pieces, in the order in which they are to be done."""
         return list(self.rows)
+
+    @property
+    def window(self) -> int:
+        """Tasks per worker thread that may be with the scheduler at a time."""
+        return WINDOW if self.given is None and self.job.embed is None else WINDOW_OF_VECTORS
 
     @property
     def shared(self) -> NDArray[np.uint8] | None:
@@ -168,6 +176,11 @@ class ShardTasks:
     def numbers(self) -> list[int]:
         """Numbers of the groups."""
         return list(self.groups)
+
+    @property
+    def window(self) -> int:
+        """Tasks per worker thread that may be with the scheduler at a time."""
+        return WINDOW
 
     @property
     def shared(self) -> NDArray[np.uint8] | None:
