@@ -180,6 +180,7 @@ class VectorSpool:
         positions = np.arange(self._rows, self._rows + len(units))
         self.dimensions = units.shape[1]
         self._file.write(units.tobytes())
+        self._file.flush()
         self._rows += len(units)
         return positions
 
@@ -189,7 +190,6 @@ class VectorSpool:
         found = pa.nulls(len(places), pa.binary())
         if not len(own):
             return found
-        self._file.flush()
         kept = np.memmap(self._file, np.float16, "r", shape=(self._rows, self.dimensions))
         there = pc.is_valid(places)
         there = there.combine_chunks() if isinstance(there, pa.ChunkedArray) else there

@@ -116,7 +116,7 @@ def test_the_same_on_every_cluster(
     assert quality[0] == quality[1]
 
 
-def test_a_worker_that_dies_with_vectors_on_its_disk_costs_nothing(
+def test_a_worker_that_dies_with_vectors_of_its_partitions_costs_nothing(
     collection: Path, vectors: Path, by_vectors: Path, tmp_path: Path, dask_cluster: Callable[..., str]
 ) -> None:
     import psutil

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
 
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from reducer.config.settings import Source
+from reducer.errors import InputError
 from reducer.photos.hashing import PhotoError
 from reducer.run.tasks.vector_files import COLUMN_BUFFER, LIST_BUFFER, VectorFiles, open_parquet
 from reducer.storage.codecs import NO_VECTOR, PROBLEMS, VectorSpool, as_units, digest_of, packed
@@ -63,7 +65,7 @@ class GivenVectors:
         Raises
         ------
         InputError
-            If the files cannot be read.
+            If the files cannot be read, or the temporary folder is full.
         """
         self._list_photos()
         files = self._files
@@ -101,7 +103,8 @@ class GivenVectors:
         is_new &= self._state[photos] == MISSING
         self._state[photos[is_new]] = states[is_new]
         good = is_new & (states == 0)
-        self._position[photos[good]] = self._spool.append(units[good])
+        with _naming_temporary_folder():
+            self._position[photos[good]] = self._spool.append(units[good])
         # A vector that stands twice is one vector, unless the two differ.
         again = np.flatnonzero(~is_new)
         differ = self._state[photos[again]] != states[again]
@@ -113,7 +116,7 @@ class GivenVectors:
         """Return the rows of a batch that are asked for, and the numbers of their photos."""
         digests = _digests(ids)
         photos = np.minimum(np.searchsorted(self._digests, digests), len(self._digests) - 1)
-        rows = np.flatnonzero(self._digests[photos] == digests) if len(self._digests) else np.empty(0, np.int64)
+        rows = np.flatnonzero(self._digests[photos] == digests)
         same = pc.equal(ids.take(pa.array(rows)), self._ids.take(pa.array(photos[rows])))
         rows = rows[same.to_numpy(zero_copy_only=False)]
         return rows, photos[rows]
@@ -146,6 +149,18 @@ class GivenVectors:
             "it has several for its id",
         ]
         return [None, *(str(PhotoError(NO_VECTOR, f"{self._files.where}: {problem}")) for problem in problems)]
+
+
+@contextmanager
+def _naming_temporary_folder() -> Iterator[None]:
+    """Say that the temporary folder is full, where the file of vectors would be blamed."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"vectors cannot be kept in the temporary folder {tempfile.gettempdir()}: {error.strerror or error}. It "
+            "takes 2 bytes per number: name a folder with more room by the environment variable TMPDIR"
+        ) from None
 
 
 def _digests(ids: pa.Array) -> NDArray[np.uint64]:
@@ -186,7 +201,8 @@ def _from_columns(
         for names in shares:
             for batch in file.iter_batches(rows, row_groups=[group], columns=names):
                 columns = [batch.column(name).to_numpy(zero_copy_only=False) for name in names]
-                waiting.write(np.stack(columns, axis=1).astype(kind, copy=False).tobytes())
+                with _naming_temporary_folder():
+                    waiting.write(np.stack(columns, axis=1).astype(kind, copy=False).tobytes())
         done = 0
         for batch in file.iter_batches(rows, row_groups=[group], columns=[files.id_column]):
             parts, before = [], 0

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from reducer.config.settings import Source
 from reducer.run.tasks import given_vectors
 from reducer.run.tasks.given_vectors import GivenVectors
 from reducer.run.tasks.vector_files import find_vectors
-from reducer.storage.codecs import as_units
+from reducer.storage.codecs import VectorSpool, as_units
 
 IDS = [f"{i:04}" for i in range(200)]
 VECTORS = np.random.default_rng(0).normal(size=(200, 6)).astype(np.float32)
@@ -120,6 +122,32 @@ def test_one_vector_that_stands_twice_is_one(tmp_path: Path) -> None:
     """As what `reducer embed` writes of a photo under two labels."""
     path = written(tmp_path / "v.parquet", VECTORS[[0, 1, 0]], ["a", "b", "a"])
     assert all_of(path, {0: ["a", "b"]}) == {0: units(VECTORS[:2])}
+
+
+def test_vectors_that_stand_again_in_another_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same one, with the same fault or none, is one; another one is one too many, wherever it stands."""
+    monkeypatch.setattr(given_vectors, "BATCH_BYTES", 4 * 6 * 2)  # two vectors
+    zero, other = np.zeros(6, np.float32), -VECTORS[0]
+    rows = {"a": [VECTORS[0]] * 3, "b": [VECTORS[1], other, VECTORS[1]], "c": [zero] * 2, "d": [VECTORS[3], zero]}
+    rows["e"] = [zero, VECTORS[4]]
+    ids, vectors = zip(*((name, own[i]) for i in range(3) for name, own in rows.items() if i < len(own)), strict=True)
+    path = written(tmp_path / "v.parquet", np.stack(vectors), list(ids))
+    problem = f"no vector: --vectors {path}: it"
+    several = f"{problem} has several for its id"
+    assert all_of(path, {0: list("abcde"), 1: ["a"]}) == {
+        0: [units(VECTORS)[0], several, f"{problem}s vector is all zeros", several, several],
+        1: [units(VECTORS)[0]],
+    }
+
+
+def test_a_full_temporary_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: VectorSpool, units: np.ndarray) -> np.ndarray:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path = written(tmp_path / "v.parquet")
+    monkeypatch.setattr(VectorSpool, "append", full)
+    with pytest.raises(InputError, match=r"cannot be kept in the temporary folder \S+: No space left .* TMPDIR"):
+        all_of(path, {0: IDS})
 
 
 def test_columns_that_are_no_dimensions(tmp_path: Path) -> None:
