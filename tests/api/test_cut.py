@@ -215,11 +215,11 @@ def test_filters_that_were_cut_off_are_applied_again(
     real = LedgerParts.replace
     calls: list[str] = []
 
-    def stops(parts: LedgerParts, name: str, *rest: Any) -> None:
+    def stops(files: LedgerParts, name: str, *rest: Any) -> None:
         calls.append(name)
         if calls.count(name) == 2 and len(calls) > 10:  # in the second round, after some
             raise KeyboardInterrupt
-        real(parts, name, *rest)
+        real(files, name, *rest)
 
     monkeypatch.setattr(LedgerParts, "replace", stops)
     with pytest.raises(KeyboardInterrupt):

@@ -279,9 +279,9 @@ def test_a_window_never_holds_more_than_it_may(
         outstanding.append(outstanding[-1] + len(window))
         return real(name, window, *shared)
 
-    def written(parts: LedgerParts, index: int, *rest: object) -> None:
+    def written(files: LedgerParts, index: int, *rest: object) -> None:
         outstanding.append(outstanding[-1] - 1)
-        real_write(parts, index, *rest)
+        real_write(files, index, *rest)
 
     monkeypatch.setattr(reducer.run.dask.dispatch, "as_bag", watched)
     monkeypatch.setattr(LedgerParts, "write", written)

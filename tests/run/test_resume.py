@@ -311,11 +311,11 @@ def test_labels_that_were_kept_whole_are_read_later(
     real = LedgerParts.write
     written: list[int] = []
 
-    def stops(parts: LedgerParts, index: int, *rest: Any) -> None:
+    def stops(files: LedgerParts, index: int, *rest: Any) -> None:
         if written:
             raise KeyboardInterrupt
         written.append(index)
-        real(parts, index, *rest)
+        real(files, index, *rest)
 
     monkeypatch.setattr(LedgerParts, "write", stops)
     with pytest.raises(KeyboardInterrupt):
@@ -538,8 +538,8 @@ def test_how_far_a_run_is_can_be_seen_meanwhile(
     seen: list[str] = []
     real = LedgerParts.write
 
-    def written(parts: LedgerParts, index: int, *rest: Any) -> None:
-        real(parts, index, *rest)
+    def written(files: LedgerParts, index: int, *rest: Any) -> None:
+        real(files, index, *rest)
         if index in (3, 9):
             seen.append(invoke("status", tmp_path / "run")[1])
 
@@ -644,12 +644,12 @@ def test_a_run_whose_lock_is_taken_writes_nothing_more(
     real = LedgerParts.write
     written: list[int] = []
 
-    def overtaken(parts: LedgerParts, index: int, *rest: Any) -> None:
+    def overtaken(files: LedgerParts, index: int, *rest: Any) -> None:
         if written == [0]:
             monkeypatch.setattr(LedgerParts, "write", real)
             run_on(collection, run, overwrite=True, break_lock=True, partition_images=30)
         written.append(index)
-        real(parts, index, *rest)
+        real(files, index, *rest)
 
     monkeypatch.setattr(LedgerParts, "write", overtaken)
     with pytest.raises(LostLockError, match=r"was taken by another run: this one ends, and writes nothing more$"):

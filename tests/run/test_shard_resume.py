@@ -97,11 +97,11 @@ def stopping_at(monkeypatch: pytest.MonkeyPatch, pieces: int) -> None:
     real = PieceFiles.write
     written: list[int] = []
 
-    def write_piece(pieces: PieceFiles, number: int, *rest: Any) -> None:
+    def write_piece(files: PieceFiles, number: int, *rest: Any) -> None:
         if len(written) == pieces:
             raise KeyboardInterrupt
         written.append(number)
-        real(pieces, number, *rest)
+        real(files, number, *rest)
 
     monkeypatch.setattr(PieceFiles, "write", write_piece)
 

@@ -410,8 +410,8 @@ def test_how_far_a_run_on_shards_is(tars: Path, tiny: Path, tmp_path: Path, monk
     seen: list[str] = []
     real = PieceFiles.write
 
-    def write_piece(pieces: PieceFiles, number: int, *rest: Any) -> None:
-        real(pieces, number, *rest)
+    def write_piece(files: PieceFiles, number: int, *rest: Any) -> None:
+        real(files, number, *rest)
         seen.append(invoke("status", tmp_path / "run")[1])
 
     monkeypatch.setattr(PieceFiles, "write", write_piece)
