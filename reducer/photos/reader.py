@@ -20,14 +20,13 @@ from reducer.photos.requests import (
     Enough,
     FileState,
     PhotoFile,
-    Transient,
     copy_object,
     fetch,
     fetch_start,
     state_of,
 )
 from reducer.storage.location import ByteRange, Location, PhotoRef, Shard, file_of, is_url
-from reducer.storage.remote import RETRY_SECONDS, retry_pauses
+from reducer.storage.remote import RETRY_SECONDS, Transient, with_async_retries
 
 T = TypeVar("T")
 
@@ -459,13 +458,8 @@ def _state_here(path: str) -> FileState | None:
 
 
 async def _persistently(request: Callable[[], Awaitable[T]]) -> T:
-    """Make a request again while it fails for reasons that may pass."""
-    for pause in retry_pauses():
-        try:
-            return await request()
-        except Transient:
-            await asyncio.sleep(pause)
+    """Make a request with retries; the photo fails when they end."""
     try:
-        return await request()
+        return await with_async_retries(request)
     except Transient as error:
         raise PhotoError("unreadable", f"again and again for {RETRY_SECONDS:g} s: {error}") from None

@@ -1,4 +1,4 @@
-"""One request for a photo in a store, or for how it is there: what may pass is told from what will not."""
+"""One request to a store for a photo or for its state: what may pass is told apart from what will not."""
 
 from __future__ import annotations
 
@@ -7,28 +7,39 @@ import json
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from typing import TYPE_CHECKING, Any, Protocol
 
 from reducer.config.settings import Source
 from reducer.photos.hashing import OUT_OF_MEMORY, PhotoError
 from reducer.storage.location import ByteRange, Location, PhotoRef, file_of
-from reducer.storage.remote import is_access_refused, nanoseconds, obstore_at
+from reducer.storage.remote import Transient, is_access_refused, nanoseconds, obstore_at
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
+#: Bytes of a photo that are read before it is known how many are enough: what first scans of 800 x 600 pixels take,
+#: with all that stands before them.
+FIRST_BYTES = 2**15
+#: HTTP status of an answer to a request for bytes behind the end of an object.
+NO_SUCH_PART = 416
+
+#: Waits until there is room for a number of bytes of a photo; room that was taken for it before is given back.
+Room = Callable[[int], Awaitable[None]]
+#: From the beginning of a file to the number of its bytes that are enough; None for all of them.
+Enough = Callable[[bytes], int | None]
+
 
 @dataclass(frozen=True)
 class PhotoFile:
-    """A photo's bytes and what the place it lies in knows of it.
+    """Bytes of a photo, and what its store tells of it.
 
     Attributes
     ----------
     content : bytes
-        The whole file, or of a `ByteRange` that part of it, or as much of its beginning as was asked for.
+        The whole file; of a `ByteRange` that part of it; or the beginning that was asked for.
     mtime_ns : int or None
-        Time of its last change, nanoseconds since 1970 UTC.
+        Time of the last change, nanoseconds since 1970 UTC.
     etag : str or None
         Entity tag of an object in a store.
     size : int or None
@@ -42,20 +53,22 @@ class PhotoFile:
 
     @property
     def bytes(self) -> int:
-        """Of the photo, whether all of it was read or not."""
+        """Bytes of the photo, whether all of it was read or not."""
         return len(self.content) if self.size is None else self.size
 
 
 @dataclass(frozen=True, slots=True)
 class FileState:
-    """How a file was when it was read: whatever changes it changes one of these.
+    """State of a file when it was read: any change of the file changes one of these.
 
     Attributes
     ----------
     bytes : int or None
-        Its size.
-    mtime_ns, etag
-        As for `PhotoFile`.
+        Size of the file.
+    mtime_ns : int or None
+        Time of the last change, nanoseconds since 1970 UTC.
+    etag : str or None
+        Entity tag of an object in a store.
     """
 
     bytes: int | None
@@ -63,13 +76,9 @@ class FileState:
     etag: str | None
 
     def is_as(self, before: FileState) -> bool:
-        """Whether the file is as it was: the same size, and the same etag of an object, or else time of change."""
+        """Tell whether the file is unchanged: equal size, and equal etag of an object, or else time of change."""
         same = self.mtime_ns == before.mtime_ns if before.etag is None else self.etag == before.etag
         return same and self.bytes == before.bytes
-
-
-class Transient(Exception):
-    """A request failed for a reason that may pass."""
 
 
 class NoSuchPart(PhotoError):
@@ -83,58 +92,213 @@ class CannotCopy(Exception):
     """A store does not copy an object itself."""
 
 
-class _Clients:
-    """File systems of one process, made once, since that takes longer than it seems."""
+class StoreClient(Protocol):
+    """One way to ask stores: each method makes one request, once.
+
+    Notes
+    -----
+    fsspec's own methods are no such way for S3: ``_cat_file`` of s3fs and of obstore's ``FsspecStore`` gives bytes
+    without their etag, time and length, so a second request (HEAD) would be needed for each photo, could tell of
+    another object than the one that was read, and the bytes would be in memory before there is room for them.
+    """
+
+    async def get(self, location: Location, part: ByteRange | None, room: Room) -> PhotoFile:
+        """Read an object or a part of it, with the size of the whole where that is told; wait for room first."""
+
+    async def head(self, location: Location) -> FileState | None:
+        """Return the state of an object; None from servers that need not tell."""
+
+    def translated(self, error: Exception, location: Location) -> Exception:
+        """Return `Transient` for an error that may pass, `NoSuchPart`, or one of Python's own; else the error."""
+
+
+class _FsspecClient:
+    """Any file system that fsspec knows; only the bytes are told alike by them all."""
 
     def __init__(self) -> None:
-        self.connecting = asyncio.Lock()
         self._systems: dict[str, AbstractFileSystem] = {}
 
-    def open(self, place: Location) -> tuple[AbstractFileSystem, str]:
-        """The file system, and the path in it."""
-        key = json.dumps([place.path.partition("://")[0], place.options], sort_keys=True, default=repr)
+    def open(self, location: Location) -> tuple[AbstractFileSystem, str]:
+        """Return the file system, made once since that takes long, and the path in it."""
+        key = json.dumps([location.path.partition("://")[0], location.options], sort_keys=True, default=repr)
         system = self._systems.get(key)
         if system is None:
-            # Attempts are counted by who asks, not in the client too.
-            system = self._systems[key] = place.open(attempts=1)[0]
-        return system, system._strip_protocol(place.path)
+            # Attempts are counted by the caller, not in the client too.
+            system = self._systems[key] = location.open(attempts=1)[0]
+        return system, system._strip_protocol(location.path)
+
+    async def get(self, location: Location, part: ByteRange | None, room: Room) -> PhotoFile:
+        system, path = self.open(location)
+        start, end = (None, None) if part is None else (part.offset, part.offset + part.bytes)
+        if system.async_impl:
+            content = await system._cat_file(path, start=start, end=end)
+        else:
+            content = await asyncio.to_thread(system.cat_file, path, start=start, end=end)
+        if part is not None and len(content) > part.bytes:
+            raise PhotoError("unreadable", "the server gives no parts of files")
+        await room(len(content))
+        return PhotoFile(content, None)
+
+    async def head(self, location: Location) -> FileState | None:
+        return None
+
+    def translated(self, error: Exception, location: Location) -> Exception:
+        return error
 
 
-@lru_cache(maxsize=1)
-def _clients() -> _Clients:
-    return _Clients()
+class _S3fsClient(_FsspecClient):
+    """S3 by the client that s3fs holds: s3fs's own methods make more requests, and retry by themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._connecting = asyncio.Lock()
+
+    async def _client(self, location: Location) -> tuple[Any, dict[str, str]]:
+        """Return aiobotocore's client, and the object as its methods are told of it."""
+        system, path = self.open(location)
+        bucket, key, _ = system.split_path(path)
+        async with self._connecting:  # one at a time: the first makes the client
+            await system.set_session()
+        return await system.get_s3(bucket), {"Bucket": bucket, "Key": key}
+
+    async def get(self, location: Location, part: ByteRange | None, room: Room) -> PhotoFile:
+        client, request = await self._client(location)
+        if part is not None:
+            request["Range"] = f"bytes={part.offset}-{part.offset + part.bytes - 1}"
+        answer = await client.get_object(**request)
+        length = answer["ContentLength"]
+        async with answer["Body"] as body:
+            await room(length)
+            content = await body.read()
+        if len(content) != length:
+            raise Transient(f"{len(content)} of {length} bytes came")
+        total = answer.get("ContentRange", "").rpartition("/")[2]  # of "bytes 0-99/1234"
+        state = self._state(answer)
+        return PhotoFile(content, state.mtime_ns, state.etag, int(total) if total.isdigit() else None)
+
+    async def head(self, location: Location) -> FileState:
+        client, request = await self._client(location)
+        return self._state(await client.head_object(**request))
+
+    async def copy(self, location: Location, target: Location, etag: str | None) -> None:
+        """Let the store copy an object, if it still has the etag: none of its bytes comes here."""
+        client, request = await self._client(target)
+        _, source = await self._client(location)
+        await client.copy_object(**request, CopySource=source, CopySourceIfMatch=f'"{etag}"')
+
+    @staticmethod
+    def _state(answer: Mapping[str, Any]) -> FileState:
+        return FileState(answer["ContentLength"], nanoseconds(answer["LastModified"]), answer["ETag"].strip('"'))
+
+    def translated(self, error: Exception, location: Location) -> Exception:
+        import aiohttp
+        import botocore.exceptions as botocore
+        from s3fs.errors import translate_boto_error
+
+        passing = (botocore.HTTPClientError, botocore.ConnectionError, aiohttp.ClientError, OSError)
+        if isinstance(error, botocore.ClientError):
+            status = error.response["ResponseMetadata"]["HTTPStatusCode"]
+            if status == NO_SUCH_PART:
+                return NoSuchPart()
+            if status < 500 and status not in (408, 429) and error.response["Error"].get("Code") != "RequestTimeout":
+                translation: Exception = translate_boto_error(error)
+                return translation
+        elif not isinstance(error, passing):
+            return error
+        return Transient(location.safe(error))
 
 
-#: So much of a photo is read before it is known how much is enough: what first scans of 800 x 600 pixels take, with all
-#: that stands before them.
-FIRST_BYTES = 2**15
-#: The status of an answer to a request for bytes behind an object's end.
-NO_SUCH_PART = 416
+class _ObstoreClient:
+    """S3 by obstore."""
 
-#: Waits until there is room for so many bytes of a photo; what was asked for before is given back.
-Room = Callable[[int], Awaitable[None]]
-#: From the beginning of a file to how many of its bytes are enough; None for all of them.
-Enough = Callable[[bytes], int | None]
+    @staticmethod
+    def _store(location: Location) -> tuple[Any, str]:
+        """Return obstore's store for the bucket, and the key in it."""
+        bucket, _, key = location.path.partition("://")[2].partition("/")
+        return obstore_at(bucket, location.options), key
+
+    async def get(self, location: Location, part: ByteRange | None, room: Room) -> PhotoFile:
+        store, key = self._store(location)
+        options = {} if part is None else {"range": (part.offset, part.offset + part.bytes)}
+        answer = await store.get_async(key, options=options)
+        start, end = answer.range
+        await room(end - start)
+        content = bytes(await answer.bytes_async())
+        state = self._state(answer.meta)
+        return PhotoFile(content, state.mtime_ns, state.etag, state.bytes)
+
+    async def head(self, location: Location) -> FileState:
+        store, key = self._store(location)
+        return self._state(await store.head_async(key))
+
+    @staticmethod
+    def _state(meta: Mapping[str, Any]) -> FileState:
+        etag = meta["e_tag"]
+        return FileState(meta["size"], nanoseconds(meta["last_modified"]), etag and etag.strip('"'))
+
+    def translated(self, error: Exception, location: Location) -> Exception:
+        from obstore.exceptions import GenericError
+
+        if not isinstance(error, GenericError):
+            return error
+        if f"{NO_SUCH_PART} Range Not Satisfiable" in str(error):
+            return NoSuchPart()
+        return Transient(location.safe(error))
+
+
+#: The clients of S3 by the names of ``--reader``.
+S3_CLIENTS: dict[str, type[StoreClient]] = {"s3fs": _S3fsClient, "obstore": _ObstoreClient}
+
+
+@cache
+def _made(kind: type[StoreClient]) -> StoreClient:
+    """Return the client of a kind, one per process; all of it runs in the loop's thread."""
+    return kind()
+
+
+def _client_of(location: Location, source: Source) -> StoreClient:
+    """Return the client for a URL: of S3 the one that was chosen."""
+    return _made(S3_CLIENTS[source.reader] if location.on_s3 else _FsspecClient)
+
+
+@contextmanager
+def _failures_of(location: Location, client: StoreClient) -> Iterator[None]:
+    """Turn any error of a request into `Transient` where it may pass, and else into the failure of the photo."""
+    try:
+        yield
+    except (PhotoError, Transient, CannotCopy):
+        raise
+    except Exception as original:
+        error = client.translated(original, location)
+        if isinstance(error, PhotoError | Transient):
+            raise error from None
+        if isinstance(error, FileNotFoundError):
+            raise PhotoError("missing", "no such object") from None
+        if isinstance(error, MemoryError):
+            raise PhotoError(OUT_OF_MEMORY, "reading it takes more than there is") from None
+        if is_access_refused(error):
+            raise PhotoError("unreadable", f"access is refused ({location.safe(error)})") from None
+        raise PhotoError("unreadable", location.safe(error)) from None
 
 
 async def fetch(ref: PhotoRef, source: Source, room: Room) -> PhotoFile:
-    """One attempt to read a URL, or a part of what lies there; a part that is not there whole is cut short."""
+    """Make one attempt to read a URL or a part of its file; a part that is not there whole is cut short."""
     return replace(await _fetch(ref, source, room), size=None)
 
 
 async def fetch_start(path: str, source: Source, room: Room, enough: Enough) -> PhotoFile:
-    """One attempt to read as much of an object on S3 as is enough, from its beginning.
+    """Make one attempt to read as much of an object on S3 as is enough, from its beginning.
 
     Parameters
     ----------
     path : str
-        Its URL.
+        URL of the object.
     source : Source
-        How it is read.
+        How URLs are read.
     room : callable
-        As for `fetch`.
+        Waits for room before bytes are read, as for `fetch`.
     enough : callable
-        Tells from a beginning how much is enough.
+        Tells from a beginning how many bytes are enough.
     """
     try:
         start = await _fetch(ByteRange(path, 0, FIRST_BYTES), source, room)
@@ -142,7 +306,8 @@ async def fetch_start(path: str, source: Source, room: Room, enough: Enough) -> 
         return await fetch(path, source, room)
     if start.size is None:  # the server does not tell how much there is
         return await fetch(path, source, room)
-    with _failures_of(Location(path, source.options)):  # no memory, say
+    location = Location(path, source.options)
+    with _failures_of(location, _client_of(location, source)):  # no memory, say
         await room(start.size)  # refuses what is too large
         content = start.content
         while len(content) < start.size:
@@ -159,209 +324,89 @@ async def fetch_start(path: str, source: Source, room: Room, enough: Enough) -> 
 
 
 async def _no_more_room(size: int) -> None:
-    """Nothing to wait for: there is room for the whole photo already."""
+    """Wait for nothing: there is room for the whole photo already."""
 
 
 async def _fetch(ref: PhotoRef, source: Source, room: Room) -> PhotoFile:
-    """The same as `fetch`, of a part with the size of the whole where that is told."""
-    place = Location(file_of(ref), source.options)
+    """Make one attempt as `fetch`; of a part also the size of the whole is given, where that is told."""
+    location = Location(file_of(ref), source.options)
     part = None if isinstance(ref, str) else ref
     if part is not None and not part.bytes:  # HTTP has no empty range
         return PhotoFile(b"", None)
-    if not place.on_s3:
-        get = _fetch_fsspec
-    elif source.reader == "obstore":
-        get = _fetch_obstore
-    else:
-        get = _fetch_s3fs
-    with _failures_of(place):
-        return await get(place, room, part)
-
-
-@contextmanager
-def _failures_of(place: Location) -> Iterator[None]:
-    """Turn what goes wrong with a request, and will not pass, into the photo's failure."""
-    try:
-        yield
-    except (PhotoError, Transient):
-        raise
-    except FileNotFoundError:
-        raise PhotoError("missing", "no such object") from None
-    except MemoryError:
-        raise PhotoError(OUT_OF_MEMORY, "reading it takes more than there is") from None
-    except Exception as error:
-        if is_access_refused(error):
-            raise PhotoError("unreadable", f"access is refused ({place.safe(error)})") from None
-        raise PhotoError("unreadable", place.safe(error)) from None
-
-
-@contextmanager
-def _s3fs_failures(place: Location) -> Iterator[None]:
-    """Tell what may pass from what will not, where s3fs's own client fails."""
-    import aiohttp
-    import botocore.exceptions as botocore
-    from s3fs.errors import translate_boto_error
-
-    try:
-        yield
-    except botocore.ClientError as error:
-        status = error.response["ResponseMetadata"]["HTTPStatusCode"]
-        if status == NO_SUCH_PART:
-            raise NoSuchPart from None
-        if status >= 500 or status in (408, 429) or error.response["Error"].get("Code") == "RequestTimeout":
-            raise Transient(place.safe(error)) from None
-        raise translate_boto_error(error) from None
-    except (botocore.HTTPClientError, botocore.ConnectionError, aiohttp.ClientError, OSError) as error:
-        raise Transient(place.safe(error)) from None
-
-
-async def _s3fs_client(place: Location) -> tuple[Any, dict[str, str]]:
-    """s3fs's own client, and how it is told of an object."""
-    system, path = _clients().open(place)
-    bucket, key, _ = system.split_path(path)
-    async with _clients().connecting:  # one at a time: the first makes the client
-        await system.set_session()
-    return await system.get_s3(bucket), {"Bucket": bucket, "Key": key}
-
-
-async def _fetch_s3fs(place: Location, room: Room, part: ByteRange | None) -> PhotoFile:
-    """One GET, by s3fs's own client: its ``cat_file`` asks for the size first, and has retries of its own."""
-    with _s3fs_failures(place):
-        client, where = await _s3fs_client(place)
-        if part is not None:
-            where["Range"] = f"bytes={part.offset}-{part.offset + part.bytes - 1}"
-        answer = await client.get_object(**where)
-        async with answer["Body"] as body:
-            await room(answer["ContentLength"])
-            content = await body.read()
-    if len(content) != answer["ContentLength"]:
-        raise Transient(f"{len(content)} of {answer['ContentLength']} bytes came")
-    total = answer.get("ContentRange", "").rpartition("/")[2]  # of "bytes 0-99/1234"
-    size = int(total) if total.isdigit() else None
-    return PhotoFile(content, nanoseconds(answer["LastModified"]), answer["ETag"].strip('"'), size)
-
-
-async def _head_s3fs(place: Location) -> FileState:
-    with _s3fs_failures(place):
-        client, where = await _s3fs_client(place)
-        answer = await client.head_object(**where)
-    return FileState(answer["ContentLength"], nanoseconds(answer["LastModified"]), answer["ETag"].strip('"'))
-
-
-@contextmanager
-def _obstore_failures(place: Location) -> Iterator[tuple[Any, str]]:
-    """obstore's store and an object's key in it; what may pass is told from what will not."""
-    from obstore.exceptions import GenericError
-
-    bucket, _, key = place.path.partition("://")[2].partition("/")
-    try:
-        yield obstore_at(bucket, place.options), key
-    except GenericError as error:
-        if f"{NO_SUCH_PART} Range Not Satisfiable" in str(error):
-            raise NoSuchPart from None
-        raise Transient(place.safe(error)) from None
-
-
-async def _fetch_obstore(place: Location, room: Room, part: ByteRange | None) -> PhotoFile:
-    import obstore
-
-    options: Any = {} if part is None else {"range": (part.offset, part.offset + part.bytes)}
-    with _obstore_failures(place) as (store, key):
-        answer = await obstore.get_async(store, key, options=options)
-        start, end = answer.range
-        await room(end - start)
-        content = bytes(await answer.bytes_async())
-    state = _obstore_state(answer.meta)
-    return PhotoFile(content, state.mtime_ns, state.etag, None if part is None else state.bytes)
-
-
-async def _head_obstore(place: Location) -> FileState:
-    import obstore
-
-    with _obstore_failures(place) as (store, key):
-        return _obstore_state(await obstore.head_async(store, key))
-
-
-def _obstore_state(meta: Mapping[str, Any]) -> FileState:
-    etag = meta["e_tag"]
-    return FileState(meta["size"], nanoseconds(meta["last_modified"]), etag and etag.strip('"'))
-
-
-async def _fetch_fsspec(place: Location, room: Room, part: ByteRange | None) -> PhotoFile:
-    """Any other file system that fsspec knows; only the bytes can be told alike of them all."""
-    system, path = _clients().open(place)
-    start, end = (None, None) if part is None else (part.offset, part.offset + part.bytes)
-    if system.async_impl:
-        content = await system._cat_file(path, start=start, end=end)
-    else:
-        content = await asyncio.to_thread(system.cat_file, path, start=start, end=end)
-    if part is not None and len(content) > part.bytes:
-        raise PhotoError("unreadable", "the server gives no parts of files")
-    await room(len(content))
-    return PhotoFile(content, None)
+    client = _client_of(location, source)
+    with _failures_of(location, client):
+        return await client.get(location, part, room)
 
 
 async def state_of(path: str, source: Source) -> FileState | None:
-    """One attempt to ask a store how a file is; None of other servers, not all of which tell."""
-    place = Location(path, source.options)
-    if not place.on_s3:
-        return None
-    head = _head_obstore if source.reader == "obstore" else _head_s3fs
-    with _failures_of(place):
-        return await head(place)
-
-
-async def copy_object(path: str, target: Location, state: FileState, source: Source) -> int:
-    """One attempt to let a store copy an object itself: none of its bytes comes here.
+    """Make one attempt to ask a store for the state of a file; None from stores other than S3, not all of which tell.
 
     Parameters
     ----------
     path : str
-        Its URL.
+        URL of the file.
+    source : Source
+        How URLs are opened.
+    """
+    location = Location(path, source.options)
+    client = _client_of(location, source)
+    with _failures_of(location, client):
+        return await client.head(location)
+
+
+async def copy_object(path: str, target: Location, state: FileState, source: Source) -> int:
+    """Make one attempt to let a store copy an object itself: none of its bytes comes here.
+
+    s3fs's client does it for every reader: obstore's copy has no condition on the etag.
+
+    Parameters
+    ----------
+    path : str
+        URL of the object.
     target : Location
         Where to, in the same store.
     state : FileState
-        Bytes and etag that it must have, as far as those are known.
+        Bytes and etag that the object must have, as far as those are known.
     source : Source
         How the store is opened.
 
     Returns
     -------
     int
-        Its bytes.
+        Bytes of the object.
 
     Raises
     ------
     PhotoError
-        If it is not there, or is another one.
+        If the object is not there, or is another one.
     CannotCopy
         If the store does not do that, or not for us.
     """
-    place = Location(path, source.options)
-    with _failures_of(place), _s3fs_failures(place):
-        client, where = await _s3fs_client(place)
-        head = await client.head_object(**where)
-    if state.bytes not in (None, head["ContentLength"]):
-        raise another_size(head["ContentLength"], state.bytes)
-    if state.etag not in (None, head["ETag"].strip('"')):
-        raise another_object()
-    try:
-        with _s3fs_failures(target):
-            _, there = await _s3fs_client(target)
-            await client.copy_object(**there, CopySource=where, CopySourceIfMatch=head["ETag"])
-    except Transient:
-        raise
-    except Exception as error:
-        raise CannotCopy(target.safe(error)) from None
-    found: int = head["ContentLength"]
-    return found
+    location = Location(path, source.options)
+    client = _made(_S3fsClient)
+    assert isinstance(client, _S3fsClient)
+    with _failures_of(location, client):
+        now = await client.head(location)
+        assert now.bytes is not None
+        if state.bytes not in (None, now.bytes):
+            raise another_size(now.bytes, state.bytes)
+        if state.etag not in (None, now.etag):
+            raise another_object()
+        try:
+            await client.copy(location, target, now.etag)
+        except Exception as original:
+            error = client.translated(original, target)
+            if isinstance(error, Transient):
+                raise error from None
+            raise CannotCopy(target.safe(error)) from None
+    return now.bytes
 
 
 def another_size(size: int, before: int | None) -> PhotoError:
-    """The failure of a photo that is not the one that was listed; sizes in bytes."""
+    """Return the failure of a photo that is not the one that was listed; sizes in bytes."""
     return PhotoError("changed", f"it has {size:,} bytes, and had {before:,} when the run read or listed it")
 
 
 def another_object() -> PhotoError:
-    """The failure of a photo in a store that was written anew."""
+    """Return the failure of a photo in a store that was written anew."""
     return PhotoError("changed", "it is not the object that the run read: its etag is another")

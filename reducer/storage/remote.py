@@ -1,12 +1,13 @@
-"""How stores are reached: the options of fsspec and of obstore, and when a request is made again."""
+"""Reach stores: the options of fsspec and of obstore, and retries of requests."""
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import json
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -178,8 +179,12 @@ def _secrets(options: Mapping[str, Any]) -> Iterator[str]:
             yield value
 
 
+class Transient(Exception):
+    """A request failed for a reason that may pass."""
+
+
 def retry_pauses() -> Iterator[float]:
-    """Seconds to wait before each further attempt at a request that may yet succeed; ends when that takes too long."""
+    """Yield seconds to wait before each further attempt at a request, for `RETRY_SECONDS`."""
     started, pause = time.monotonic(), FIRST_PAUSE
     while time.monotonic() - started < RETRY_SECONDS:
         # Random, so that the requests of all workers do not come back together.
@@ -188,7 +193,7 @@ def retry_pauses() -> Iterator[float]:
 
 
 def with_retries(request: Callable[[], T]) -> T:
-    """Make a request again while it fails for reasons that may pass."""
+    """Make a request again while it fails for reasons that may pass; refusals and bugs are raised at once."""
     for pause in retry_pauses():
         try:
             return request()
@@ -199,6 +204,16 @@ def with_retries(request: Callable[[], T]) -> T:
     return request()
 
 
+async def with_async_retries(request: Callable[[], Awaitable[T]]) -> T:
+    """Make a request again while it raises `Transient`."""
+    for pause in retry_pauses():
+        try:
+            return await request()
+        except Transient:
+            await asyncio.sleep(pause)
+    return await request()
+
+
 def nanoseconds(moment: datetime) -> int:
-    """Since 1970 UTC; stores know whole seconds, or milliseconds."""
+    """Return nanoseconds since 1970 UTC; stores know whole seconds, or milliseconds."""
     return 1_000_000 * round(1000 * moment.timestamp())

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError
 
-import reducer.photos.requests
 from reducer.config.settings import Source
 from reducer.photos.hashing import PhotoError
-from reducer.photos.requests import Transient, fetch
+from reducer.photos.requests import _S3fsClient, fetch
+from reducer.storage.remote import Transient
 
 
 def answering(error: Exception) -> Any:
-    """What `_clients` gives, with a client that gets this answer only."""
+    """Return an `open` of s3fs's client that gets this answer only."""
 
     async def nothing() -> None:
         return None
@@ -28,7 +28,7 @@ def answering(error: Exception) -> Any:
         return SimpleNamespace(get_object=get_object)
 
     system = SimpleNamespace(split_path=lambda path: ("b", path, None), set_session=nothing, get_s3=get_s3)
-    return SimpleNamespace(open=lambda place: (system, place.path), connecting=asyncio.Lock())
+    return lambda _, location: (system, location.path)
 
 
 @pytest.mark.parametrize(
@@ -49,8 +49,7 @@ def test_what_may_pass_is_asked_again_and_nothing_else(
     status: int, code: str, outcome: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     response = {"Error": {"Code": code, "Message": "said"}, "ResponseMetadata": {"HTTPStatusCode": status}}
-    monkeypatch.setattr(reducer.photos.requests, "_clients", lambda: shared)
-    shared = answering(ClientError(response, "GetObject"))
+    monkeypatch.setattr(_S3fsClient, "open", answering(ClientError(response, "GetObject")))
 
     async def room(_: int) -> None:
         return None
@@ -60,6 +59,6 @@ def test_what_may_pass_is_asked_again_and_nothing_else(
     assert isinstance(caught.value, Transient) == (outcome == "again")
     if outcome != "again":
         assert str(caught.value).startswith(outcome)
-    shared = answering(EndpointConnectionError(endpoint_url="http://x"))
+    monkeypatch.setattr(_S3fsClient, "open", answering(EndpointConnectionError(endpoint_url="http://x")))
     with pytest.raises(Transient):
         asyncio.run(fetch("s3://b/k", Source(), room))
