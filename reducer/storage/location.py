@@ -1,4 +1,4 @@
-"""Where things lie: a local path, or a URL with the options that open it.
+"""Locations of files and folders: a local path, or a URL with the options that open it.
 
 Options may hold secrets: they are never shown and never stored.
 """
@@ -16,32 +16,32 @@ from enum import StrEnum
 from typing import IO, TYPE_CHECKING, Any
 
 from reducer.errors import InputError
-from reducer.storage.remote import _secrets, fsspec_options, is_access_refused
+from reducer.storage.remote import fsspec_options, is_access_refused, secret_values
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 
 def is_url(path: str) -> bool:
-    """Whether a path is a URL, for fsspec to open, and not a local path."""
+    """Tell whether a path is a URL, for fsspec to open, and not a local path."""
     return "://" in path
 
 
 def absolute(path: str) -> str:
-    """A path that means the same from every working directory; a URL does so already."""
+    """Return a path that means the same from every working directory, as a URL does already."""
     return path.rstrip("/") if is_url(path) else os.path.abspath(path)
 
 
 @dataclass(frozen=True)
 class Location:
-    """A folder or file.
+    """Location of a folder or file.
 
     Attributes
     ----------
     path : str
         A local path, or a URL such as ``s3://bucket/prefix``.
     options : mapping
-        What fsspec is to open the URL with.
+        Options for fsspec to open the URL with; may hold secrets.
     """
 
     path: str
@@ -49,32 +49,32 @@ class Location:
 
     @property
     def remote(self) -> bool:
-        """Whether it is a URL."""
+        """True for a URL."""
         return is_url(self.path)
 
     @property
     def on_s3(self) -> bool:
-        """Whether it is an object store that speaks S3."""
+        """True for an object store that speaks S3."""
         return self.path.startswith(("s3://", "s3a://"))
 
     def below(self, name: str) -> Location:
-        """A place in this folder."""
+        """Return the location of a name in this folder."""
         return Location(
             f"{self.path.rstrip('/')}/{name}" if self.remote else os.path.join(self.path, name), self.options
         )
 
     def open(self, attempts: int = 5) -> tuple[AbstractFileSystem, str]:
-        """The fsspec file system, one a process, and the path in it.
+        """Return the fsspec file system, one per process, and the path in it.
 
         Parameters
         ----------
         attempts : int
-            How often a request to S3 is made at most, where its client makes it again by itself.
+            Most attempts at a request to S3, where the client makes it again by itself.
 
         Raises
         ------
         InputError
-            If nothing that is installed opens such a URL, or the options are not its own.
+            If nothing that is installed opens such a URL, or it does not know the options.
         """
         import fsspec
 
@@ -85,16 +85,16 @@ class Location:
         return system, path
 
     def holds_something(self) -> bool:
-        """Whether there is anything at or below it; asks for no more than one name, and fails where it may not ask."""
+        """Tell whether there is anything at or below it: one name is asked for; fails where asking is not allowed."""
         system, path = self.open()
         if not self.on_s3:
             return bool(system.exists(path))
         bucket, prefix, _ = system.split_path(path)
-        found = system.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix and f"{prefix}/", MaxKeys=1)
-        return bool(found.get("Contents"))
+        answer = system.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix and f"{prefix}/", MaxKeys=1)
+        return bool(answer.get("Contents"))
 
     def open_file(self) -> IO[bytes]:
-        """The file, to be read."""
+        """Open the file for reading."""
         if not self.remote:
             return open(self.path, "rb")
         system, path = self.open()
@@ -102,30 +102,30 @@ class Location:
         return file
 
     def safe(self, error: BaseException) -> str:
-        """An error in one line, without the values of options that may be secrets."""
+        """Return an error as one line, without the values of options that may be secrets."""
         # Behind the message obstore shows its innards.
         line = " ".join(f"{type(error).__name__}: {str(error).partition('Debug source')[0]}".split())
-        for secret in _secrets(self.options):
+        for secret in secret_values(self.options):
             line = line.replace(secret, "***")
         return line[:300]
 
 
 @dataclass(frozen=True, slots=True)
 class ByteRange:
-    """A photo that lies within another file: in a tar shard.
+    """Location of a photo within another file, a tar shard.
 
     Attributes
     ----------
     path : str
-        The file's path or URL.
+        Path or URL of the file.
     offset : int
-        Where the photo starts in it, in bytes.
+        Start of the photo in the file, in bytes.
     bytes : int
-        Its size.
+        Size of the photo.
     mtime_ns : int, optional
-        Time of the file's last change, nanoseconds since 1970 UTC, when the photo was found in it.
+        Time of the last change of the file, nanoseconds since 1970 UTC, when the photo was found in it.
     etag : str, optional
-        Entity tag of an object in a store, likewise.
+        Entity tag of an object in a store, at that time.
     """
 
     path: str
@@ -138,17 +138,17 @@ class ByteRange:
         return f"{self.path} (bytes {self.offset} to {self.offset + self.bytes})"
 
 
-#: Where a photo lies: the path or URL of a file of its own, or a part of another file.
+#: Location of a photo: the path or URL of its file, or a part of another file.
 PhotoRef = str | ByteRange
 
 
 def file_of(ref: PhotoRef) -> str:
-    """The file in which a photo lies."""
+    """Return the path or URL of the file in which a photo lies."""
     return ref if isinstance(ref, str) else ref.path
 
 
 def ref_of(row: Mapping[str, Any]) -> PhotoRef:
-    """Where a photo lies, by its row of the ledger, whose times are from `reducer.storage.tables.in_nanoseconds`."""
+    """Return the location of a photo by its row of the ledger, times as of `storage.tables.in_nanoseconds`."""
     if row["shard"] is not None and row["offset"] is not None:
         return ByteRange(row["shard"], row["offset"], row["bytes"], row["mtime"], row["etag"])
     path: str = row["path"]
@@ -156,13 +156,13 @@ def ref_of(row: Mapping[str, Any]) -> PhotoRef:
 
 
 @contextmanager
-def explaining_errors(place: Location, what: str) -> Iterator[None]:
-    """Turn whatever goes wrong at a place into an InputError that says what to look at.
+def explaining_errors(location: Location, what: str) -> Iterator[None]:
+    """Turn any error at a location into an InputError that says what to look at.
 
     Parameters
     ----------
-    place : Location
-        Where.
+    location : Location
+        Location that is used within the block.
     what : str
         The beginning of the message, such as ``IMAGES s3://bucket/photos cannot be listed``.
     """
@@ -171,15 +171,15 @@ def explaining_errors(place: Location, what: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        if not place.remote:
+        if not location.remote:
             if not isinstance(error, OSError):
                 raise
             raise InputError(f"{what}: {error.strerror or error}") from None
-        raise InputError(f"{what}: {place.safe(error).rstrip('.')}{_advice(error, place)}") from None
+        raise InputError(f"{what}: {location.safe(error).rstrip('.')}{_advice(error, location)}") from None
 
 
-def _advice(error: Exception, place: Location) -> str:
-    """What to look at when a remote place cannot be used."""
+def _advice(error: Exception, location: Location) -> str:
+    """Return the remedy to try when a remote location cannot be used."""
     if isinstance(error, TypeError):
         return ". Check the names of the storage options"
     if is_access_refused(error):
@@ -189,21 +189,21 @@ def _advice(error: Exception, place: Location) -> str:
         )
     if isinstance(error, FileNotFoundError):
         return ". Check the bucket's name, the region and the endpoint_url"
-    if place.on_s3:
+    if location.on_s3:
         return ". Check the endpoint_url and the region, and that the server is up"
     return ""
 
 
 @dataclass(frozen=True)
 class PathRule:
-    """Where the photos of a collection lie, by id and label.
+    """Rule that tells the paths of photos from id and label.
 
     Attributes
     ----------
     root : str
         Absolute path or URL of the folder that holds them; empty for paths in a shard.
     template : str
-        Path below it, with ``{id}``, ``{label}`` and single characters of them.
+        Path below the root, with ``{id}``, ``{label}`` and single characters of them.
     """
 
     root: str
@@ -212,22 +212,22 @@ class PathRule:
 
 @dataclass(frozen=True)
 class Shard:
-    """A tar shard, as it was when the run began, or when it was to be read again.
+    """A tar shard, in the state of the time when the run began or was resumed.
 
     Attributes
     ----------
     number : int
-        Its place in the order of the shards' paths; names its file of hashes.
+        Place in the order of the shards' paths; names the file of hashes.
     path : str
-        Its path or URL.
+        Path or URL of the shard.
     bytes : int
-        Its size.
+        Size of the shard.
     mtime_ns : int or None
-        Time of its last change, nanoseconds since 1970 UTC.
+        Time of the last change, nanoseconds since 1970 UTC.
     etag : str or None
         Entity tag of an object in a store.
     md5 : str or None
-        The MD5 sum that was published, in hex, where it is to be checked.
+        Published MD5 sum in hex, where it is to be checked.
     """
 
     number: int
@@ -239,18 +239,18 @@ class Shard:
 
 
 class MemberKeys(StrEnum):
-    """By what a photo in a shard is told from others."""
+    """Ways to tell the photos in a shard apart."""
 
     STEM = "stem"
-    """Its file name without the folders and the extension."""
+    """The file name without the folders and the extension."""
     PATH = "path"
-    """Its path in the shard."""
+    """The path in the shard."""
     SAMPLE = "sample"
-    """WebDataset's key: its path up to the first dot of the file name; other files of the key tell its label."""
+    """WebDataset's key: the path up to the first dot of the file name; other files of the key tell the label."""
 
 
 def stem_of(path: str) -> str:
-    """A file's name without the folders and the extension."""
+    """Return the name of a file without the folders and the extension."""
     return posixpath.splitext(posixpath.basename(path))[0]
 
 
@@ -265,8 +265,8 @@ def template_fields(template: str) -> list[tuple[str, str | None, int | None]]:
     Returns
     -------
     list of (str, str or None, int or None)
-        Literal text, then the field behind it (``id`` or ``label``) if any, then which of its characters, None
-        for all.
+        Literal text, then the field behind it (``id`` or ``label``) if any, then the index of one character of the
+        field, None for all.
 
     Raises
     ------
@@ -279,10 +279,10 @@ def template_fields(template: str) -> list[tuple[str, str | None, int | None]]:
             if name is None:
                 fields.append((text, None, None))
                 continue
-            found = re.fullmatch(r"(id|label)(?:\[(\d+)\])?", name)
-            if found is None or spec or conversion:
+            match = re.fullmatch(r"(id|label)(?:\[(\d+)\])?", name)
+            if match is None or spec or conversion:
                 raise ValueError(f"{{{name}}} is not known")
-            fields.append((text, found[1], None if found[2] is None else int(found[2])))
+            fields.append((text, match[1], None if match[2] is None else int(match[2])))
     except ValueError as error:
         raise InputError(
             f"--path-template {template!r}: {error}; it may use {{id}}, {{label}} and single characters such as "

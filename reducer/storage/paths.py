@@ -1,4 +1,4 @@
-"""The paths of photos, where a rule tells them from id and label."""
+"""Paths of photos that a rule tells from id and label."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from reducer.storage.tables import with_column
 
 
 def with_paths(rule: PathRule | None, rows: pa.Table) -> pa.Table:
-    """Return rows of a manifest or plan with their paths, which they lack where a rule tells them.
+    """Return rows of a manifest or plan with paths filled in, where a rule tells them.
 
     Parameters
     ----------
@@ -25,14 +25,14 @@ def with_paths(rule: PathRule | None, rows: pa.Table) -> pa.Table:
 
 
 def paths_by_rule(rule: PathRule, ids: pa.ChunkedArray, labels: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Where photos lie.
+    """Return the paths of photos, told by a rule.
 
     Parameters
     ----------
     rule : PathRule
-        The rule.
+        Root and template of the paths.
     ids, labels : pyarrow.ChunkedArray of string, shape (photos,)
-        Of each photo; long enough for the single characters that the template uses.
+        Id and label of each photo; long enough for the single characters that the template uses.
 
     Returns
     -------

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from obstore.store import ClientConfig
 
 
-#: Options whose values are no secrets and may be shown.
+#: Options whose values are not secret and may be shown.
 SHOWN_OPTIONS = ("anon", "endpoint_url", "region")
-#: What obstore calls the options.
+#: Names of the options in obstore.
 OBSTORE_OPTIONS = {
     "endpoint_url": "endpoint",
     "key": "access_key_id",
@@ -31,22 +31,24 @@ OBSTORE_OPTIONS = {
     "profile": "profile",
 }
 CONNECT_SECONDS, ANSWER_SECONDS = 10, 30
-#: Never the limit (reading ahead is): photos that wait for room keep their connections, and the next one needs one too.
+#: Connections of a client: never the limit, which is reading ahead. Photos that wait for room keep theirs.
 CONNECTIONS = 10_000
-#: A request that fails for a reason that may pass is made again, for so many seconds.
+#: Seconds for which a request that fails for a reason that may pass is made again.
 RETRY_SECONDS = 60.0
 #: The pause before the second attempt at most, in seconds; it doubles each time, up to the longest.
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 5.0
+#: Errors that no further attempt mends: wrong arguments and mistakes in code.
+BUGS = (AssertionError, AttributeError, LookupError, NameError, NotImplementedError, TypeError, ValueError)
 T = TypeVar("T")
 
 
 def parse_options(flag: str, pairs: Iterable[str]) -> dict[str, Any]:
-    """Options from the command line.
+    """Read options from the command line.
 
     Parameters
     ----------
     flag : str
-        Which flag gave them.
+        Flag that gave them.
     pairs : iterable of str
         ``KEY=VALUE``; ``true``, ``false`` and ``{...}`` are read as JSON, all else is text.
 
@@ -82,7 +84,7 @@ def fsspec_options(given: Mapping[str, Any], on_s3: bool, attempts: int) -> dict
     on_s3 : bool
         Whether the store speaks S3.
     attempts : int
-        How often a request is made at most, where the client makes it again by itself.
+        Most attempts at a request, where the client makes it again by itself.
     """
     options = dict(given)
     if not on_s3:
@@ -97,12 +99,12 @@ def fsspec_options(given: Mapping[str, Any], on_s3: bool, attempts: int) -> dict
         "retries": {"mode": "standard", "total_max_attempts": attempts},
     }
     config |= dict(options.pop("config_kwargs", None) or {})
-    # A listing that is kept for later would hide what is written meanwhile.
+    # A cached listing would hide files that are written meanwhile.
     return {"use_listings_cache": False} | options | {"client_kwargs": client, "config_kwargs": config}
 
 
 def check_obstore(options: Mapping[str, Any]) -> None:
-    """Refuse what obstore cannot be told.
+    """Refuse options that obstore does not know.
 
     Raises
     ------
@@ -120,7 +122,7 @@ def check_obstore(options: Mapping[str, Any]) -> None:
 
 
 def obstore_at(bucket: str, options: Mapping[str, Any]) -> Any:
-    """obstore's store for a bucket, one a process."""
+    """Return obstore's store for a bucket, one per process."""
     return _obstore(bucket, json.dumps({OBSTORE_OPTIONS[key]: value for key, value in sorted(options.items())}))
 
 
@@ -146,14 +148,14 @@ def _botocore_credentials(profile: str | None) -> Callable[[], dict[str, Any]]:
     from botocore.exceptions import BotoCoreError
 
     try:
-        found = botocore.session.Session(profile=profile).get_credentials()
+        chain = botocore.session.Session(profile=profile).get_credentials()
     except BotoCoreError as error:
         raise PermissionError(str(error)) from None
-    if found is None:
+    if chain is None:
         raise PermissionError("no AWS credentials were found")
 
     def credentials() -> dict[str, Any]:
-        now = found.get_frozen_credentials()
+        now = chain.get_frozen_credentials()
         soon = datetime.now(UTC) + timedelta(minutes=5)
         return {
             "access_key_id": now.access_key,
@@ -166,15 +168,16 @@ def _botocore_credentials(profile: str | None) -> Callable[[], dict[str, Any]]:
 
 
 def is_access_refused(error: BaseException) -> bool:
-    """Whether a store refuses access: asking again would not help."""
+    """Tell whether a store refuses access, so that asking again would not help."""
     kinds = ("PermissionDeniedError", "UnauthenticatedError", "NoCredentialsError")
     return isinstance(error, PermissionError) or type(error).__name__ in kinds
 
 
-def _secrets(options: Mapping[str, Any]) -> Iterator[str]:
+def secret_values(options: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the values of options that may be secret."""
     for key, value in options.items():
         if isinstance(value, Mapping):
-            yield from _secrets(value)
+            yield from secret_values(value)
         elif key not in SHOWN_OPTIONS and isinstance(value, str) and value:
             yield value
 
@@ -198,7 +201,7 @@ def with_retries(request: Callable[[], T]) -> T:
         try:
             return request()
         except Exception as error:
-            if is_access_refused(error) or isinstance(error, FileNotFoundError | ValueError):
+            if is_access_refused(error) or isinstance(error, (FileNotFoundError, *BUGS)):
                 raise
         time.sleep(pause)
     return request()
