@@ -1,4 +1,4 @@
-"""Equal rows that stand together: where each group of them starts."""
+"""Sort texts, number them, and find groups of equal rows. Pure."""
 
 from __future__ import annotations
 
@@ -9,14 +9,22 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+#: Texts that are compared with their neighbours at a time.
+COMPARED_ROWS = 2**20
+
 
 def is_new(*columns: NDArray[Any]) -> NDArray[np.bool_]:
-    """Which rows differ from the row before in any column; the first row does.
+    """Mark the rows that differ from the row before in any column.
 
     Parameters
     ----------
     *columns : ndarray, shape (rows,)
         One or more.
+
+    Returns
+    -------
+    ndarray of bool, shape (rows,)
+        True for the first row.
     """
     new = np.ones(len(columns[0]), dtype=bool)
     if len(new):
@@ -25,31 +33,55 @@ def is_new(*columns: NDArray[Any]) -> NDArray[np.bool_]:
 
 
 def in_groups(new: NDArray[np.bool_]) -> NDArray[np.intp]:
-    """Places of rows that are equal to the one before or behind them, by which ones differ from the former."""
+    """Return the positions of rows that are equal to the row before or after them.
+
+    Parameters
+    ----------
+    new : ndarray of bool, shape (rows,)
+        From `is_new`.
+    """
     equal = ~new
     equal[:-1] |= ~new[1:]
     return np.flatnonzero(equal)
 
 
 def position_in_group(group: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Place of each row in its group, the first is 0; equal groups stand together."""
+    """Return the position of each row in its group, counted from 0.
+
+    Parameters
+    ----------
+    group : ndarray of int64, shape (rows,)
+        Number of each row's group; the rows of a group stand together.
+    """
     starts = np.flatnonzero(is_new(group))
     return np.arange(len(group)) - np.repeat(starts, np.diff(starts, append=len(group)))
 
 
 def text_ranks(column: pa.ChunkedArray) -> NDArray[np.int64]:
-    """Whole numbers that sort as the texts do (by code point), equal for equal texts."""
+    """Return whole numbers that sort as texts do (by code point), equal for equal texts.
+
+    Parameters
+    ----------
+    column : pyarrow.ChunkedArray of string, shape (n,)
+        Texts, without nulls.
+    """
     return ranked(column)[0].astype(np.int64)
 
 
 def numbered(column: pa.ChunkedArray) -> tuple[NDArray[np.int64], list[str]]:
-    """The same, and the text of each number."""
+    """Number texts in their order (by code point), and return the different texts in that order, too.
+
+    Parameters
+    ----------
+    column : pyarrow.ChunkedArray of string, shape (n,)
+        Texts, without nulls.
+    """
     rank, texts = ranked(column)
     return rank.astype(np.int64), texts.to_pylist()
 
 
 def ranked(column: pa.ChunkedArray) -> tuple[NDArray[np.int32], pa.Array]:
-    """As `numbered`, in little memory where there are few different texts."""
+    """Number texts as `numbered` does, in little memory where few of them are different."""
     encoded = column.combine_chunks().dictionary_encode()
     order = pc.sort_indices(encoded.dictionary)
     rank = np.empty(len(order), dtype=np.int32)
@@ -60,50 +92,24 @@ def ranked(column: pa.ChunkedArray) -> tuple[NDArray[np.int32], pa.Array]:
 def text_order(column: pa.ChunkedArray) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Sort texts that are nearly all different, by code point.
 
-    Eight bytes of a text are compared at a time, as a whole number: for ids, mostly the first eight decide.
-
     Parameters
     ----------
     column : pyarrow.ChunkedArray of string, shape (n,)
-        The texts, without nulls.
+        Texts, without nulls.
 
     Returns
     -------
     ndarray of int64, shape (n,)
-        Which text comes first, second and so on; equal texts stay in their order.
+        Positions of the texts in sorted order; equal texts stay in their order.
     ndarray of bool, shape (n,)
-        Which texts differ from the one before them in this order.
+        Whether each text differs from the one before it in this order.
     """
-    lengths = pc.binary_length(column).to_numpy()
-    # So that eight bytes can be read from every byte of the column's.
-    texts = pa.concat_arrays([*column.chunks, pa.array(["\0" * 8])])
-    key = _eight_bytes(texts, 0, slice(len(lengths)))
-    order = np.argsort(key, kind="stable")
-    key = key[order]
-    new = is_new(key)
-    at = 8
-    while len(places := in_groups(new)):
-        rows = order[places]
-        # A text that is another one with NULs behind it is told from that by its length alone.
-        is_last = at >= lengths[rows].max()
-        key = lengths[rows] if is_last else _eight_bytes(texts, at, rows)
-        own = np.lexsort((key, np.cumsum(new)[places]))
-        order[places], key = rows[own], key[own]
-        new[places[1:]] |= key[1:] != key[:-1]
-        if is_last:
-            break
-        at += 8
-    return order, new
-
-
-def _eight_bytes(texts: pa.Array, at: int, rows: slice | NDArray[np.int64]) -> NDArray[np.uint64]:
-    """Bytes of texts from one on, as numbers that sort as they do; zeros where a text has ended."""
-    _, offsets, content = texts.buffers()
-    ends = np.frombuffer(offsets, np.int32)
-    left = np.clip(ends[1:][rows] - ends[:-1][rows] - at, 0, 8)
-    from_any_byte = np.ndarray((content.size - 7,), ">u8", content, strides=(1,))
-    key: NDArray[np.uint64] = from_any_byte[np.where(left, ends[:-1][rows] + at, 0)].astype(np.uint64)
-    beyond = (64 - 8 * left).astype(np.uint8)
-    key >>= beyond
-    key <<= beyond
-    return key
+    texts = column.combine_chunks()
+    # Stable, and by the bytes of UTF-8, whose order is that of code points.
+    order = pc.sort_indices(texts)
+    new = np.ones(len(order), dtype=bool)
+    for start in range(0, len(order) - 1, COMPARED_ROWS):
+        neighbours = texts.take(order.slice(start, COMPARED_ROWS + 1))
+        differs = pc.not_equal(neighbours[1:], neighbours[:-1])
+        new[start + 1 : start + len(neighbours)] = differs.to_numpy(zero_copy_only=False)
+    return order.to_numpy().view(np.int64), new
