@@ -108,7 +108,7 @@ class Run:
 
     def _hash_and_rank(self, executor: InProcess | Dispatch) -> InProcess | Dispatch:
         """Do all tasks that are left; return the executor of the last of them."""
-        is_hash_stage = isinstance(executor.errand, ShardTasks) or executor.errand.is_pieces
+        is_hash_stage = isinstance(executor.tasks, ShardTasks) or executor.tasks.is_pieces
         if is_hash_stage:
             self.run_hash_stage(executor)
         if is_hash_stage or not self.plan.is_listed:

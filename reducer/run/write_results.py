@@ -45,7 +45,7 @@ def write_pieces(executor: InProcess | Dispatch, remaining: Remaining, monitor: 
     TooManyFailuresError
         If all photos fail.
     """
-    tasks = executor.errand
+    tasks = executor.tasks
     in_shards = isinstance(tasks, ShardTasks)
     size = tasks.bytes if isinstance(tasks, ShardTasks) else tasks.photos
     done = remaining.folder.pieces.done()
@@ -128,7 +128,7 @@ def _warn_of_no_match(before: float, now: float, result: PiecesResult, plan: Pla
 
 def write_partitions(executor: InProcess | Dispatch, remaining: Remaining, monitor: Monitor) -> None:
     """Write the ledger rows of each partition; parameters and errors as for `write_pieces`."""
-    tasks, folder, counters = executor.errand, remaining.folder, monitor.counters
+    tasks, folder, counters = executor.tasks, remaining.folder, monitor.counters
     assert isinstance(tasks, PartitionTasks)
     merges = bool(remaining.failed and not remaining.again)
     vector_parts = folder.vectors.names() if merges else []

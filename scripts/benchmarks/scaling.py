@@ -74,17 +74,17 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Phase:
-    """One errand of a plan, pieces or partitions, and how long its tasks take.
+    """One stage of a plan, pieces or partitions, and how long its tasks take.
 
     Attributes
     ----------
-    errand : PartitionTasks
+    tasks : PartitionTasks
         What is dispatched.
     seconds : dict of int to float
         Of each task by its number, as on a real core.
     """
 
-    errand: PartitionTasks
+    tasks: PartitionTasks
     seconds: dict[int, float]
 
 
@@ -133,7 +133,7 @@ def scaling(
         tasks = sum(len(phase.seconds) for phase in phases)
         work = sum(sum(phase.seconds.values()) for phase in phases)
         ideal = sum(longest_first(list(phase.seconds.values()), workers) for phase in phases)
-        client = sum(fmean(recorded.writing[phase.errand.is_pieces]) * len(phase.seconds) for phase in phases)
+        client = sum(fmean(recorded.writing[phase.tasks.is_pieces]) * len(phase.seconds) for phase in phases)
         expected = max(work / workers, client)
         with cluster_of(workers, protocol) as dask_client:
             ceiling = tasks / replay(dask_client, workers, phases, recorded, 0.0).seconds
@@ -171,12 +171,12 @@ def record(photos: int) -> Recorded:
     results = Dispatch.results
 
     def watched(self: Dispatch) -> Iterator[PartitionResult | PiecesResult]:
-        assert isinstance(self.errand, PartitionTasks)
+        assert isinstance(self.tasks, PartitionTasks)
         for result in results(self):
-            note(recorded, self.errand, result)
+            note(recorded, self.tasks, result)
             start = time.perf_counter()
             yield result
-            recorded.writing[self.errand.is_pieces].append(time.perf_counter() - start)
+            recorded.writing[self.tasks.is_pieces].append(time.perf_counter() - start)
 
     with tempfile.TemporaryDirectory() as temporary, mock.patch.object(Dispatch, "results", watched):
         manifest, _ = linked_collection(Path(temporary), photos)
@@ -185,13 +185,13 @@ def record(photos: int) -> Recorded:
     return recorded
 
 
-def note(recorded: Recorded, errand: PartitionTasks, result: PartitionResult | PiecesResult) -> None:
+def note(recorded: Recorded, tasks: PartitionTasks, result: PartitionResult | PiecesResult) -> None:
     """Add what one task of a real run took."""
-    rows = errand.rows[result.index].num_rows
+    rows = tasks.rows[result.index].num_rows
     recorded.worker_seconds += result.seconds
     found = result.found if isinstance(result, PartitionResult) else b"".join(piece.found for piece in result.pieces)
     recorded.found_bytes.append(len(found) / rows)
-    if result.index in errand.trusted:
+    if result.index in tasks.trusted:
         recorded.ranking.append(result.seconds / rows)
     else:
         recorded.photos += rows
@@ -288,12 +288,12 @@ def replay(client: Client, workers: int, phases: list[Phase], recorded: Recorded
             mock.patch.object(reducer.run.dask.worker, "run_partition", sleeps),
             mock.patch.object(reducer.run.dask.worker, "run_piece", sleeps),
         ):
-            before = Dispatch(client, phase.errand, ClusterSpec(workers=workers), before)
+            before = Dispatch(client, phase.tasks, ClusterSpec(workers=workers), before)
             start = time.perf_counter()
             count = 0
             for _ in before.results():
                 count += 1
-                time.sleep(fmean(recorded.writing[phase.errand.is_pieces]) * scale)
+                time.sleep(fmean(recorded.writing[phase.tasks.is_pieces]) * scale)
             end = time.perf_counter()
         assert count == len(phase.seconds)
         total += end - start

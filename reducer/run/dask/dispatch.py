@@ -119,7 +119,7 @@ class Dispatch:
     ----------
     client : distributed.Client
         Client of the cluster.
-    errand : PartitionTasks or ShardTasks
+    tasks : PartitionTasks or ShardTasks
         The partitions, pieces or shards; there are some.
     spec : ClusterSpec
         The cluster. Workers that hang are restarted if this process has started them.
@@ -141,15 +141,15 @@ class Dispatch:
     def __init__(
         self,
         client: Client,
-        errand: PartitionTasks | ShardTasks,
+        tasks: PartitionTasks | ShardTasks,
         spec: ClusterSpec,
         before: Dispatch | None = None,
     ) -> None:
-        self.client, self.errand, self.rules = client, errand, spec.rules
+        self.client, self.tasks, self.rules = client, tasks, spec.rules
         self.may_restart = spec.address is None
         if before is None:
-            self.environment: Environment = check_same_environment(client, errand.job.photo_settings)
-            readable = check_photo_access(client, errand.job, errand.probes(), self.rules.wait)
+            self.environment: Environment = check_same_environment(client, tasks.job.photo_settings)
+            readable = check_photo_access(client, tasks.job, tasks.probes(), self.rules.wait)
         else:
             self.environment, readable = before.environment, before.context.readable_photo
         self.context: RunContext = RunContext(
@@ -166,14 +166,14 @@ class Dispatch:
         self.pool = Pool(
             client,
             self._submit,
-            map(Attempt, errand.numbers),
-            window=errand.window,
+            map(Attempt, tasks.numbers),
+            window=tasks.window,
             left_out=None if before is None else before.left_out,
             wait=self.rules.wait,
             watch=self._look_for_stalls,
         )
         self.shared = None
-        if (shared := errand.shared) is not None:
+        if (shared := tasks.shared) is not None:
             from dask.delayed import delayed
 
             # Sent once and held by the workers, not sent with each partition; a task, so that it comes again where one
@@ -219,7 +219,7 @@ class Dispatch:
 
         self.windows += 1
         window = [
-            WorkItem(self.errand.task(attempt.partition), self.context, attempt.number, attempt.in_sandbox)
+            WorkItem(self.tasks.task(attempt.partition), self.context, attempt.number, attempt.in_sandbox)
             for attempt in batch
         ]
         bag = as_bag(f"run_item-{self.context.run_token}-{self.windows}", window, self.shared)

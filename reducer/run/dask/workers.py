@@ -30,13 +30,13 @@ class Workers:
     spec: ClusterSpec
 
     def take(
-        self, errand: PartitionTasks | ShardTasks, before: InProcess | Dispatch | None = None
+        self, tasks: PartitionTasks | ShardTasks, before: InProcess | Dispatch | None = None
     ) -> InProcess | Dispatch:
         """Prepare an executor for a stage of a run.
 
         Parameters
         ----------
-        errand : PartitionTasks or ShardTasks
+        tasks : PartitionTasks or ShardTasks
             The tasks of the stage.
         before : InProcess or Dispatch, optional
             The executor of the stage before.
@@ -47,5 +47,5 @@ class Workers:
             If workers differ in what decides hashes, or some of them cannot read the photos.
         """
         if self.client is None:
-            return InProcess(errand)
-        return Dispatch(self.client, errand, self.spec, before if isinstance(before, Dispatch) else None)
+            return InProcess(tasks)
+        return Dispatch(self.client, tasks, self.spec, before if isinstance(before, Dispatch) else None)

@@ -14,7 +14,7 @@ class InProcess:
 
     Parameters
     ----------
-    errand : Tasks
+    tasks : Tasks
         The work.
 
     Attributes
@@ -23,11 +23,11 @@ class InProcess:
         Versions and libraries of this process that decide hashes.
     """
 
-    def __init__(self, errand: Tasks) -> None:
-        self.errand = errand
-        self.environment = environment(errand.job.photo_settings)
+    def __init__(self, tasks: Tasks) -> None:
+        self.tasks = tasks
+        self.environment = environment(tasks.job.photo_settings)
 
     def results(self) -> Generator[PartitionResult | PiecesResult]:
         """Yield the result of each partition, piece or group of shards, in turn."""
-        for number in self.errand.numbers:
-            yield self.errand.run(number)
+        for number in self.tasks.numbers:
+            yield self.tasks.run(number)
