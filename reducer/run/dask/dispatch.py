@@ -1,4 +1,4 @@
-"""The Dask bag: submit partitions, gather them as they finish, send again what was lost with a worker."""
+"""Submit partitions as Dask bags, gather them as they finish, send again what was lost with a worker."""
 
 from __future__ import annotations
 

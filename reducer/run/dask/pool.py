@@ -1,4 +1,4 @@
-"""The one submit loop: keep a window of tasks with the scheduler, hand results out as they come, tell what was lost.
+"""Keep a window of tasks with the scheduler, hand results out as they come, tell what was lost: the one submit loop.
 
 It takes the function that runs on the workers, and knows nothing of what the function does. `distributed.as_completed`
 waits without end for the next task, and for a result whose worker is cut off; here both have a limit.
