@@ -20,6 +20,7 @@ from reducer.config.resolved import ResolvedJob, resolve
 from reducer.config.settings import SHARD_BYTES
 from reducer.errors import InputError, ReducerError
 from reducer.formatting import format_bytes
+from reducer.outputs.export.batches import write_here, write_on
 from reducer.outputs.export.layout import (
     BY_LABEL,
     FAILURES,
@@ -35,7 +36,7 @@ from reducer.outputs.export.plan import COLUMNS, ExportPlan, make_plan, same_pho
 from reducer.outputs.export.present import skip_present
 from reducer.outputs.export.target import ExportFolder
 from reducer.outputs.export.transfer import Transfer
-from reducer.outputs.export.write import PUTS, CopySettings, write_here, write_on
+from reducer.outputs.export.write import PUTS, CopySettings
 from reducer.run.dask.connect import CPU_COUNT
 from reducer.run.folder import RunFolder
 from reducer.run.summary import check_storage_options, job_of

@@ -9,29 +9,24 @@ import tarfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, TypeVar
+from typing import IO, TypeVar
 
 from reducer.config.settings import PhotoSettings, Source
-from reducer.errors import ClusterError, ReducerError, one_line
+from reducer.errors import ReducerError
 from reducer.outputs.export.layout import SideFiles, in_shard
 from reducer.photos.hashing import PhotoError, pillow_settings
 from reducer.photos.reader import copy_in_store, read_all, read_photo
 from reducer.photos.requests import FileState, PhotoFile, another_object, another_size
 from reducer.photos.resize import resized
-from reducer.photos.sandbox import memory_bound, refused_in_sandbox
-from reducer.run.dask.pool import TaskLost, map_unordered
-from reducer.run.dask.worker import memory_here
+from reducer.photos.sandbox import refused_in_sandbox
 from reducer.storage.atomic import whole_file, whole_object, write_file
 from reducer.storage.location import ByteRange, Location, PhotoRef, file_of, is_url
-
-if TYPE_CHECKING:
-    from reducer.run.dask.connect import Client
 
 T = TypeVar("T")
 
@@ -56,9 +51,6 @@ NO_LINK = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOSYS, e
 FULL = (errno.ENOSPC, errno.EDQUOT)
 #: Attempts to send a shard to a store.
 ATTEMPTS = 3
-#: A group whose result was lost with its worker so often is given up.
-MOST_LOSSES = 5
-KILLED = "not written: workers died with it, or with photos beside it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +176,7 @@ class Batch:
     shard: str | None = None
 
 
-def write_group(batch: Batch, settings: CopySettings, *, memory_beside: int | None = None) -> Generator[CopyResult]:
+def write_batch(batch: Batch, settings: CopySettings, *, memory_beside: int | None = None) -> Generator[CopyResult]:
     """Write photos in this process.
 
     Parameters
@@ -448,71 +440,3 @@ def _write_shard_once(
 
 def _sink(place: Location) -> AbstractContextManager[IO[bytes]]:
     return whole_object(place) if place.remote else whole_file(Path(place.path))
-
-
-def write_here(groups: Iterable[Batch], way: CopySettings) -> Generator[tuple[tuple[int, ...], list[CopyResult]]]:
-    """Write photos in this process.
-
-    Yields
-    ------
-    tuple of int, list of CopyResult
-        Numbers, and what became of those photos: a photo at a time where there are no shards.
-    """
-    for group in groups:
-        with closing(write_group(group, way)) as results:
-            if group.shard is not None:
-                yield group.numbers, list(results)
-                continue
-            for number, result in zip(group.numbers, results, strict=True):
-                yield (number,), [result]
-
-
-def write_on(
-    client: Client, groups: Iterable[Batch], way: CopySettings, *, wait: float
-) -> Generator[tuple[tuple[int, ...], list[CopyResult]]]:
-    """Write photos on a cluster. A group that is lost with its worker is written once more: that does no harm.
-
-    Parameters
-    ----------
-    client : distributed.Client
-        Of the cluster.
-    groups : iterable of Batch
-        The photos. Few are with the cluster at a time.
-    way : CopySettings
-        How they are written.
-    wait : float
-        Seconds without any worker after which it is given up.
-
-    Yields
-    ------
-    tuple of int, list of CopyResult
-        Numbers, and what became of those photos. Photos with which workers die again and again have failed.
-
-    Raises
-    ------
-    ReducerError
-        If the target cannot be written.
-    ClusterError
-        If the cluster is gone.
-    """
-    outcomes = map_unordered(client, write_there, groups, way, name="export", wait=wait, attempts=MOST_LOSSES)
-    with closing(outcomes):
-        for outcome in outcomes:
-            numbers, results = outcome.item.numbers, outcome.result
-            if outcome.killed_workers or isinstance(outcome.error, TaskLost):
-                results = [CopyResult(error=KILLED)] * len(numbers)
-            elif outcome.error is not None:
-                raise ClusterError(f"a worker failed: {one_line(outcome.error)}")
-            elif isinstance(results, str):
-                raise ReducerError(results)
-            yield numbers, results
-
-
-def write_there(group: Batch, way: CopySettings) -> list[CopyResult] | str:
-    """Write photos on the worker that this is called on; returns why the target cannot be written, where it cannot."""
-    memory, memory_beside = memory_here()
-    try:
-        with memory_bound(memory if way.resize else None):
-            return list(write_group(group, way, memory_beside=memory_beside))
-    except ReducerError as error:
-        return str(error)
