@@ -512,6 +512,7 @@ def report(
     help="With --layout tar: bytes of a shard at most, by the photos as they are before --resize.",
 )
 @click.option("--overwrite", is_flag=True, help="Take out what another export has left in TARGET.")
+@click.option("--break-lock", is_flag=True, help="Take TARGET from an export that seems to be at work on it.")
 @cluster_options
 @photo_storage_options
 @run_storage_options
@@ -540,7 +541,7 @@ def export(
 
     RUN is a run folder. TARGET is a folder, or a URL such as s3://bucket/photos: empty, or what an earlier export of
     the same kind has left there. What is there and equal is not written again, so an export that was stopped or
-    killed goes on when the same command is given again.
+    killed goes on when the same command is given again; on S3, one that was killed at once needs --break-lock.
 
     Photos of a URL go to a URL on a Dask cluster, by default one of this machine; all else this process does.
 

@@ -744,7 +744,8 @@ def test_wrong_targets(tiny: Path, run: Path, tmp_path: Path) -> None:
 
 def test_two_exports_into_one_folder(run: Path, tmp_path: Path) -> None:
     held = reducer.outputs.export.export.ExportFolder(reducer.storage.location.Location(str(tmp_path / "out")))
-    with held.held(), pytest.raises(InputError, match="another export is at work in TARGET"):
+    locked = f"{tmp_path / 'out'} is locked by another export: host .*, process {os.getpid()}, .* give --break-lock"
+    with held.held(), pytest.raises(InputError, match=locked):
         exported(run, tmp_path / "out")
     assert exported(run, tmp_path / "out").written > 0
 

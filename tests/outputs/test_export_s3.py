@@ -26,8 +26,12 @@ from tarfiles import packed, write_tars
 from waiting import wait_for
 
 from reducer import ClusterSpec, InputError, Job, ReducerError, WorkerRules, reduce_images
+from reducer.errors import LostLockError
+from reducer.outputs.export.target import ExportFolder
 from reducer.outputs.export.write import PUTS
 from reducer.photos.requests import CannotCopy
+from reducer.storage.location import Location
+from reducer.storage.lock_kinds import LOCK, Holder
 
 SERIAL = ClusterSpec(workers=0)
 
@@ -276,7 +280,9 @@ def test_interrupted_and_gone_on_with(server: S3Server, remote: Path, wanted: di
     there = of_photos(objects(server, "cut-off"))
     assert 0 < len(there) < len(wanted)
     assert all(wanted[name] == content for name, content in there.items())
-    result = exported(remote, "s3://exports/cut-off", cluster=ClusterSpec(workers=2), **both(server))
+    with pytest.raises(InputError, match=f"locked by another export: host .*, process {process.pid}, .* --break-lock"):
+        exported(remote, "s3://exports/cut-off", **both(server))
+    result = exported(remote, "s3://exports/cut-off", cluster=ClusterSpec(workers=2), break_lock=True, **both(server))
     assert (result.photos, result.written) == (len(wanted), len(wanted) - len(there))
     assert of_photos(objects(server, "cut-off")) == wanted
 
@@ -345,12 +351,35 @@ def test_a_target_that_may_not_be_written(server: S3Server, local: Path, remote:
     read_only = server.options(key=server.ro_key, secret=server.ro_secret)
     code, _, err = invoke("export", local, "s3://exports/no", *flags(read_only, "--target-storage-option"))
     assert code == 2
-    assert "TARGET s3://exports/no may not be written: s3://exports/no/export.json cannot be written" in err
+    assert "TARGET s3://exports/no cannot be used: PermissionError: " in err
+    assert "Access is refused" in err
     assert "Traceback" not in err
     code, _, err = invoke("export", local, "s3://nowhere/no", *flags(server.options(), "--target-storage-option"))
     assert code == 2
     assert "Traceback" not in err
     assert server.secret not in err
+
+
+def test_two_exports_into_one_prefix(server: S3Server, local: Path, wanted: dict[str, bytes]) -> None:
+    url, options = "s3://exports/both", {"target_storage_options": server.options()}
+    first = ExportFolder(Location(url, server.options()))
+    with first.held():
+        with pytest.raises(InputError, match=f"{url} is locked by another export: .* give --break-lock"):
+            exported(local, url, **options)
+        assert [*objects(server, "both")] == [LOCK]
+    assert exported(local, url, **options).written == len(wanted)
+    # As after `kill -9`.
+    server.client().put_object(Bucket="exports", Key=f"both/{LOCK}", Body=Holder("gone", 7, "2026", "token").to_json())
+    opened = flags(server.options(), "--target-storage-option")
+    code, _, err = invoke("export", local, url, *opened)
+    assert (code, "locked by another export: host gone, process 7" in err) == (2, True), err
+    code, _, err = invoke("export", local, url, *opened, "--break-lock")
+    assert code == 0, err
+    assert LOCK not in objects(server, "both")
+    with first.held():
+        exported(local, url, break_lock=True, **options)
+        with pytest.raises(LostLockError, match=f"the lock of {url} was taken by another export"):
+            first.write_state({})
 
 
 def test_workers_that_are_killed(

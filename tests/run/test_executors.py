@@ -20,9 +20,9 @@ from PIL import Image
 import reducer.run.dask.dispatch
 from reducer import ClusterError, ClusterSpec, InputError, Job, TooManyFailuresError, WorkerRules, reduce_images
 from reducer.config.settings import STRATEGY_NAMES
-from reducer.run.dask.dispatch import WINDOW
 from reducer.run.dask.messages import WorkItem
 from reducer.run.folder.parts import LedgerParts
+from reducer.run.tasks.tasks import WINDOW
 from reducer.storage.schemas import LEDGER_SCHEMA
 
 SIZES = (None, 7, 100)

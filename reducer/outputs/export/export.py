@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from reducer.config.cluster import ClusterSpec
 from reducer.config.resolved import ResolvedJob, resolve
 from reducer.config.settings import SHARD_BYTES
-from reducer.errors import InputError, ReducerError
+from reducer.errors import InputError, LostLockError, ReducerError
 from reducer.formatting import format_bytes
 from reducer.outputs.export.batches import write_here, write_on
 from reducer.outputs.export.layout import (
@@ -94,6 +94,7 @@ def export(
     resize: int | None = None,
     shard_bytes: int | str = SHARD_BYTES,
     overwrite: bool = False,
+    break_lock: bool = False,
     cluster: ClusterSpec | None = None,
     storage_options: Mapping[str, Any] | None = None,
     output_storage_options: Mapping[str, Any] | None = None,
@@ -103,7 +104,7 @@ def export(
     """Write the photos of a run's reduced list to a folder.
 
     May be stopped or killed and called again: what is there and equal is not written again. Each file is whole or
-    absent.
+    absent. On S3, an export that was killed at once has left its lock: see ``break_lock``.
 
     Parameters
     ----------
@@ -116,6 +117,8 @@ def export(
         WebDataset's shards.
     link, overwrite, progress : bool
         Whether to make hard links instead of copies; to remove what another export left in ``target``; to show a bar.
+    break_lock : bool
+        Whether to take ``target`` from an export that seems to be at work there.
     resize : int, optional
         Pixels: photos whose longest side has more are encoded again.
     shard_bytes : int or str
@@ -124,7 +127,7 @@ def export(
     cluster : ClusterSpec, optional
         Where photos of a URL are written to a URL; default a LocalCluster. All else runs here, with its ``threads``.
     storage_options, output_storage_options, target_storage_options : mapping, optional
-        Open the photos, as for `ResolvedJob`; ``run`` and ``list_file``; ``target``. A run folder does not keep them.
+        Open the photos, as for `Job`; ``run`` and ``list_file``; ``target``. A run folder does not keep them.
 
     Returns
     -------
@@ -152,7 +155,7 @@ def export(
     list_place = None if list_file is None else Location(str(list_file), run_folder.place.options)
     plan = _plan(run_folder, summary, job, list_place, options, folder.place)
     folder.state()  # what is no export is refused before anything is made
-    with folder.held():
+    with folder.held(break_lock=break_lock):
         transfer = _begin(folder, plan, job, overwrite=overwrite)
         state = {"run": summary["run"], "images": summary["job"]["images"], **options.settings}
         return _carry_out(transfer, folder, job, spec, state, progress=progress)
@@ -170,6 +173,8 @@ def _carry_out(
     """Write the photos that are left, and what tells of them."""
     try:
         folder.write_state({"status": "running", **state})
+    except LostLockError:
+        raise
     except ReducerError as error:
         raise InputError(f"TARGET {folder.path} may not be written: {error}") from None
     folder.write_table(transfer.whole_table())
@@ -208,6 +213,7 @@ def _write_photos(
         bar = stack.enter_context(tqdm(desc="export", total=transfer.left, unit=" photos", disable=disable))
         of_all = format_bytes(transfer.bytes_left)
         for numbers, results in done:
+            folder.check_ours()
             transfer.note(numbers, results)
             if shards is not None:
                 shard = int(shards[numbers[0]])

@@ -20,11 +20,14 @@ from reducer.errors import InputError
 from reducer.outputs.export.safe_names import distinct_names, safe_path, with_digest
 from reducer.photos.formats import is_photo
 from reducer.storage.location import is_url
+from reducer.storage.lock_kinds import LOCK
 
 SAME, BY_LABEL, TAR = LAYOUT_NAMES
 #: Files of ours at the top of TARGET.
 STATE, LIST, TABLE, LABELS, FAILURES = "export.json", "train.csv", "export.parquet", "labels.csv", "failures.csv"
 OWN_FILES = (STATE, LIST, TABLE, LABELS, FAILURES)
+#: Names that nothing else at the top of TARGET may have.
+RESERVED = (*OWN_FILES, LOCK)
 #: Extensions that torchvision's ImageFolder takes for photos (``torchvision.datasets.folder.IMG_EXTENSIONS``).
 IMAGE_FOLDER = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 #: Extensions by Pillow's names of formats, where a photo's name has none; that of JPEG for all others and for unknown
@@ -124,7 +127,7 @@ def as_in_manifest(rows: pa.Table, root: str) -> Layout:
     renamed = 0
     for path, shard in zip(rows["path"].to_pylist(), rows["shard"].to_pylist(), strict=True):
         wanted = _below(path, root) if shard is None else path.removeprefix("./")
-        safe = safe_path(wanted, OWN_FILES)
+        safe = safe_path(wanted, RESERVED)
         source = (path, shard)
         if source_of.setdefault(safe, source) != source:  # members of one name in two shards, for example
             safe = posixpath.join(posixpath.dirname(safe), with_digest(posixpath.basename(safe), f"{shard}\0{path}"))
@@ -159,7 +162,7 @@ def by_label(rows: pa.Table, ledger: pa.Table, *, keys: bool = False) -> Layout:
     ids = defaultdict[str, list[str]](list)
     for photo, label in zip(ledger["id"].to_pylist(), ledger["label"].to_pylist(), strict=True):
         ids[label].append(photo)
-    folders = distinct_names(ids, forbidden=forbidden, reserved=OWN_FILES)
+    folders = distinct_names(ids, forbidden=forbidden, reserved=RESERVED)
     names = {label: distinct_names(ids[label], _shown, forbidden=forbidden) for label in wanted}
     columns = (rows[name].to_pylist() for name in ("id", "label", "path", "format"))
     paths = [

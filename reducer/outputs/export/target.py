@@ -21,6 +21,7 @@ from reducer.photos.requests import FileState
 from reducer.run.folder.files import parquet_file
 from reducer.storage.atomic import Files, temporary_name
 from reducer.storage.location import Location, explaining_errors
+from reducer.storage.lock import is_of_lock, locked
 from reducer.storage.remote import nanoseconds, with_retries
 from reducer.storage.schemas import EXPORT_SCHEMA
 
@@ -43,6 +44,10 @@ class ExportFolder(Files):
         Where it is, or will be.
     """
 
+    def __init__(self, place: Location | str) -> None:
+        super().__init__(place)
+        self._check_lock: Callable[[], None] | None = None
+
     def state(self) -> dict[str, Any] | None:
         """Return ``export.json`` of an earlier export; None where the folder is empty or not there.
 
@@ -64,7 +69,7 @@ class ExportFolder(Files):
                         if state.get("format_version") != EXPORT_VERSION:
                             raise InputError(f"TARGET {self.path} was written by another version: give another folder")
                         return state
-            elif all(name in map(temporary_name, OWN_FILES) for name in names):
+            elif all(is_of_lock(name) or name in map(temporary_name, OWN_FILES) for name in names):
                 return None
         raise InputError(
             f"TARGET {self.path} is not empty and is no export (it has no {STATE} of ours): nothing in it was touched; "
@@ -83,41 +88,36 @@ class ExportFolder(Files):
         with explaining_errors(self.place, f"{self.place.below(TABLE).path} cannot be read"):
             return self._read_parquet(TABLE).replace_schema_metadata(None).cast(EXPORT_SCHEMA)
 
+    def check_ours(self) -> None:
+        """Raise LostLockError if this process holds the folder and another export has taken it meanwhile."""
+        if self._check_lock is not None:
+            self._check_lock()
+
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Make the folder, and keep other exports of this machine out of it meanwhile.
+    def held(self, *, break_lock: bool = False) -> Iterator[None]:
+        """Make the folder, and keep other exports out of it meanwhile.
+
+        Parameters
+        ----------
+        break_lock : bool
+            Whether to take the folder from an export that seems to be at work there.
 
         Raises
         ------
         InputError
-            If another one is at work there, or the folder cannot be made.
+            If another export is at work there, or the folder cannot be made or written.
         """
-        if self.place.remote:
-            yield
-            return
-        path = Path(self.path)
-        new = not path.exists()
-        with explaining_errors(self.place, f"TARGET {self.path} cannot be made"):
-            path.mkdir(parents=True, exist_ok=True)
-            handle = os.open(path, os.O_RDONLY) if os.name == "posix" else None
+        is_new = not self.place.remote and not os.path.exists(self.path)
+        if is_new:
+            with explaining_errors(self.place, f"TARGET {self.path} cannot be made"):
+                os.makedirs(self.path, exist_ok=True)
         try:
-            if handle is not None:
-                import fcntl
-
-                try:
-                    # It ends with the process, however that ends.
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise InputError(f"another export is at work in TARGET {self.path}: wait for it") from None
-                except OSError:  # not every file system knows locks
-                    pass
-            yield
+            with locked(self.place, break_lock=break_lock, kind="export") as self._check_lock:
+                yield
         finally:
-            if handle is not None:
-                os.close(handle)
-            if new:
+            if is_new:
                 with suppress(OSError):  # it is not empty
-                    path.rmdir()
+                    os.rmdir(self.path)
 
     def listing(self) -> Listing:
         """Return how the files of the folder are now, by name."""
