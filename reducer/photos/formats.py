@@ -1,4 +1,4 @@
-"""Which files are photos, by their names."""
+"""Tell photos from other files by their names."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from PIL import Image
 
 
 def is_photo(name: str) -> bool:
-    """Whether a file is called as Pillow's formats are."""
+    """Tell whether the extension of a file name is one of Pillow's formats."""
     return os.path.splitext(name)[1].lower() in Image.registered_extensions()

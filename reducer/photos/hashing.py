@@ -1,4 +1,4 @@
-"""From the bytes of a photo to packed hash bits. No I/O beyond the bytes that it is given."""
+"""Decode the bytes of a photo and hash them to packed bits; no I/O beyond the given bytes."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from reducer.photos.progressive import bytes_needed, first_scan_only
 
 @dataclass(frozen=True, slots=True)
 class HashKind:
-    """One of imagehash's functions.
+    """One of the hash functions of imagehash.
 
     Attributes
     ----------
     function : str
-        Its name there.
+        Name of the function.
     grid : callable
         From the hash size to the grid (columns, rows), in pixels, that it resizes a photo to. (whash resizes it to a
         power of two near its own size first, and comes to this grid by averaging.)
@@ -50,7 +50,7 @@ OUT_OF_MEMORY = "out of memory"
 #: `fast` never decodes a JPEG to fewer pixels than this many times the grid, in each direction.
 DRAFT_FLOOR = 16
 JPEG_FORMATS = ("JPEG", "MPO")
-#: Side in pixels of the grey square that a photo's flatness is told from, however it was decoded.
+#: Side in pixels of the grey square that the flatness of a photo is told from, at any size of decoding.
 FLAT_SIDE = 64
 #: Modes of more than 8 bits; grey they are clipped, so nothing of what is to be seen can be told from it.
 DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
@@ -82,18 +82,18 @@ class PhotoError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class PhotoHash:
-    """What is learnt from a photo's bytes.
+    """Hash of a photo, and facts told by decoding it.
 
     Attributes
     ----------
     bits : bytes
-        The hash, row by row, 8 bits a byte (`numpy.packbits`); `to_hex` gives imagehash's ``str()``.
+        The hash, row by row, 8 bits per byte (`numpy.packbits`); `to_hex` gives imagehash's ``str()``.
     width, height : int
         As stored, in pixels.
     format : str
         Pillow's name of the format.
     flat : bool
-        Whether its grey standard deviation is under `FLAT_DEVIATION`; False where that is not asked.
+        Whether the grey standard deviation is under `FLAT_DEVIATION`; False where that is not asked.
     """
 
     bits: bytes
@@ -104,7 +104,7 @@ class PhotoHash:
 
 
 class _PillowSettings:
-    """What is changed in Pillow while we read; global to the process, so threads share one change."""
+    """Settings of Pillow that hold while photos are read; global to the process, so threads share one change."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -118,10 +118,10 @@ _shared = _PillowSettings()
 
 @contextmanager
 def pillow_settings(max_pixels: int) -> Iterator[None]:
-    """Put our pixel limit in the place of Pillow's own, and its warnings out of the way; then all as it was.
+    """Replace Pillow's pixel limit and silence its warnings within the block.
 
-    The first thread in makes the change, the last out undoes it. The limit is Pillow's too, not only `hash_photo`'s
-    own: some formats hold pictures whose size shows only when they are decoded (PNGs in an ICNS, say).
+    The first thread in makes the change, the last out undoes it. Pillow checks the limit too, not only
+    `hash_photo`: some formats hold pictures whose size shows only when they are decoded (PNGs in an ICNS, say).
 
     Parameters
     ----------
@@ -149,14 +149,14 @@ def pillow_settings(max_pixels: int) -> Iterator[None]:
 
 
 def _tile_size(image: Image.Image) -> tuple[int, int]:
-    """Columns and rows of a TIFF's tiles, each of which libtiff decodes whole however small the image is."""
+    """Return columns and rows of the tiles of a TIFF: libtiff decodes whole tiles however small the image is."""
     if not isinstance(image, TiffImageFile):
         return 0, 0
     return image.tag_v2.get(TILEWIDTH, 0), image.tag_v2.get(TILELENGTH, 0)
 
 
 def grey_deviation(image: Image.Image) -> float:
-    """How much detail a photo has: the standard deviation of its grey levels, averaged down to a small square.
+    """Return the detail of a photo: the standard deviation of its grey levels, averaged down to a small square.
 
     Parameters
     ----------
@@ -175,21 +175,21 @@ def grey_deviation(image: Image.Image) -> float:
 
 
 def orientation(image: Image.Image) -> int:
-    """A photo's EXIF orientation, 1 to 8; 1 where there is none, or none that can be read."""
+    """Return the EXIF orientation of a photo, 1 to 8; 1 where there is none, or none that can be read."""
     try:
-        found = image.getexif().get(ExifTags.Base.Orientation, 1)
+        turn = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # broken EXIF data must not cost a photo that can be decoded
         return 1
-    return found if found in TURNS else 1
+    return turn if turn in TURNS else 1
 
 
 def hash_photo(content: bytes, settings: PhotoSettings) -> PhotoHash:
-    """Perceptual hash of a photo (one of imagehash's own functions).
+    """Return the perceptual hash of a photo, by one of imagehash's functions.
 
     Parameters
     ----------
     content : bytes
-        The whole file; of one that `enough_of` knows, so much of it is enough.
+        The whole file, or as much of it as `enough_of` tells.
     settings : PhotoSettings
         ``hash`` and ``hash_size`` say which. With ``decode="exact"`` it is bit for bit imagehash's function of
         ``Image.open(path)``; ``"fast"`` lets libjpeg decode a JPEG to grey at 1/2, 1/4 or 1/8 of its size (Pillow's
@@ -226,18 +226,18 @@ def hash_photo(content: bytes, settings: PhotoSettings) -> PhotoHash:
 
 
 def largest_grid(settings: PhotoSettings) -> tuple[int, int]:
-    """Columns and rows, in pixels, that a photo is resized to at most, upright or lying on its side."""
+    """Return the columns and rows, in pixels, that a photo is resized to at most, upright or lying on its side."""
     columns, rows = HASHES[settings.hash].grid(settings.hash_size)
     return (max(columns, rows),) * 2 if settings.exif_orientation else (columns, rows)
 
 
 def enough_of(settings: PhotoSettings) -> Callable[[bytes], int | None] | None:
-    """What tells from the beginning of a file how many of its bytes are enough for `hash_photo`.
+    """Return a function that tells from the beginning of a file how many of its bytes are enough for `hash_photo`.
 
     Parameters
     ----------
     settings : PhotoSettings
-        As for `hash_photo`.
+        Settings of the hash, as for `hash_photo`.
 
     Returns
     -------
@@ -282,14 +282,14 @@ def turned(image: Image.Image, turn: int) -> Image.Image:
 def opened_photo(
     content: bytes, max_pixels: int, *, oriented: bool = True, draft: tuple[str | None, tuple[int, int]] | None = None
 ) -> Iterator[OpenedPhoto]:
-    """Open a photo for decoding; whatever goes wrong with it until the end of the block is a failure of the photo.
+    """Open a photo for decoding; any error until the end of the block becomes the failure of the photo.
 
     Parameters
     ----------
     content : bytes
         The whole file.
     max_pixels : int
-        As for `hash_photo`.
+        A photo that declares more pixels is refused.
     oriented : bool
         Whether the EXIF orientation is read. Formats other than JPEG are decoded for that: some tell it behind the
         pixels only.
@@ -327,17 +327,19 @@ def opened_photo(
 
 @contextmanager
 def _photo_failures(max_pixels: int) -> Iterator[None]:
-    """Turn whatever goes wrong with a photo meanwhile into its own failure."""
+    """Turn any error within the block into the failure of the photo."""
     try:
         yield
     except PhotoError:
         raise
     except Image.DecompressionBombError as error:
-        found = re.search(r"\d+", str(error))
-        raise PhotoError("too large", f"{found[0] if found else '?'} pixels, over --max-pixels {max_pixels}") from None
+        pixels = re.search(r"\d+", str(error))
+        raise PhotoError(
+            "too large", f"{pixels[0] if pixels else '?'} pixels, over --max-pixels {max_pixels}"
+        ) from None
     except UnidentifiedImageError:
         raise PhotoError("not an image", "Pillow knows no format that begins like this file") from None
     except MemoryError:
         raise PhotoError(OUT_OF_MEMORY, "decoding it takes more than there is") from None
-    except Exception as error:  # Pillow's plugins raise whatever a broken file makes them stumble on
+    except Exception as error:  # Pillow's plugins raise errors of all kinds on broken files
         raise PhotoError("broken", f"{type(error).__name__}: {error}") from error

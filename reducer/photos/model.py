@@ -1,4 +1,4 @@
-"""Vectors of photos by an ONNX model: loaded once a process, given photos a batch at a time."""
+"""Make vectors of photos by an ONNX model, loaded once per process and given photos in batches."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,9 +17,6 @@ from reducer.config.settings import EmbedSettings, PhotoSettings
 from reducer.errors import InputError, one_line
 from reducer.photos.hashing import opened_photo
 from reducer.storage.codecs import PROBLEMS, as_units
-
-if TYPE_CHECKING:
-    pass
 
 #: Red, green and blue of a photo as a model is to see it, shape (size, size, 3).
 Picture = NDArray[np.uint8]
@@ -32,7 +29,7 @@ NUMBERS = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(d
 
 
 def picture_of(content: bytes, settings: PhotoSettings) -> Picture:
-    """The middle square of a photo, scaled to what a model takes.
+    """Return the middle square of a photo, scaled to the size that a model takes.
 
     Parameters
     ----------
@@ -45,7 +42,7 @@ def picture_of(content: bytes, settings: PhotoSettings) -> Picture:
     Raises
     ------
     PhotoError
-        As for `reducer.photos.hashing.hash_photo`.
+        For anything that Pillow or the limit refuses, `MemoryError` included.
     """
     assert settings.embed is not None
     side = settings.embed.size
@@ -56,28 +53,28 @@ def picture_of(content: bytes, settings: PhotoSettings) -> Picture:
 
 
 def vectors_of(pictures: Sequence[Picture], settings: EmbedSettings) -> list[bytes | str]:
-    """Unit vectors of pictures, as bytes of float16 numbers, or what is wrong with each."""
-    found: list[bytes | str] = []
+    """Return unit vectors of pictures, as bytes of float16 numbers; of a picture that has none, the reason."""
+    vectors: list[bytes | str] = []
     model = loaded(settings) if pictures else None
     for start in range(0, len(pictures), settings.batch):
         assert model is not None
-        own = pictures[start : start + settings.batch]
+        batch = pictures[start : start + settings.batch]
         try:
-            found += model.vectors_of(own)
+            vectors += model.vectors_of(batch)
         except Exception as error:  # one of them, or all: which one?
             if NO_MEMORY in str(error).lower():
                 raise MemoryError(one_line(error)) from None  # of this worker: it says nothing of the photos
-            for picture in own:
+            for picture in batch:
                 try:
-                    found += model.vectors_of([picture])
+                    vectors += model.vectors_of([picture])
                 except Exception as error:
-                    found.append(f"the model fails: {one_line(error)}")
-    return found
+                    vectors.append(f"the model fails: {one_line(error)}")
+    return vectors
 
 
 @lru_cache(maxsize=2)
 def loaded(settings: EmbedSettings) -> Model:
-    """A model, loaded once in this process.
+    """Return a model, loaded once in this process.
 
     Raises
     ------
@@ -96,14 +93,14 @@ class Model:
     Parameters
     ----------
     settings : EmbedSettings
-        What it is given, and which output is taken.
+        Pictures and batches that the model takes, and the output that is used.
     path : str
-        Its file.
+        Path of the model file.
 
     Attributes
     ----------
     dimensions : int
-        Of its vectors.
+        Numbers in a vector.
 
     Raises
     ------
@@ -113,9 +110,8 @@ class Model:
 
     Notes
     -----
-    Every batch is full, the last one of a partition by empty photos, and one thread works on it: so a photo's vector
-    does not depend on those that it comes with. Of models that look at a batch as a whole it would, and they are
-    refused.
+    Every batch is full, the last one of a partition by empty photos, and one thread works on it: so the vector of a
+    photo does not depend on the other photos of the batch. Models that look at a batch as a whole are refused.
     """
 
     def __init__(self, settings: EmbedSettings, path: str) -> None:
@@ -144,7 +140,7 @@ class Model:
         self._check_input()
         self._choose_output()
         try:
-            alone, together = self._in_company()
+            alone, together = self._alone_and_together()
         except InputError:
             raise
         except Exception as error:
@@ -157,8 +153,8 @@ class Model:
             )
         self.dimensions = int(alone.shape[1])
 
-    def _in_company(self) -> tuple[NDArray[np.floating[Any]], NDArray[np.floating[Any]]]:
-        """Vectors of one picture, of shape (1, dimensions): first of all and alone, and behind others unlike it."""
+    def _alone_and_together(self) -> tuple[NDArray[np.floating[Any]], NDArray[np.floating[Any]]]:
+        """Return two vectors of one picture, each of shape (1, dimensions): alone, and behind others unlike it."""
         side = self.settings.size
         pictures = np.random.default_rng(0).integers(0, 256, (self.batch, side, side, 3), np.uint8)
         pictures[-1] = 100 + pictures[-1] // 16  # one of low contrast
@@ -166,15 +162,15 @@ class Model:
 
     def _check_input(self) -> None:
         inputs = self._session.get_inputs()
-        shown = ", ".join(f"{one.name} {_shape(one)}" for one in inputs)
+        shown = ", ".join(f"{tensor.name} {_shape(tensor)}" for tensor in inputs)
         if len(inputs) != 1 or len(inputs[0].shape) != 4 or inputs[0].type not in NUMBERS:
             raise InputError(
                 f"{self._where} takes {shown or 'nothing'}: expected one input of floating-point numbers, (photos, 3, "
                 "height, width) or (photos, height, width, 3)"
             )
-        own = inputs[0]
-        self._input, self._numbers = own.name, NUMBERS[own.type]
-        fixed = [side if isinstance(side, int) and side > 0 else None for side in own.shape]
+        tensor = inputs[0]
+        self._input, self._numbers = tensor.name, NUMBERS[tensor.type]
+        fixed = [side if isinstance(side, int) and side > 0 else None for side in tensor.shape]
         self._channels_last = fixed[1] != 3 and fixed[3] == 3
         batch, *sides = fixed
         channels = sides.pop(2 if self._channels_last else 0)
@@ -186,12 +182,12 @@ class Model:
             advice = f"give --embed-size {wanted}" if len({*sides, wanted} - {None}) == 1 else "it is not square"
             raise InputError(f"{self._where} takes {shown}, and --embed-size is {size}: {advice}")
         self._fixed = batch is not None
-        #: A model may take so many photos at a time and no other number.
+        #: Photos per call; a model may take one number of them and no other.
         self.batch = batch or self.settings.batch
 
     def _choose_output(self) -> None:
-        outputs = {one.name: one for one in self._session.get_outputs()}
-        shown = ", ".join(f"{name} {_shape(one)}" for name, one in outputs.items())
+        outputs = {tensor.name: tensor for tensor in self._session.get_outputs()}
+        shown = ", ".join(f"{name} {_shape(tensor)}" for name, tensor in outputs.items())
         name = self.settings.output
         if name is None and len(outputs) > 1:
             raise InputError(f"{self._where} gives {shown}: say which by --embed-output NAME")
@@ -200,48 +196,48 @@ class Model:
         self._output = name or next(iter(outputs))
 
     def _run(self, pictures: NDArray[np.uint8]) -> NDArray[np.floating[Any]]:
-        """What the model gives for at most a batch of pictures, shape (pictures, dimensions)."""
+        """Return the output of the model for at most a batch of pictures, shape (pictures, dimensions)."""
         count, side = len(pictures), self.settings.size
-        given = np.zeros((self.batch, 3, side, side), np.float32)
+        tensor = np.zeros((self.batch, 3, side, side), np.float32)
         for channel, (mean, std) in enumerate(zip(self.settings.mean, self.settings.std, strict=True)):
-            own = given[:count, channel]
-            np.multiply(pictures[..., channel], np.float32(1 / (255 * std)), out=own, dtype=np.float32)
-            own -= np.float32(mean / std)
+            plane = tensor[:count, channel]
+            np.multiply(pictures[..., channel], np.float32(1 / (255 * std)), out=plane, dtype=np.float32)
+            plane -= np.float32(mean / std)
         if self._channels_last:
-            given = np.ascontiguousarray(given.transpose(0, 2, 3, 1))
-        (found,) = self._session.run([self._output], {self._input: given.astype(self._numbers, copy=False)})
-        shape: tuple[int, ...] = found.shape if isinstance(found, np.ndarray) else ()
+            tensor = np.ascontiguousarray(tensor.transpose(0, 2, 3, 1))
+        (output,) = self._session.run([self._output], {self._input: tensor.astype(self._numbers, copy=False)})
+        shape: tuple[int, ...] = output.shape if isinstance(output, np.ndarray) else ()
         sides = [side for side in shape[1:] if side != 1]
-        if len(shape) < 2 or shape[:1] != (self.batch,) or len(sides) > 1 or found.dtype.kind != "f":
+        if len(shape) < 2 or shape[:1] != (self.batch,) or len(sides) > 1 or output.dtype.kind != "f":
             raise InputError(
                 f"{self._where} gives {self._output} of shape {tuple(shape)} for {self.batch} photos: expected one "
                 f"vector each, ({self.batch}, dimensions); --embed-output names another output"
             )
-        flat: NDArray[np.floating[Any]] = found.reshape(self.batch, -1)[:count]
+        flat: NDArray[np.floating[Any]] = output.reshape(self.batch, -1)[:count]
         return flat
 
     def vectors_of(self, pictures: Sequence[Picture]) -> list[bytes | str]:
-        """As the function of that name, of at most `EmbedSettings.batch` pictures."""
-        found: list[bytes | str] = []
+        """Return unit vectors of at most `EmbedSettings.batch` pictures, or the reasons why there are none."""
+        vectors: list[bytes | str] = []
         for start in range(0, len(pictures), self.batch):
             units, problems = as_units(self._run(np.stack(pictures[start : start + self.batch])))
             for unit, problem in zip(units, problems.tolist(), strict=True):
-                found.append(f"of the model's: {PROBLEMS[problem]}" if problem else unit.tobytes())
-        return found
+                vectors.append(f"of the model's: {PROBLEMS[problem]}" if problem else unit.tobytes())
+        return vectors
 
 
-def _shape(one: Any) -> str:
-    return f"({', '.join(str(side or '?') for side in one.shape)}) {one.type}"
+def _shape(tensor: Any) -> str:
+    return f"({', '.join(str(side or '?') for side in tensor.shape)}) {tensor.type}"
 
 
 def probe_digest(content: bytes, settings: PhotoSettings) -> str:
-    """16 hexadecimal digits that stand for the vector which this process makes of a photo.
+    """Return 16 hexadecimal digits that stand for the vector which this process makes of a photo.
 
     Raises
     ------
     InputError
-        As for `Model`.
+        If the model cannot be loaded, or does not fit the settings.
     """
     assert settings.embed is not None
-    found = loaded(settings.embed).vectors_of([picture_of(content, settings)])[0]
-    return hashlib.sha256(found.encode() if isinstance(found, str) else found).hexdigest()[:16]
+    vector = loaded(settings.embed).vectors_of([picture_of(content, settings)])[0]
+    return hashlib.sha256(vector.encode() if isinstance(vector, str) else vector).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""One photo, start to end: read, hash, embed; whatever is wrong with it is in its result."""
+"""Read, hash and embed photos; what is wrong with a photo is in its result."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from reducer.storage.location import PhotoRef
 
 @dataclass(frozen=True, slots=True)
 class PhotoResult:
-    """What one look at a photo gave: its hash, or why there is none."""
+    """Result of one photo: the hash, or the reason why there is none."""
 
     hash: PhotoHash | None = None
     bytes: int | None = None
     mtime_ns: int | None = None
     etag: str | None = None
     error: str | None = None
-    #: The photo as a model is to see it, until that has made a vector of it.
+    #: Pixels for a model, until it has made a vector of them.
     picture: Picture | None = None
     #: Unit vector, as bytes of float16 numbers.
     vector: builtins.bytes | None = None
 
 
-#: Looks at photos in turn: `process_photos`, or something that does so with more care.
+#: Processes photos in turn: `process_photos`, or the sandbox.
 ProcessPhotos = Callable[[Sequence[PhotoRef], PhotoSettings, Source], Iterator[PhotoResult]]
 
 
 def process_photos(
     refs: Sequence[PhotoRef], settings: PhotoSettings, source: Source | None = None
 ) -> Iterator[PhotoResult]:
-    """Read and hash photos in turn; whatever is wrong with one is in its result."""
+    """Read and hash photos in turn; what is wrong with a photo is in its result."""
     with (
         pillow_settings(settings.max_pixels),
         closing(
@@ -55,41 +55,41 @@ def process_photos(
 
 
 def process_photo(file: PhotoFile | PhotoError, settings: PhotoSettings) -> PhotoResult:
-    """Hash a photo that was read; whatever is wrong with it is in the result."""
+    """Hash a photo that was read; what is wrong with it is in the result."""
     if isinstance(file, PhotoError):
         return PhotoResult(error=str(file))
-    seen = PhotoResult(bytes=file.bytes, mtime_ns=file.mtime_ns, etag=file.etag)
+    result = PhotoResult(bytes=file.bytes, mtime_ns=file.mtime_ns, etag=file.etag)
     try:
-        found = hash_photo(file.content, settings)
+        photo_hash = hash_photo(file.content, settings)
         picture = None if settings.embed is None else picture_of(file.content, settings)
-        return replace(seen, hash=found, picture=picture)
+        return replace(result, hash=photo_hash, picture=picture)
     except PhotoError as error:
-        return replace(seen, error=str(error))
+        return replace(result, error=str(error))
 
 
-def embedded(looks: Iterable[PhotoResult], settings: PhotoSettings) -> Iterator[PhotoResult]:
-    """Put vectors in the place of pictures, a batch at a time; in the order of the looks."""
+def embedded(results: Iterable[PhotoResult], settings: PhotoSettings) -> Iterator[PhotoResult]:
+    """Replace pictures by vectors, one batch at a time, in the order of the results."""
     if settings.embed is None:
-        yield from looks
+        yield from results
         return
     waiting: list[PhotoResult] = []
     pictures = 0
-    for look in looks:
-        waiting.append(look)
-        pictures += look.picture is not None
+    for result in results:
+        waiting.append(result)
+        pictures += result.picture is not None
         if pictures == settings.embed.batch:
             yield from with_vectors(waiting, settings.embed)
             waiting, pictures = [], 0
     yield from with_vectors(waiting, settings.embed)
 
 
-def with_vectors(looks: Sequence[PhotoResult], settings: EmbedSettings) -> list[PhotoResult]:
-    """Looks with vectors in the place of their pictures; where a model gives none, that is the photo's failure."""
-    found = iter(vectors_of([look.picture for look in looks if look.picture is not None], settings))
-    return [look if look.picture is None else _with_vector(look, next(found)) for look in looks]
+def with_vectors(results: Sequence[PhotoResult], settings: EmbedSettings) -> list[PhotoResult]:
+    """Return results with vectors instead of pictures; a photo of which the model gives none has failed."""
+    vectors = iter(vectors_of([result.picture for result in results if result.picture is not None], settings))
+    return [result if result.picture is None else _with_vector(result, next(vectors)) for result in results]
 
 
-def _with_vector(look: PhotoResult, found: bytes | str) -> PhotoResult:
-    if isinstance(found, str):
-        return replace(look, hash=None, picture=None, error=str(PhotoError(NO_VECTOR, found)))
-    return replace(look, picture=None, vector=found)
+def _with_vector(result: PhotoResult, vector: bytes | str) -> PhotoResult:
+    if isinstance(vector, str):
+        return replace(result, hash=None, picture=None, error=str(PhotoError(NO_VECTOR, vector)))
+    return replace(result, picture=None, vector=vector)

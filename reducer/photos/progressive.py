@@ -1,4 +1,4 @@
-"""The beginning of a progressive JPEG that is enough for a hash: its first scan, an eighth of the picture's size."""
+"""Take the first scan of a progressive JPEG, an eighth of the picture's size, which is enough for a hash."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import math
 import re
 from dataclasses import dataclass
 
-#: The picture that the first scan holds has at least so many times the columns and rows of the hash's grid; a smaller
-#: one is not taken for the whole.
+#: Least ratio of the columns and rows of the first scan's picture to those of the hash's grid; a smaller picture is not
+#: taken for the whole.
 FIRST_SCAN_FLOOR = 8
 BLOCK = 8
-#: Nobody's header has so many segments.
+#: Most segments of a header; real ones have far fewer.
 MOST_SEGMENTS = 1000
 START, PROGRESSIVE, SCAN, END = b"\xff\xd8", 0xC2, 0xDA, b"\xff\xd9"
 #: Frames of all kinds but for tables that have numbers between theirs.
@@ -26,7 +26,7 @@ NO_RESTARTS = b"\xff\xdd\x00\x04\x00\x00"
 
 @dataclass(frozen=True, slots=True)
 class Component:
-    """One of a picture's components, as its frame tells of it: its number, and its samples in each direction."""
+    """A component of a picture, told by its frame: its number, and its samples in each direction."""
 
     number: int
     columns: int
@@ -35,7 +35,7 @@ class Component:
 
 @dataclass(frozen=True, slots=True)
 class FirstScan:
-    """Where the first scan of a progressive JPEG ends, and what it lacks.
+    """The first scan of a progressive JPEG: its end in the file, and the bits that it lacks.
 
     Attributes
     ----------
@@ -46,7 +46,7 @@ class FirstScan:
     components : tuple of Component
         Of its frame.
     low_bits : int
-        How many of the lowest bits of the blocks' means follow in later scans.
+        Number of the lowest bits of the blocks' means that follow in later scans.
     """
 
     end: int
@@ -61,18 +61,18 @@ class _Odd(Exception):
 
 
 class _Short(Exception):
-    """What was given of a file ends before it can be told."""
+    """The given beginning of a file ends too early to tell."""
 
 
 def bytes_needed(head: bytes, grid: tuple[int, int], max_pixels: int) -> int | None:
-    """How much of a file that begins like this is needed for a hash.
+    """Return how many bytes of a file are needed for a hash, told from its beginning.
 
     Parameters
     ----------
     head : bytes
-        Its beginning.
+        Beginning of the file.
     grid : tuple of int
-        Columns and rows, in pixels, that the hash resizes it to.
+        Columns and rows, in pixels, that the hash resizes the photo to.
     max_pixels : int
         A picture of more is not decoded anyway.
 
@@ -90,7 +90,7 @@ def bytes_needed(head: bytes, grid: tuple[int, int], max_pixels: int) -> int | N
 
 
 def first_scan_only(content: bytes, grid: tuple[int, int], max_pixels: int) -> bytes | None:
-    """A JPEG of the first scan of a progressive one, to be decoded in its place.
+    """Return a JPEG of the first scan of a progressive one, to be decoded in its place.
 
     The means of the blocks of 8 by 8 pixels are all that it holds. Where their last bit follows in a later scan (as
     libjpeg's own script has it), it stands as 0 and 1 in turn: left out, everything would be half a step too dark, and
@@ -100,8 +100,10 @@ def first_scan_only(content: bytes, grid: tuple[int, int], max_pixels: int) -> b
     ----------
     content : bytes
         The file, or as much of it as `bytes_needed`.
-    grid, max_pixels
-        As for `bytes_needed`.
+    grid : tuple of int
+        Columns and rows, in pixels, that the hash resizes the photo to.
+    max_pixels : int
+        A picture of more is not decoded anyway.
 
     Returns
     -------
@@ -110,18 +112,18 @@ def first_scan_only(content: bytes, grid: tuple[int, int], max_pixels: int) -> b
 
     Notes
     -----
-    Progressive JPEG: ITU-T T.81 (1992), annex G; a scan that gives one more bit of the means is one bit a block, in
-    rows.
+    Progressive JPEG: ITU-T T.81 (1992), annex G; a scan that gives one more bit of the means is one bit per block,
+    in rows.
     """
     try:
-        found = _first_scan(content, grid, max_pixels)
+        scan = _first_scan(content, grid, max_pixels)
     except (_Odd, _Short):
         return None
-    return b"".join([memoryview(content)[: found.end], _alternating_bits(found) if found.low_bits else b"", END])
+    return b"".join([memoryview(content)[: scan.end], _alternating_bits(scan) if scan.low_bits else b"", END])
 
 
 def _alternating_bits(scan: FirstScan) -> bytes:
-    """A scan that gives the last bit of the first component's blocks, as a chessboard."""
+    """Return a scan that gives the last bit of the first component's blocks, as a chessboard."""
     first = scan.components[0]
     most_columns = max(component.columns for component in scan.components)
     most_rows = max(component.rows for component in scan.components)
@@ -158,14 +160,14 @@ def _first_scan(content: bytes, grid: tuple[int, int], max_pixels: int) -> First
             raise _Odd
     if width * height > max_pixels:
         raise _Odd
-    found = NEXT_MARKER.search(content, position)
-    if found is None:
+    marker = NEXT_MARKER.search(content, position)
+    if marker is None:
         raise _Short
-    return FirstScan(found.start(), width, height, components, low_bits)
+    return FirstScan(marker.start(), width, height, components, low_bits)
 
 
 def _segment(content: bytes, position: int) -> tuple[int, bytes, int]:
-    """The segment that begins at a place: its marker, what it holds, where it ends."""
+    """Return the segment that begins at a position: its marker, its content, its end."""
     if fill := FILL.match(content, position):
         position = fill.end()
     start = content[position : position + 4]
@@ -180,7 +182,7 @@ def _segment(content: bytes, position: int) -> tuple[int, bytes, int]:
 
 
 def _frame(segment: bytes) -> tuple[int, int, tuple[Component, ...]]:
-    """Width, height and components of 8 bits; grey or YCbCr."""
+    """Return width, height and components of a frame of 8 bits per sample, grey or YCbCr."""
     count = segment[5] if len(segment) > 5 else 0
     if count not in (1, 3) or len(segment) != 6 + 3 * count or segment[0] != 8:
         raise _Odd
@@ -194,7 +196,7 @@ def _frame(segment: bytes) -> tuple[int, int, tuple[Component, ...]]:
 
 
 def _scan(segment: bytes, components: tuple[Component, ...]) -> int:
-    """How many low bits a scan leaves out that gives the means of the first component's blocks."""
+    """Return how many low bits are left out by a scan of the means of the first component's blocks."""
     count = segment[0] if segment else 0
     if not count or len(segment) != 4 + 2 * count or components[0].number not in segment[1 : 1 + 2 * count : 2]:
         raise _Odd

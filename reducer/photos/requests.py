@@ -256,16 +256,12 @@ def _made(kind: type[StoreClient]) -> StoreClient:
     return kind()
 
 
-def _client_of(location: Location, source: Source) -> StoreClient:
-    """Return the client for a URL: of S3 the one that was chosen."""
-    return _made(S3_CLIENTS[source.reader] if location.on_s3 else _FsspecClient)
-
-
 @contextmanager
-def _failures_of(location: Location, client: StoreClient) -> Iterator[None]:
-    """Turn any error of a request into `Transient` where it may pass, and else into the failure of the photo."""
+def _client_of(location: Location, reader: str) -> Iterator[StoreClient]:
+    """Yield the client for a URL; any error becomes `Transient` where it may pass, else the failure of the photo."""
+    client = _made(S3_CLIENTS[reader] if location.on_s3 else _FsspecClient)
     try:
-        yield
+        yield client
     except (PhotoError, Transient, CannotCopy):
         raise
     except Exception as original:
@@ -306,8 +302,7 @@ async def fetch_start(path: str, source: Source, room: Room, enough: Enough) -> 
         return await fetch(path, source, room)
     if start.size is None:  # the server does not tell how much there is
         return await fetch(path, source, room)
-    location = Location(path, source.options)
-    with _failures_of(location, _client_of(location, source)):  # no memory, say
+    with _client_of(Location(path, source.options), source.reader):  # no memory, say
         await room(start.size)  # refuses what is too large
         content = start.content
         while len(content) < start.size:
@@ -333,24 +328,14 @@ async def _fetch(ref: PhotoRef, source: Source, room: Room) -> PhotoFile:
     part = None if isinstance(ref, str) else ref
     if part is not None and not part.bytes:  # HTTP has no empty range
         return PhotoFile(b"", None)
-    client = _client_of(location, source)
-    with _failures_of(location, client):
+    with _client_of(location, source.reader) as client:
         return await client.get(location, part, room)
 
 
 async def state_of(path: str, source: Source) -> FileState | None:
-    """Make one attempt to ask a store for the state of a file; None from stores other than S3, not all of which tell.
-
-    Parameters
-    ----------
-    path : str
-        URL of the file.
-    source : Source
-        How URLs are opened.
-    """
+    """Make one attempt to ask a store for the state of a file; None from stores other than S3: not all of them tell."""
     location = Location(path, source.options)
-    client = _client_of(location, source)
-    with _failures_of(location, client):
+    with _client_of(location, source.reader) as client:
         return await client.head(location)
 
 
@@ -383,9 +368,8 @@ async def copy_object(path: str, target: Location, state: FileState, source: Sou
         If the store does not do that, or not for us.
     """
     location = Location(path, source.options)
-    client = _made(_S3fsClient)
-    assert isinstance(client, _S3fsClient)
-    with _failures_of(location, client):
+    with _client_of(location, "s3fs") as client:
+        assert isinstance(client, _S3fsClient)
         now = await client.head(location)
         assert now.bytes is not None
         if state.bytes not in (None, now.bytes):

@@ -1,4 +1,4 @@
-"""A photo made smaller: bytes to bytes. Pure."""
+"""Make photos smaller, bytes to bytes; pure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from reducer.photos.hashing import DEEP_MODES, JPEG_FORMATS, opened_photo, turne
 
 #: Of JPEG, WebP and AVIF.
 QUALITY = 90
-#: How each format is written; one that is not among them becomes a PNG.
+#: Options to write each format with; other formats become PNG.
 OPTIONS: dict[str, dict[str, Any]] = {
     "JPEG": {"quality": QUALITY, "optimize": True},
     "PNG": {},
@@ -26,21 +26,21 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "PPM": {},
     "JPEG2000": {},
 }
-#: A photo is decoded at so many times the size that it gets at least, where its format can do that.
+#: Least ratio of the size that a photo is decoded at to the size that it gets, where its format can do that.
 REDUCING_GAP = 3.0
 
 
-#: Qualities of JPEG that are tried in turn until a picture is small enough, and how much smaller it is made after that.
+#: Qualities of JPEG that are tried in turn until a picture is small enough, and the scale that follows after them.
 QUALITIES = (75, 50, 30)
 SMALLER = 0.7
 #: Pixels; a picture is made no smaller than that.
 SMALLEST_SIDE = 32
-#: JPEGs are decoded at so many times the size at least, so that there is something to average.
+#: Least ratio of the size that a JPEG is decoded at to the size of its thumbnail: something is to be averaged.
 DECODED = 2
 
 
 def resized(content: bytes, side: int, *, max_pixels: int) -> bytes:
-    """Make a photo smaller, never larger; it lies as it lay.
+    """Make a photo smaller, never larger, and leave it turned as it is.
 
     Its pixels are not turned: its EXIF orientation is kept beside them, and its colour profile. All else that stands
     beside the pixels is left out, and of an animation the first picture is kept.
@@ -62,7 +62,7 @@ def resized(content: bytes, side: int, *, max_pixels: int) -> bytes:
     Raises
     ------
     PhotoError
-        As `reducer.photos.hashing.hash_photo`.
+        For anything that Pillow or the limit refuses, `MemoryError` included.
     """
     with opened_photo(content, max_pixels) as photo:
         if max(photo.width, photo.height) <= side:
@@ -78,7 +78,7 @@ def resized(content: bytes, side: int, *, max_pixels: int) -> bytes:
             extras["exif"] = exif
         image = _smaller(photo.image, side).copy()  # of no format: a TIFF hands on all of its tags
         image.info.clear()  # a comment would be saved too
-        for form, picture in _ways(kind, image):
+        for form, picture in _attempts(kind, image):
             file = io.BytesIO()
             try:
                 picture.save(file, form, **OPTIONS[form], **extras)
@@ -100,8 +100,8 @@ def _smaller(image: Image.Image, side: int) -> Image.Image:
     return image
 
 
-def _ways(kind: str, image: Image.Image) -> Iterator[tuple[str, Image.Image]]:
-    """Formats and pictures to try, the best first."""
+def _attempts(kind: str, image: Image.Image) -> Iterator[tuple[str, Image.Image]]:
+    """Yield formats and pictures to try, the best first."""
     Image.init()
     if kind in OPTIONS and kind in Image.SAVE:
         yield kind, image
@@ -141,13 +141,13 @@ def thumbnail(content: bytes, side: int, *, max_pixels: int, most_bytes: int) ->
     max_pixels : int
         A photo that declares more pixels is not decoded. Call inside ``with pillow_settings(max_pixels):``.
     most_bytes : int
-        Of the JPEG file; its quality is lowered and then its size until it has no more, or the longest side has
-        `SMALLEST_SIDE`.
+        Bytes of the JPEG file at most: its quality is lowered, then its size, until it has no more or the longest side
+        has `SMALLEST_SIDE` pixels.
 
     Raises
     ------
     PhotoError
-        As `reducer.photos.hashing.hash_photo`.
+        For anything that Pillow or the limit refuses, `MemoryError` included.
     """
     with opened_photo(content, max_pixels, draft=(None, (DECODED * side, DECODED * side))) as photo:
         photo.image.load()
@@ -166,13 +166,13 @@ def thumbnail(content: bytes, side: int, *, max_pixels: int, most_bytes: int) ->
 
 
 def _shrunk(image: Image.Image, side: int) -> Image.Image:
-    """In colour or grey, as JPEG knows them."""
+    """Return a picture no larger than a side, in colour or grey as JPEG knows them."""
     if image.mode in DEEP_MODES:
         # Levels mean whatever they mean: the darkest that is there becomes black, the brightest white.
         image = image.resize(_size_within(image.size, side), Image.Resampling.NEAREST)
         levels = np.asarray(image, dtype=np.float64)
-        told = levels[np.isfinite(levels)]
-        low, high = (told.min(), told.max()) if len(told) else (0.0, 0.0)
+        finite = levels[np.isfinite(levels)]
+        low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 0.0)
         levels = np.clip(np.nan_to_num(levels, nan=low, posinf=high, neginf=low), low, high)
         return Image.fromarray(((levels - low) * (255 / ((high - low) or 1))).astype(np.uint8))
     if image.has_transparency_data:

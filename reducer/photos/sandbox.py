@@ -1,4 +1,4 @@
-"""Photos looked at in a process of their own, which one of them may kill; the worker then knows which."""
+"""Process photos in a process of their own, which a photo may kill; the worker then knows which photo."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from reducer.photos.hashing import OUT_OF_MEMORY, PhotoError
 from reducer.photos.process import PhotoResult, process_photos
 from reducer.storage.location import PhotoRef
 
-#: What the process says when it comes to its photos.
+#: Sent by the process when it comes to its photos.
 READY = "ready"
 #: Kinds of failure.
 KILLED, STALLED = "killed its worker", "stalled"
-#: Share of a worker's memory limit that looking at photos may take: Dask's nanny kills a worker at 0.95.
+#: Share of a worker's memory limit that photos may take: Dask's nanny kills a worker at 0.95.
 MEMORY_SHARE = 0.9
-#: A process that looks at photos apart gets at least so much, in bytes, however full its worker is.
+#: Least memory of a process of its own, in bytes, however full its worker is.
 LEAST_MEMORY = 256 * 2**20
-#: What the process runs first. It finds our code where its worker does.
+#: First code of the process, which finds our code where its worker does.
 START = (
     "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); from reducer.photos.sandbox import serve; serve()"
 )
@@ -47,7 +47,7 @@ class TookTooLong(Exception):
 
 
 class _Process:
-    """Looks at photos in turn in a process of its own."""
+    """A process that processes photos in turn."""
 
     def __init__(self, refs: Sequence[PhotoRef], settings: PhotoSettings, source: Source, memory: int | None) -> None:
         # Not multiprocessing, which refuses to start processes in those of Dask's nannies. A session of its own: Ctrl-C
@@ -55,7 +55,7 @@ class _Process:
         self.process = subprocess.Popen(
             [sys.executable, "-c", START], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
         )
-        self.looks: queue.SimpleQueue[PhotoResult | str | None] = queue.SimpleQueue()
+        self.results: queue.SimpleQueue[PhotoResult | str | None] = queue.SimpleQueue()
         self.ready = False
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
@@ -70,19 +70,19 @@ class _Process:
         try:
             with suppress(EOFError, OSError, pickle.UnpicklingError):
                 while True:
-                    self.looks.put(pickle.load(self.process.stdout))
+                    self.results.put(pickle.load(self.process.stdout))
         finally:
-            self.looks.put(None)
+            self.results.put(None)
 
     def next(self, patience: float, beat: Callable[[], None]) -> PhotoResult:
-        """The next photo's look.
+        """Return the result of the next photo.
 
         Raises
         ------
         Died
-            The message says how.
+            If the process has ended; the message says how.
         CannotStart
-            Likewise.
+            If it has ended before its first photo.
         TookTooLong
             After ``patience`` seconds.
         """
@@ -92,19 +92,20 @@ class _Process:
             if left <= 0:
                 raise TookTooLong if self.ready else CannotStart(f"it did not start in {patience:g} s")
             try:
-                look = self.looks.get(timeout=min(left, 1.0))
+                result = self.results.get(timeout=min(left, 1.0))
             except queue.Empty:
                 beat()
                 continue
-            if look is None:
+            if result is None:
                 how = _how_it_ended(self.process.wait())
                 raise Died(how) if self.ready else CannotStart(how)
-            if isinstance(look, PhotoResult):
-                return look
+            if isinstance(result, PhotoResult):
+                return result
             self.ready = True
             stop = time.monotonic() + patience
 
     def close(self) -> None:
+        """Kill the process and wait for its end."""
         self.process.kill()
         self.process.wait()
         self.reader.join()
@@ -144,8 +145,8 @@ def process_in_sandbox(
 ) -> Iterator[PhotoResult]:
     """Read and hash photos as `reducer.photos.process.process_photos` does, in a process that a photo may kill.
 
-    A photo at which the process dies, or which takes too long, is looked at once more, alone in a process of its own:
-    only one at which that happens again is to blame.
+    A photo at which the process dies, or which takes too long, is tried once more, alone in a process of its own: only
+    a photo at which that happens again is to blame.
 
     Parameters
     ----------
@@ -165,38 +166,38 @@ def process_in_sandbox(
     Yields
     ------
     PhotoResult
-        One a photo.
+        One per photo.
     """
     done = 0
     while done < len(refs):
         with _process(refs[done:], settings, source, memory) as process:
             while done < len(refs):
                 try:
-                    look = process.next(patience, beat)
+                    result = process.next(patience, beat)
                 except (Died, TookTooLong):
                     yield process_one_in_sandbox(
                         refs[done], settings, source, memory=memory, patience=patience, beat=beat
                     )
                     done += 1
                     break
-                yield look
+                yield result
                 done += 1
 
 
 def refused_in_sandbox(
     refs: Sequence[PhotoRef], settings: PhotoSettings, source: Source, *, memory: int | None, patience: float
 ) -> dict[PhotoRef, str]:
-    """What is wrong with photos that no one has decoded yet; parameters as for `process_in_sandbox`.
+    """Return the reasons not to decode photos in this process; parameters as for `process_in_sandbox`.
 
     Returns
     -------
     dict of str or ByteRange to str
-        Of those that are not to be decoded in this process, why not, in one line.
+        Reasons of one line, for the photos that are not to be decoded in this process.
     """
     refs = list(dict.fromkeys(refs))
-    looks = process_in_sandbox(refs, settings, source, memory=memory, patience=patience, beat=lambda: None)
+    results = process_in_sandbox(refs, settings, source, memory=memory, patience=patience, beat=lambda: None)
     try:
-        return {ref: look.error for ref, look in zip(refs, looks, strict=True) if look.error is not None}
+        return {ref: result.error for ref, result in zip(refs, results, strict=True) if result.error is not None}
     except CannotStart as error:
         return dict.fromkeys(refs, f"not decoded: it cannot be tried in a process of its own: {error}")
 
@@ -210,7 +211,7 @@ def process_one_in_sandbox(
     patience: float,
     beat: Callable[[], None],
 ) -> PhotoResult:
-    """Look at one photo, alone in a process of its own; parameters as for `process_in_sandbox`."""
+    """Process one photo, alone in a process of its own; parameters as for `process_in_sandbox`."""
     with _process([ref], settings, source, memory) as process:
         try:
             return process.next(patience, beat)
@@ -224,15 +225,15 @@ def _stalled(patience: float) -> PhotoResult:
     return PhotoResult(error=str(PhotoError(STALLED, f"no end after {patience:g} s")))
 
 
-def may_be_innocent(look: PhotoResult) -> bool:
-    """Whether a photo may have failed because others had taken the memory."""
-    if look.error is None or look.error.startswith(("missing", "not a file", "too large", "empty")):
+def may_be_innocent(result: PhotoResult) -> bool:
+    """Tell whether a photo may have failed because others had taken the memory."""
+    if result.error is None or result.error.startswith(("missing", "not a file", "too large", "empty")):
         return False
-    return look.error.startswith(OUT_OF_MEMORY) or memory_was_tight()
+    return result.error.startswith(OUT_OF_MEMORY) or memory_was_tight()
 
 
 def serve() -> None:
-    """Look at the photos that standard input names, and write each look to standard output."""
+    """Process the photos that standard input names, and write each result to standard output."""
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever libraries print
     refs, settings, source, memory = pickle.load(sys.stdin.buffer)
@@ -240,22 +241,22 @@ def serve() -> None:
     with memory_bound(memory):
         pickle.dump(READY, out)
         out.flush()
-        for look in process_photos(refs, settings, source):
-            pickle.dump(look, out)
+        for result in process_photos(refs, settings, source):
+            pickle.dump(result, out)
             out.flush()
     out.close()
     os._exit(0)  # without waiting for the thread that reads standard input
 
 
 def _end_with_parent() -> None:
-    """The worker holds the other end of standard input open for as long as it lives."""
+    """End this process with the worker, which holds the other end of standard input open while it lives."""
     while os.read(0, 1024):
         pass
     os._exit(1)
 
 
 class _Bound:
-    """The process's limit of address space, changed while anyone looks at photos."""
+    """Limit of address space of the process, changed while any thread processes photos."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -303,20 +304,20 @@ def memory_bound(memory: int | None) -> Iterator[None]:
 
 
 def memory_was_tight() -> bool:
-    """Whether this process has come near its limit of address space, so that any allocation may have failed."""
+    """Tell whether this process has come near its limit of address space, so that any allocation may have failed."""
     try:
         import resource
 
         with open("/proc/self/status") as file:
-            found = re.search(r"^VmPeak:\s*(\d+) kB$", file.read(), re.MULTILINE)
+            peak = re.search(r"^VmPeak:\s*(\d+) kB$", file.read(), re.MULTILINE)
     except (ImportError, OSError):
         return False
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    return found is not None and limit != resource.RLIM_INFINITY and 1024 * int(found[1]) > 0.8 * limit
+    return peak is not None and limit != resource.RLIM_INFINITY and 1024 * int(peak[1]) > 0.8 * limit
 
 
 def _memory_used() -> tuple[int, int] | None:
-    """Address space and resident memory of this process, in bytes."""
+    """Return address space and resident memory of this process, in bytes."""
     try:
         with open("/proc/self/statm") as file:
             size, resident = file.read().split()[:2]
@@ -327,7 +328,7 @@ def _memory_used() -> tuple[int, int] | None:
 
 
 def memory_left(limit: int | None) -> int | None:
-    """Bytes that a process beside this one may take so that both stay within a worker's limit."""
+    """Return the bytes that a process beside this one may take so that both stay within a worker's limit."""
     if limit is None:
         return None
     used = _memory_used()

@@ -1,4 +1,4 @@
-"""Tar shards, read once and forward only: their members in turn, and what is wrong with a shard."""
+"""Read tar shards once and forward only: their members in turn, and the damage of a shard."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Any
 
 from reducer.photos.hashing import PhotoError
 
-#: What is read of one member's header, extended headers and all, is never more, in bytes: it is held whole, and
-#: `tarfile` makes objects of it that take up to fifteen times as much.
+#: Most bytes of one member's header, extended headers and all: it is held whole, and `tarfile` makes objects of it that
+#: take up to fifteen times as much.
 MOST_HEADER_BYTES = 16 * 2**20
-#: Of a member's headers, one within the other to `tarfile`, which would run out of stack; real ones have up to four.
+#: Most headers of a member, nested for `tarfile`, which would run out of stack; real members have up to four.
 MOST_HEADERS = 20
 #: Bytes that are rather read and dropped than skipped by a new request: they come about as fast as its first byte.
 SKIP = 16 * 2**20
@@ -27,23 +27,23 @@ MOST_LINKS = 40
 COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 SPARSE = "sparse: it is stored as a sparse file, which is not read; pack the shard without --sparse"
 
-#: What `tarfile` makes of a block of zeros.
+#: Raised by `tarfile` for a block of zeros.
 END_MARKER: type[Exception] = tarfile.EOFHeaderError  # type: ignore[attr-defined]
 
-#: What lies under a name: the offset and the number of bytes of a file's data, or where a symbolic link leads.
+#: Entry of a name: offset and number of bytes of the data of a file, or target of a symbolic link.
 _Entry = tuple[int, int] | str
 
 
 class ShardFile:
-    """A shard as a file that is read forward only; what `tarfile` reads from.
+    """A shard as a file that is read forward only, for `tarfile` to read from.
 
     Parameters
     ----------
     blocks_from : callable
-        From an offset in bytes to the shard's bytes from there on, in order, in blocks of any size. What it raises is
+        From an offset in bytes to the shard's bytes from there on, in order, in blocks of any size. Errors are
         passed on.
     size : int
-        Of the shard, bytes; blocks beyond are not looked at.
+        Bytes of the shard; blocks beyond are not looked at.
     digest : hash object, optional
         Updated with every byte that comes, once and in order; nothing is skipped then.
     skip : int, optional
@@ -54,7 +54,7 @@ class ShardFile:
     size : int
         As given.
     beginning : bytes
-        What the first `read` gave, if that was at the beginning.
+        Bytes of the first `read`, if that was at the beginning.
     short : bool
         Whether the last `read` gave less than was asked for.
     failed : bool
@@ -100,12 +100,12 @@ class ShardFile:
         if not 0 <= size <= MOST_HEADER_BYTES - self._read_in_a_row:
             raise tarfile.ReadError("no header is so large")
         position, in_a_row = self._position, self._read_in_a_row
-        found = self.take(size)
+        content = self.take(size)
         self._read_in_a_row = in_a_row + size
-        self.short = len(found) < size
+        self.short = len(content) < size
         if position == 0:
-            self.beginning = found
-        return found
+            self.beginning = content
+        return content
 
     def take(self, size: int) -> bytes:
         """Read data.
@@ -118,7 +118,7 @@ class ShardFile:
         Returns
         -------
         bytes
-            So many; fewer only at the end of the shard.
+            As many as asked for; fewer only at the end of the shard.
         """
         self._read_in_a_row = 0
         left = min(size, self.size - self._position)
@@ -155,7 +155,7 @@ class ShardFile:
         return position
 
     def tell(self) -> int:
-        """The position, bytes."""
+        """Return the position in bytes."""
         return self._position
 
     def finish(self) -> None:
@@ -171,7 +171,7 @@ class ShardFile:
             close()
 
     def _ahead(self) -> memoryview:
-        """What is there of the block at the position; nothing at the end."""
+        """Return the rest of the block at the position; nothing at the end."""
         while self._position >= (end := self._start + len(self._block)) and end < self.size:
             try:
                 if self._digest is None and self._position - end > self._skip:
@@ -198,13 +198,13 @@ class Member:
     Attributes
     ----------
     path : str
-        As stored, but for a leading "./"; never resolved: "../x.jpg" is only a name.
+        Path as stored, without a leading "./"; never resolved: "../x.jpg" is only a name.
     offset : int
-        Where its data start in the shard, bytes; 0 with a problem.
+        Start of the data in the shard, bytes; 0 with a problem.
     bytes : int
-        How many they are; 0 with a problem.
+        Size of the data; 0 with a problem.
     problem : str or None
-        Why its data cannot be had as one range, one line ``kind: what was found``; the kind is "sparse", "cut off" or
+        Reason why the data cannot be read as one range, one line ``kind: detail``; the kind is "sparse", "cut off" or
         "link".
     link : bool
         Whether offset and bytes are those of another member, that this one links to.
@@ -218,7 +218,7 @@ class Member:
 
 
 class _Tar(tarfile.TarFile):
-    """A tar that knows how many headers were read for a member."""
+    """A tar that counts the headers that were read for a member."""
 
     headers = 0
 
@@ -230,8 +230,8 @@ class _Header(tarfile.TarInfo):
         tar.headers += 1
         if tar.headers > MOST_HEADERS:
             raise tarfile.ReadError("no member has so many headers")
-        found: tarfile.TarInfo = super()._proc_member(tar)  # type: ignore[misc]
-        return found
+        header: tarfile.TarInfo = super()._proc_member(tar)  # type: ignore[misc]
+        return header
 
     def _proc_gnusparse_00(self, following: tarfile.TarInfo, *_: object) -> None:
         following.sparse = b""
@@ -322,8 +322,8 @@ class TarScan:
         if member is None or (member.link and member.problem is None):
             raise ValueError("these data lie behind, or there are none")
         if member.problem is not None:
-            kind, _, found = member.problem.partition(": ")
-            raise PhotoError(kind, found)
+            kind, _, detail = member.problem.partition(": ")
+            raise PhotoError(kind, detail)
         content = self._file.take(member.bytes)
         if len(content) < member.bytes:  # it was longer when its size was asked for
             self.damage = _cut_off(self._file.tell(), member.path)
@@ -331,7 +331,7 @@ class TarScan:
         return content
 
     def _headers(self) -> Iterator[tarfile.TarInfo]:
-        """All headers that can be read, each with whether its data are there (`damage`)."""
+        """Yield all headers that can be read; `damage` then tells whether the data of the header are there."""
         tar, size = self._tar, self._file.size
         while self.damage is None:
             start = tar.offset
@@ -365,7 +365,7 @@ class TarScan:
             yield header
 
     def _damage(self, start: int) -> str:
-        """What is wrong where no header could be read."""
+        """Return the damage at a position where no header could be read."""
         file = self._file
         if file.size == 0:
             return "it is empty"
@@ -381,14 +381,14 @@ class TarScan:
         return f"the header at byte {start} is damaged"
 
     def _behind_marker(self, start: int) -> str | None:
-        """What is wrong behind the end-of-archive marker: all must be zeros there."""
+        """Return the damage behind the end-of-archive marker, where all bytes must be zero."""
         while piece := self._file.take(PIECE):
             if piece.strip(b"\0"):
                 return f"there are more data behind the end-of-archive marker at byte {start}"
         return None
 
     def _follow(self, path: str, target: str, entry: _Entry | None) -> Member:
-        """The member that a link stands for."""
+        """Return the member that a link stands for."""
         folder = posixpath.dirname(path)
         for _ in range(MOST_LINKS):
             if not isinstance(entry, str):
@@ -407,7 +407,7 @@ def _cut_off(end: int, path: str) -> str:
 
 
 def _short(path: str) -> str:
-    """A name for a message of one line."""
+    """Return a name shortened for a message of one line."""
     return re.sub(r"\s+", " ", path[:200]).encode("utf-8", "backslashreplace").decode()
 
 

@@ -18,10 +18,10 @@ from PIL import Image
 from reducer import Job
 from reducer.config.resolved import resolve
 from reducer.config.settings import DECODE_NAMES, HASH_NAMES, PhotoSettings, near_copy_bits
+from reducer.photos.disk import read_photo
 from reducer.photos.hashing import DRAFT_FLOOR, FLAT_DEVIATION, JPEG_FORMATS, enough_of, grey_deviation, hash_photo
 from reducer.photos.process import PhotoResult
 from reducer.photos.progressive import first_scan_only
-from reducer.photos.reader import read_photo
 
 #: So many photos of a folder are saved in other ways.
 MOST_SAVED = 300

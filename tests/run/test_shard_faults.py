@@ -388,7 +388,7 @@ def test_a_photo_in_a_shard_that_kills_its_worker_alone_fails(
 def test_a_block_that_does_not_come_is_damage_of_the_shard_and_no_fault_of_a_photo(
     tars: Path, tiny: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = reducer.photos.reader._disk_blocks
+    real = reducer.photos.reader.disk_blocks
 
     def blocks(shard: Shard, offset: int) -> Iterator[bytes]:
         if not shard.path.endswith(BAD):
@@ -398,7 +398,7 @@ def test_a_block_that_does_not_come_is_damage_of_the_shard_and_no_fault_of_a_pho
         yield content[: len(content) // 2]
         raise PhotoError("unreadable", "again and again for 60 s: the line is dead")
 
-    monkeypatch.setattr(reducer.photos.reader, "_disk_blocks", blocks)
+    monkeypatch.setattr(reducer.photos.reader, "disk_blocks", blocks)
     result = run_of(tars, tmp_path / "run", tiny / "train.csv", max_failures=1.0)
     monkeypatch.undo()
     said = "unreadable: again and again for 60 s: the line is dead"

@@ -16,8 +16,9 @@ from reducer.outputs.export.layout import shard_name
 from reducer.outputs.export.plan import IDENTITY
 from reducer.outputs.export.target import ExportFolder, Listing
 from reducer.outputs.export.transfer import Transfer
+from reducer.photos.disk import read_photo
 from reducer.photos.hashing import PhotoError
-from reducer.photos.reader import read_photo, states_of
+from reducer.photos.reader import states_of
 from reducer.photos.requests import FileState
 from reducer.storage.location import ByteRange, Location, PhotoRef, file_of, is_url, ref_of
 

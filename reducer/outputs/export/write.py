@@ -20,8 +20,9 @@ from typing import IO, TypeVar
 from reducer.config.settings import PhotoSettings, Source
 from reducer.errors import ReducerError
 from reducer.outputs.export.layout import SideFiles, in_shard
+from reducer.photos.disk import read_photo
 from reducer.photos.hashing import PhotoError, pillow_settings
-from reducer.photos.reader import copy_in_store, read_all, read_photo
+from reducer.photos.reader import copy_in_store, read_all
 from reducer.photos.requests import FileState, PhotoFile, another_object, another_size
 from reducer.photos.resize import resized
 from reducer.photos.sandbox import refused_in_sandbox

@@ -16,9 +16,10 @@ import pyarrow as pa
 from PIL import Image
 
 from reducer.config.settings import PhotoSettings, Source
+from reducer.photos.disk import DISK_BLOCK, too_large
 from reducer.photos.hashing import OUT_OF_MEMORY, PhotoError, pillow_settings
 from reducer.photos.process import PhotoResult, embedded, process_photo, process_photos, with_vectors
-from reducer.photos.reader import DISK_BLOCK, Shards, too_large
+from reducer.photos.reader import Shards
 from reducer.photos.requests import PhotoFile
 from reducer.photos.tar import Member, ShardFile, TarScan
 from reducer.run.tasks.messages import PartitionTask, Piece, PieceReport, PiecesResult, ShardTask, WantedKeys, is_wanted
