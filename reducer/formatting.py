@@ -21,7 +21,7 @@ for _name in ("milli", "micro", "nano"):
     SECOND_UNITS |= {f"{_name}second": _seconds, f"{_name}seconds": _seconds}
 
 
-#: Of texts from outside so many characters are shown, where there is little room.
+#: Characters that are shown of a text from outside, where there is little room.
 SHOWN_CHARACTERS = 160
 #: Those of C0 and C1 but line breaks and tabs, and Unicode's marks of direction.
 CONTROLS = r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]"

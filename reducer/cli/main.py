@@ -126,7 +126,7 @@ def main() -> None:
     "--near-copy",
     type=int,
     metavar="BITS",
-    help="With hashes and vectors: photos at most so many bits from one with a smaller rank come behind all others."
+    help="With hashes and vectors: photos at most this many bits from one with a smaller rank come behind all others."
     "  [default: 6 of 64, in proportion, with --embed; none with --vectors]",
 )
 @click.option(
@@ -137,7 +137,7 @@ def main() -> None:
     help="The perceptual hash (imagehash's) that photos are compared by.",
 )
 @click.option(
-    "--hash-size", default=8, show_default=True, help="2 to 32; a hash has so many bits squared (whash: powers of two)."
+    "--hash-size", default=8, show_default=True, help="2 to 32; a hash has its square in bits (whash: powers of two)."
 )
 @click.option("--exif-orientation", is_flag=True, help="Turn photos upright, as EXIF says, before they are hashed.")
 @click.option("--drop-flat", is_flag=True, help="Do not keep photos without detail. Reads all labels.")
@@ -157,7 +157,7 @@ def main() -> None:
     "--avoid-distance",
     type=int,
     metavar="BITS",
-    help="With --avoid: at most so many bits apart is near.  [default: 6 of 64, in proportion]",
+    help="With --avoid: photos at most this far apart, in bits, are near.  [default: 6 of 64, in proportion]",
 )
 @click.option(
     "--decode",
@@ -437,9 +437,9 @@ def cut(run: str, output: str, quiet: bool, **options: Any) -> None:
     default=GALLERY_PHOTOS,
     show_default=True,
     metavar="N",
-    help="Pictures of photos at most; only so many photos are read. 0 reads none.",
+    help="Most pictures of photos; no more photos are read. 0 reads none.",
 )
-@click.option("--workers", type=int, help="Read photos in so many worker processes.  [default: in this process]")
+@click.option("--workers", type=int, help="Worker processes that read photos.  [default: in this process]")
 @click.option("--threads", type=int, help="Threads per worker.  [default: 1]")
 @on_which_cluster
 @photo_storage_options

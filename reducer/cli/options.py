@@ -251,9 +251,9 @@ def cut_options(command: Command) -> Command:
         click.option(
             "--max-bytes",
             metavar="SIZE",
-            help="Photos of at most so many bytes of all labels, such as 20GB (20 x 10^9): the most different first.",
+            help="Most bytes of the photos of all labels, such as 20GB (20 x 10^9): the most different first.",
         ),
-        click.option("--total", type=int, metavar="N", help="At most so many photos of all labels: likewise."),
+        click.option("--total", type=int, metavar="N", help="Most photos of all labels: the most different first."),
         click.option(
             "--min-distance",
             type=float,

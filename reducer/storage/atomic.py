@@ -37,7 +37,7 @@ class Files:
         """Raise before a write if others have taken the folder meanwhile; a folder without a lock is never taken."""
 
     def has(self, name: str) -> bool:
-        """Whether there is a file of this name."""
+        """Return whether there is a file of this name."""
         return name in self._names()
 
     def _names(self, folder: str = "") -> list[str]:
@@ -112,7 +112,7 @@ def write_file(place: Location, content: bytes) -> None:
 
 
 def temporary_name(name: str) -> str:
-    """What a file is called before it is whole."""
+    """Return the name of a file before it is whole."""
     return f".{name}.tmp"
 
 

@@ -101,7 +101,7 @@ def packed(units: Vectors) -> pa.Array:
 
 
 def vectors_table(rows: pa.Table, vectors: pa.Array | pa.ChunkedArray) -> pa.Table | None:
-    """What ``RUN/vectors`` keeps of rows of the ledger and their vectors, which are bytes or null.
+    """Return what ``RUN/vectors`` keeps of rows of the ledger and their vectors, which are bytes or null.
 
     Returns
     -------
@@ -117,7 +117,7 @@ def vectors_table(rows: pa.Table, vectors: pa.Array | pa.ChunkedArray) -> pa.Tab
 
 
 def as_lists(vectors: pa.Array | pa.ChunkedArray, dimensions: int) -> pa.Array:
-    """Vectors from bytes of float16 numbers as lists of so many; zeros where one is null.
+    """Return vectors, given as bytes of float16 numbers, as lists of a fixed length; zeros where one is null.
 
     Not null: a list of fixed size that is null is refused, in a Parquet file, by versions of Arrow up to 24.
     """
@@ -220,7 +220,7 @@ def from_hex(text: str, bits: int) -> bytes:
     Raises
     ------
     ValueError
-        If it is no hash of so many bits.
+        If it is no hash of that many bits.
     """
     value = int(text, 16) if re.fullmatch(r"[0-9a-fA-F]+", text) else -1
     if len(text) != -(-bits // 4) or not 0 <= value < 1 << bits:
@@ -245,7 +245,7 @@ def all_from_hex(texts: pa.ChunkedArray, bits: int) -> NDArray[np.uint8]:
     Raises
     ------
     ValueError
-        If one is no hash of so many bits.
+        If one is no hash of that many bits.
     """
     digits = -(-bits // 4)
     if pc.any(pc.not_equal(pc.binary_length(texts), digits)).as_py():

@@ -1,4 +1,4 @@
-"""What holds a lock, by the place where a folder lies: the kernel on a disk, a condition on S3, or the last writer."""
+"""Kinds of locks: held by the kernel on a disk, by a condition on S3, elsewhere by whoever wrote last."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Holder:
 
     @property
     def is_here(self) -> bool:
-        """Whether it runs, or ran, on a host of the name of this one."""
+        """True if it runs, or ran, on a host of the name of this one."""
         return self.host == socket.gethostname()
 
     def __str__(self) -> str:

@@ -87,7 +87,7 @@ def read_columns(where: str, place: Location, wanted: Sequence[str], hint: str) 
 
 
 def is_parquet(where: str, place: Location) -> bool:
-    """Whether a file begins as Parquet files do."""
+    """Return whether a file begins as Parquet files do."""
     with _opened(where, place) as (_, parquet):
         return parquet
 
@@ -193,5 +193,5 @@ def in_nanoseconds(rows: pa.Table) -> pa.Table:
 
 
 def counts(column: pa.ChunkedArray | pa.Array) -> dict[str, int]:
-    """How often each text stands in a column, sorted by text."""
+    """Count how often each text stands in a column; sorted by text."""
     return dict(sorted((pair["values"], pair["counts"]) for pair in pc.value_counts(column).to_pylist()))

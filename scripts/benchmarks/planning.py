@@ -79,10 +79,10 @@ def plan_one(folder: str, name: str) -> tuple[int, int, float, float]:
     """Plan a manifest: photos to read, partitions, seconds, peak memory in MiB."""
     start = time.perf_counter()
     planned = make_plan(resolve(Job(f"{folder}/train", f"{folder}/run", manifest=f"{folder}/{name}")))
-    errand = PartitionTasks(planned.job, planned.numbered(PROCESSES).partitions())
-    for index in errand.rows:
-        errand.task(index)
-    return int(planned.is_read.sum()), len(errand.rows), time.perf_counter() - start, peak_memory() / 2**20
+    partition_tasks = PartitionTasks(planned.job, planned.numbered(PROCESSES).partitions())
+    for index in partition_tasks.rows:
+        partition_tasks.task(index)
+    return int(planned.is_read.sum()), len(partition_tasks.rows), time.perf_counter() - start, peak_memory() / 2**20
 
 
 def write_manifest(folder: Path, sizes: np.ndarray, times: int, *, hashes: bool) -> int:

@@ -126,7 +126,7 @@ def _may_be_innocent(result: PhotoResult) -> bool:
 
 
 class _Heartbeat:
-    """Tells the client that an item goes on, at most every so many seconds."""
+    """Signs to the client that an item goes on, at most one per `RunContext.beat` seconds."""
 
     def __init__(self, worker: Worker, item: WorkItem) -> None:
         self.worker, self.seconds = worker, item.context.beat

@@ -89,10 +89,10 @@ def test_all_labels_are_read_where_some_photos_may_have_to_go(listed: Path, opti
 def test_tasks_hold_whole_labels_once_and_no_path_in_their_names(listed: Path) -> None:
     for threads, size in [(1, None), (2, 8), (64, 1)]:
         plan = plan_of(listed, partition_images=size, rank_all=True)
-        errand = PartitionTasks(plan.job, plan.numbered(threads).partitions())
-        assert list(errand.rows) == list(range(len(errand.rows)))
-        tables = list(errand.rows.values())
-        tasks = [errand.task(index) for index in errand.rows]
+        partition_tasks = PartitionTasks(plan.job, plan.numbered(threads).partitions())
+        assert list(partition_tasks.rows) == list(range(len(partition_tasks.rows)))
+        tables = list(partition_tasks.rows.values())
+        tasks = [partition_tasks.task(index) for index in partition_tasks.rows]
         assert [task.photos for task in tasks] == [table.num_rows for table in tables]
         for task, table in zip(tasks, tables, strict=True):
             sent = from_ipc(task.rows)
@@ -133,7 +133,7 @@ def test_tasks_travel_small(tmp_path: Path) -> None:
         context = RunContext(
             "f" * 32, "f" * 16, "f" * 16, with_paths(path_rule(plan.job), plan.read)["path"][0].as_py(), 10.0, 600.0
         )
-        errand = PartitionTasks(plan.job, plan.numbered(1).partitions())
-        works = [WorkItem(errand.task(index), context) for index in errand.rows]
+        partition_tasks = PartitionTasks(plan.job, plan.numbered(1).partitions())
+        works = [WorkItem(partition_tasks.task(index), context) for index in partition_tasks.rows]
         assert len(works) == 10_000 // size
         assert len(dumps(as_bag("run_item", works).__dask_graph__())) < 20 * 10_000 + 5_000 * len(works)
