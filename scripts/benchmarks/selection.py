@@ -16,7 +16,7 @@ from reducer.config.settings import near_copy_bits
 from reducer.selection.distance import Hamming
 from reducer.selection.quality import certificate, quality_summary, spread
 from reducer.selection.quality_sums import Certificate, Quality, Spread
-from reducer.selection.strategies import STRATEGIES, nearest_kept
+from reducer.selection.strategies import STRATEGIES, Candidates, nearest_kept
 
 
 def quality(photos: str) -> None:
@@ -35,7 +35,7 @@ def quality(photos: str) -> None:
         points = Hamming(hashes)
         chosen = {"the notebook as it stands": notebook_choice(hashes)}
         for name, strategy in STRATEGIES.items():
-            ranking = strategy(points, ids, keep=keep, label=label)
+            ranking = strategy(Candidates(points, ids, keep=keep, label=label))
             chosen[name] = ranking.order[:keep]
             if name == "farthest-first":
                 certificates.append(certificate(hashes, 64, ranking.insertion_distance[:keep]))
@@ -73,7 +73,8 @@ def ranking(candidates: list[int], repetitions: int) -> None:
         hashes = views[generator.integers(0, len(views), count)] ^ noise
         ids = [f"{i:07}" for i in range(count)]
         ways = {
-            name: functools.partial(strategy, Hamming(hashes), ids, keep=25) for name, strategy in STRATEGIES.items()
+            name: functools.partial(strategy, Candidates(Hamming(hashes), ids, keep=25))
+            for name, strategy in STRATEGIES.items()
         }
         found = measured({name: (lambda way=way: timed(way)) for name, way in ways.items()}, repetitions)
         for name, way in ways.items():
