@@ -114,7 +114,7 @@ class Remaining:
             if not self.plan.pieced:
                 return None
             rows = self.plan.pieces(self._read_with_known).without(done)
-            return PartitionTasks(job, rows, is_pieces=True, aside=self.spool) if rows else None
+            return PartitionTasks(job, rows, is_pieces=True, spool=self.spool) if rows else None
         left = [shard for shard in self.plan.shards if shard.number not in done and shard.number not in self.spared]
         left += [shard for shard in self.plan.shards if shard.number in self.again & done]
         if not left:
@@ -168,7 +168,7 @@ class Remaining:
         left |= self._retried(partitions, names)
         given = None if self.vectors is None or not left else GivenVectors(self.vectors, plan.job.source, left)
         trusted = pieced | frozenset(self.failed)
-        return PartitionTasks(plan.job, left, trusted, avoid=self.avoid, aside=self.spool, given=given)
+        return PartitionTasks(plan.job, left, trusted, avoid=self.avoid, spool=self.spool, given=given)
 
     def _retried(self, partitions: Division, names: Mapping[int, str]) -> dict[int, pa.Table]:
         """Return the rows of labels with failures in the partitions to retry, with what is known of their photos.

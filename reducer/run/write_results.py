@@ -75,7 +75,7 @@ def _task_size(tasks: PartitionTasks | ShardTasks, index: int) -> int:
 
 def _write_piece(piece: Piece, remaining: Remaining, *, is_done: bool) -> None:
     """Write what was found in a shard or piece, with what only an earlier attempt has found."""
-    rows = from_ipc(piece.found)
+    rows = from_ipc(piece.rows)
     if piece.report.wrong_md5:
         pass  # an earlier attempt read another shard
     elif is_done:
@@ -138,7 +138,7 @@ def write_partitions(executor: InProcess | Dispatch, remaining: Remaining, monit
         for result in results:
             assert isinstance(result, PartitionResult)
             rows = with_paths(path_rule(tasks.job), tasks.rows[result.index])
-            results_table, tally = from_ipc(result.found), result.tally
+            results_table, tally = from_ipc(result.rows), result.tally
             ledger = as_ledger(rows, results_table)
             vectors = results_table["vector"] if "vector" in results_table.column_names else None
             if merges and result.index in remaining.failed:

@@ -1,4 +1,4 @@
-"""Unit vectors as they are kept: made alike from whatever is given, packed, put aside. Pure but for `VectorSpool`."""
+"""Unit vectors as they are kept: made alike from whatever is given, and packed. Pure but for `VectorSpool`."""
 
 from __future__ import annotations
 
@@ -143,14 +143,14 @@ def from_lists(lists: pa.ChunkedArray) -> pa.Array:
     return pc.replace_with_mask(pa.nulls(len(units), pa.binary()), pa.array(there), packed(units[there]))
 
 
-def spooled(rows: pa.Table, aside: VectorSpool) -> pa.Table:
-    """`HASHES_SCHEMA` rows as `SPOOLED_SCHEMA`: their vectors are kept aside."""
-    place = rows.schema.get_field_index("vector")
-    return rows.set_column(place, SPOOLED_SCHEMA.field(place), aside.put(rows["vector"])).cast(SPOOLED_SCHEMA)
+def spooled(rows: pa.Table, spool: VectorSpool) -> pa.Table:
+    """Return `HASHES_SCHEMA` rows as `SPOOLED_SCHEMA`, with their vectors put into the spool."""
+    column = rows.schema.get_field_index("vector")
+    return rows.set_column(column, SPOOLED_SCHEMA.field(column), spool.put(rows["vector"])).cast(SPOOLED_SCHEMA)
 
 
 class VectorSpool:
-    """Vectors kept aside in a file of no name, in the order in which they come; memory holds those in use only.
+    """Vectors in a file without a name, in the order in which they come; memory holds those in use only.
 
     Attributes
     ----------

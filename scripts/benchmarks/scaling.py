@@ -189,7 +189,7 @@ def note(recorded: Recorded, tasks: PartitionTasks, result: PartitionResult | Pi
     """Add what one task of a real run took."""
     rows = tasks.rows[result.index].num_rows
     recorded.worker_seconds += result.seconds
-    found = result.found if isinstance(result, PartitionResult) else b"".join(piece.found for piece in result.pieces)
+    found = result.rows if isinstance(result, PartitionResult) else b"".join(piece.rows for piece in result.pieces)
     recorded.found_bytes.append(len(found) / rows)
     if result.index in tasks.trusted:
         recorded.ranking.append(result.seconds / rows)

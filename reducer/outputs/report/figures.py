@@ -191,8 +191,8 @@ def insertion_plot(
             axes.annotate(f" K = {keep}", (keep, 0.99), xycoords=("data", "axes fraction"), va="top", fontsize=8)
         axes.set_xlim(left=1 if len(after) > 1 else 0)
         axes.set_ylim(bottom=0)
-        axes.set_xlabel("after so many photos of a label")
-        axes.set_ylabel("the next one is so many bits away" if unit == "bits" else "cosine distance of the next one")
+        axes.set_xlabel("photos per label (rank)")
+        axes.set_ylabel("insertion distance (bits)" if unit == "bits" else "insertion distance (cosine)")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(loc="upper right", bbox_to_anchor=(1, 0.93))
         return figure

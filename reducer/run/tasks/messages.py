@@ -146,7 +146,7 @@ class PartitionResult:
     ----------
     index : int
         Number of the partition.
-    found : bytes
+    rows : bytes
         `RESULT_SCHEMA` rows, one for each of the task's and in their order, packed by `to_ipc`, with a column
         ``vector`` behind them where photos are compared by vectors.
     tally : Tally
@@ -160,7 +160,7 @@ class PartitionResult:
     """
 
     index: int
-    found: bytes
+    rows: bytes
     tally: Tally
     first_failure: str | None
     seconds: float
@@ -178,7 +178,7 @@ class Piece:
     ----------
     number : int
         Number of the shard, or of the piece; names its file of hashes.
-    found : bytes
+    rows : bytes
         `HASHES_SCHEMA` rows, packed by `to_ipc`.
     report : PieceReport
         Counts, and what is wrong with the shard.
@@ -187,7 +187,7 @@ class Piece:
     """
 
     number: int
-    found: bytes = field(repr=False)
+    rows: bytes = field(repr=False)
     report: PieceReport
     first_failure: str | None = None
 

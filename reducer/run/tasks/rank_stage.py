@@ -264,7 +264,7 @@ def run_partition(
         tally = replace(tally, reused=known, looked_up=len(results))
     return PartitionResult(
         index=task.index,
-        found=to_ipc(_result_table(results, ranked, settings)),
+        rows=to_ipc(_result_table(results, ranked, settings)),
         tally=tally,
         first_failure=first_failure(refs, results),
         seconds=time.perf_counter() - started,

@@ -50,7 +50,7 @@ class PartitionTasks:
         Whether the tasks are pieces.
     avoid : ndarray of uint8, shape (m, hash bytes), optional
         Hashes to avoid.
-    aside : VectorSpool, optional
+    spool : VectorSpool, optional
         Holds the vectors that are known.
     given : GivenVectors, optional
         The vectors of `--vectors` files; to be read before the first task is made.
@@ -61,7 +61,7 @@ class PartitionTasks:
     trusted: frozenset[int] = frozenset()
     is_pieces: bool = False
     avoid: Hashes | None = None
-    aside: VectorSpool | None = None
+    spool: VectorSpool | None = None
     given: GivenVectors | None = None
 
     @property
@@ -116,9 +116,9 @@ class PartitionTasks:
             columns += [*KNOWN_SCHEMA.names, *SHARD_POSITION_SCHEMA.names, "bytes"]
         elif KNOWN_SCHEMA.names[0] in rows.column_names and _any_value(rows, "known_hash", "known_error"):
             columns += KNOWN_SCHEMA.names
-        if self.aside is not None and "known_vector" in columns:
+        if self.spool is not None and "known_vector" in columns:
             place = rows.schema.get_field_index("known_vector")
-            rows = rows.set_column(place, "known_vector", self.aside.packed(rows["known_vector"]))
+            rows = rows.set_column(place, "known_vector", self.spool.packed(rows["known_vector"]))
         rows = rows.select(columns)
         if self.given is not None:
             for name, column in zip(GIVEN_SCHEMA.names, self.given.columns(index).columns, strict=True):

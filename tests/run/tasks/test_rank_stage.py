@@ -40,7 +40,7 @@ def result_of(rows: list[tuple[str, str, str]], always_keep: tuple[str, ...] = (
     settings = resolve(Job("-", "-", avoid=named, **{"keep": 3, "max_pixels": 10**8, **options})).photo_settings
     task = PartitionTask(0, len(rows), to_ipc(table), settings, Source())
     result = run_partition(task, avoid)
-    ledger = as_ledger(table, from_ipc(result.found))
+    ledger = as_ledger(table, from_ipc(result.rows))
     assert ledger.schema.equals(LEDGER_SCHEMA, check_metadata=True)
     return result, ledger.to_pylist()
 
