@@ -38,22 +38,24 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 #: Test files that show whether Reducer works with the versions of packages that are installed, below tests/.
 COMPAT = (
-    *("cli/test_cli.py", "api/test_cut.py", "outputs/test_statistics.py", "photos/test_hashing.py"),
-    *("photos/test_progressive.py", "photos/test_resize.py", "photos/test_requests.py", "photos/test_embedding.py"),
-    *("run/test_executors.py", "run/test_folder.py", "run/test_vector_runs.py", "run/plan", "run/tasks"),
+    *("outputs/test_statistics.py", "photos/test_hashing.py", "photos/test_progressive.py", "photos/test_resize.py"),
+    *("photos/test_requests.py", "photos/test_embedding.py", "run/test_folder.py", "run/plan", "run/tasks"),
     *("run/dask/test_connect.py", "selection/test_distance.py", "selection/test_strategies.py"),
     *("selection/test_facility_location.py", "selection/test_rules.py", "storage/test_codecs.py"),
     "storage/test_sorting.py",
 )
 #: Single tests of other files.
 COMPAT_TESTS = (
-    *(
-        "test_a_bucket_gives_what_a_folder_gives",
-        "test_tars_give_what_single_files_give",
-        "test_as_the_manifest_has_them",
-    ),
-    *("test_a_folder_per_label_as_image_folder_reads_it", "test_web_datasets_shards", "test_made_smaller"),
-    *("test_a_page_is_whole_and_needs_no_network", "test_figures_for_notebooks"),
+    *("test_a_run_says_what_it_did", "test_every_option_reaches_the_job", "test_version_and_help_tell_what_there_is"),
+    *("test_python_m_and_dask_reducer_and_run_cluster", "test_a_run_with_the_rules_does_both_at_once"),
+    *("test_the_ledger_has_a_row_for_every_row_of_the_manifest", "test_the_reduced_list_drops_in_for_the_manifest"),
+    *("test_processes", "test_every_way_to_look_and_choose_on_every_executor", "test_the_result_in_python"),
+    *("test_vectors_alone_rank_and_no_photo_is_read", "test_the_same_on_every_cluster"),
+    *("test_hashes_and_vectors_together", "test_filters_and_cuts_go_by_cosine"),
+    *("test_a_bucket_gives_what_a_folder_gives", "test_tars_give_what_single_files_give"),
+    *("test_as_the_manifest_has_them", "test_a_folder_per_label_as_image_folder_reads_it"),
+    *("test_web_datasets_shards", "test_made_smaller", "test_a_page_is_whole_and_needs_no_network"),
+    "test_figures_for_notebooks",
 )
 
 

@@ -47,7 +47,7 @@ def cut_files(run: Path, folder: Path, **rules: Any) -> dict[str, bytes]:
 def test_a_cut_is_a_fresh_run_with_that_keep(
     collection: Path, ranked: dict[str, Path], tmp_path: Path, strategy: str
 ) -> None:
-    for keep in range(1, KEEP + 1):
+    for keep in (1, 5, KEEP):
         run_on(collection, tmp_path / str(keep), keep=keep, strategy=strategy, rank_all=True, candidates=30)
         assert cut_files(ranked[strategy], tmp_path, keep=keep) == reduced_files(tmp_path / str(keep))
 
