@@ -272,6 +272,7 @@ class _LazyNearest(_EagerNearest):
             if self.compared[pick] == len(self.picks):
                 return pick
             top = np.argpartition(worth, -min(COMPUTED_TOGETHER, len(worth)))[-COMPUTED_TOGETHER:]
+            top = np.union1d(top, pick)  # of more equal photos than these, the first may not be among them
             top = top[(worth[top] >= 0) & (self.compared[top] < len(self.picks))]
             missing = np.array(self.picks[int(self.compared[top].min()) :], dtype=np.int64)
             self.nearest[top] = np.minimum(self.nearest[top], self.points.between(top, missing).min(axis=1))

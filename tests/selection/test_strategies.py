@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from reducer.config.settings import STRATEGY_NAMES
 from reducer.draw import CANDIDATES, RANDOM_ORDER, draw_keys, draw_order
-from reducer.selection.distance import Hamming, near_any
+from reducer.selection.distance import Cosine, Hamming, near_any
 from reducer.selection.facility_location import FACILITY_LOCATION_CANDIDATES, MATRIX_BYTES
 from reducer.selection.strategies import (
+    COMPUTED_TOGETHER,
     FACILITY_LOCATION_RANKS,
     STRATEGIES,
     Candidates,
@@ -23,6 +24,7 @@ from reducer.selection.strategies import (
     random,
     rank,
 )
+from reducer.storage.codecs import as_units
 
 # Few bits and few distinct ids make many ties and many exact copies.
 HASHES = st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 7), min_size=1, max_size=24)
@@ -216,6 +218,18 @@ def test_farthest_first_is_within_a_factor_2_of_the_best(values: list[int], keep
     subsets = list(combinations(range(len(values)), keep))
     assert 2 * smallest(tuple(order)) >= max(map(smallest, subsets))
     assert radius(tuple(order)) <= 2 * min(map(radius, subsets))
+
+
+def test_more_equal_vectors_than_are_computed_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Placeholder pictures, hundreds of copies of each: as if the distances of all pairs were held."""
+    generator = np.random.default_rng(0)
+    copies = [np.repeat(generator.standard_normal((1, 16)), 2 * COMPUTED_TOGETHER + 5, axis=0) for _ in range(3)]
+    units = as_units(np.concatenate([generator.standard_normal((200, 16)), *copies]))[0]
+    expected = farthest_first(Candidates(Cosine(units), names(len(units))))
+    monkeypatch.setattr("reducer.selection.distance.HELD_PHOTOS", 0)
+    found = farthest_first(Candidates(Cosine(units), names(len(units))))
+    assert found.order.tolist() == expected.order.tolist()
+    np.testing.assert_array_equal(found.insertion_distance, expected.insertion_distance)
 
 
 def test_every_smaller_k_is_a_prefix() -> None:
