@@ -1,4 +1,4 @@
-"""Tell photos from other files by their names."""
+"""Formats of photos: which files are taken for photos by their names, and what a photo's content is decoded as."""
 
 from __future__ import annotations
 
@@ -6,7 +6,27 @@ import os
 
 from PIL import Image
 
+#: Formats that photos come in, by Pillow's names, in the order in which they are tried. Pillow knows more, but others
+#: are no photos, or Pillow does not decode them itself: it hands PostScript to Ghostscript, a program that does what a
+#: file says, and of HDF5, GRIB, BUFR, MPEG and WMF it knows the name alone. HEIF and JXL come with plugins.
+PHOTO_FORMATS = (
+    *("JPEG", "MPO", "PNG", "WEBP", "GIF", "TIFF", "BMP", "DIB", "AVIF", "HEIF", "JXL", "JPEG2000"),
+    *("PPM", "QOI", "PSD", "DDS", "ICO", "ICNS", "SGI", "SUN", "PCX", "SPIDER", "TGA"),
+)
+
 
 def is_photo(name: str) -> bool:
-    """Tell whether the extension of a file name is one of Pillow's formats."""
-    return os.path.splitext(name)[1].lower() in Image.registered_extensions()
+    """Tell whether the extension of a file name is one of a format of photos that can be decoded here."""
+    return is_extension(os.path.splitext(name)[1])
+
+
+def is_extension(extension: str) -> bool:
+    """Tell whether an extension, with its dot, is one of a format of photos that can be decoded here."""
+    form = Image.registered_extensions().get(extension.lower())
+    return form in PHOTO_FORMATS and form in Image.OPEN
+
+
+def readable_formats() -> list[str]:
+    """Return those of `PHOTO_FORMATS` that can be decoded here, for ``Image.open(..., formats=...)``."""
+    Image.init()
+    return [form for form in PHOTO_FORMATS if form in Image.OPEN]

@@ -18,6 +18,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 
 from reducer.config.settings import PhotoSettings
+from reducer.photos.formats import readable_formats
 from reducer.photos.progressive import bytes_needed, first_scan_only
 
 
@@ -309,7 +310,7 @@ def opened_photo(
     """
     if not content:
         raise PhotoError("empty", "the file has 0 bytes")
-    with _photo_failures(max_pixels), Image.open(io.BytesIO(content)) as image:
+    with _photo_failures(max_pixels), Image.open(io.BytesIO(content), formats=readable_formats()) as image:
         width, height = image.size
         for columns, rows in ((width, height), _tile_size(image)):
             if columns * rows > max_pixels:
@@ -338,7 +339,7 @@ def _photo_failures(max_pixels: int) -> Iterator[None]:
             "too large", f"{pixels[0] if pixels else '?'} pixels, over --max-pixels {max_pixels}"
         ) from None
     except UnidentifiedImageError:
-        raise PhotoError("not an image", "Pillow knows no format that begins like this file") from None
+        raise PhotoError("not an image", "no format of photos that Pillow reads begins like this file") from None
     except MemoryError:
         raise PhotoError(OUT_OF_MEMORY, "decoding it takes more than there is") from None
     except Exception as error:  # Pillow's plugins raise errors of all kinds on broken files

@@ -209,7 +209,7 @@ def test_it_ends_where_nothing_is_small_enough() -> None:
     ("content", "max_pixels", "message"),
     [
         (b"", 10**8, "empty: the file has 0 bytes"),
-        (b"no picture", 10**8, "not an image: Pillow knows no format that begins like this file"),
+        (b"no picture", 10**8, "not an image: no format of photos that Pillow reads begins like this file"),
         (saved(corners(), "JPEG")[:1500], 10**8, "broken: OSError: image file is truncated"),
         (saved(corners(), "PNG"), 119_999, "too large: 400 x 300 pixels, over --max-pixels 119999"),
     ],

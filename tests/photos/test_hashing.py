@@ -17,6 +17,7 @@ from reducer import InputError, Job
 from reducer.api.sample import draw_view
 from reducer.config.resolved import resolve
 from reducer.config.settings import DECODE_NAMES, HASH_NAMES, near_copy_bits
+from reducer.photos.formats import is_photo
 from reducer.photos.hashing import FLAT_DEVIATION, HASHES, PhotoError, grey_deviation, pillow_settings
 from reducer.photos.process import process_photos
 from reducer.storage.codecs import from_hex, to_hex
@@ -51,6 +52,19 @@ def test_exact_is_imagehash_bit_for_bit(tmp_path: Path, kind: str, mode: str, op
         with Image.open(path) as image:
             expected = function(image)
         assert to_hex(hashed(content, hash=name).bits, 64) == str(expected), name
+
+
+def test_a_photo_s_content_chooses_no_program() -> None:
+    """PostScript under a photo's name is not handed to Ghostscript, nor is anything else taken that is no photo."""
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n%%EndComments\nshowpage\n%%EOF\n"
+    for content in (postscript, b"\x89HDF\r\n\x1a\n" + bytes(600), b"GRIB" + bytes(3) + b"\x01" + bytes(600)):
+        with pytest.raises(PhotoError, match="no format of photos that Pillow reads begins like this file"):
+            hashed(content)
+
+
+def test_photos_by_name() -> None:
+    assert all(map(is_photo, ("a.jpg", "A.JPEG", "b.webp", "c.tiff", "d.avif", "e.jp2", "f.tga")))
+    assert not any(map(is_photo, ("a.pdf", "b.h5", "c.mpg", "d.eps", "e.ps", "f.wmf", "g.txt", "jpg", ".jpg", "h")))
 
 
 def test_at_least_twelve_formats() -> None:

@@ -64,17 +64,17 @@ DIES_ONCE = """
 import os, signal
 from PIL import Image
 left = int(os.environ["DIES_AFTER"])
-def accept(prefix):
+def counting(*arguments, **options):
     global left
     left -= 1
     if left == 0:
         try:
             os.close(os.open(os.environ["DIED"], os.O_CREAT | os.O_EXCL))
+            os.kill(os.getpid(), signal.SIGKILL)
         except FileExistsError:
-            return False
-        os.kill(os.getpid(), signal.SIGKILL)
-    return False
-Image.register_open("DIES", lambda *_: None, accept)
+            pass
+    return open_photo(*arguments, **options)
+open_photo, Image.open = Image.open, counting
 """
 
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import pyarrow as pa
-from PIL import Image
 
 from reducer.config.settings import PhotoSettings, Source
 from reducer.photos.disk import DISK_BLOCK, too_large
+from reducer.photos.formats import is_extension
 from reducer.photos.hashing import OUT_OF_MEMORY, PhotoError, pillow_settings
 from reducer.photos.process import PhotoResult, embedded, process_photo, process_photos, with_vectors
 from reducer.photos.reader import Shards
@@ -230,7 +230,7 @@ class _Reading:
         key = member.path
         if self.task.keys is MemberKeys.STEM:
             extension = posixpath.splitext(member.path)[1]
-            if extension and extension.lower() not in Image.registered_extensions():
+            if extension and not is_extension(extension):
                 return
             key = stem_of(member.path)
         self.example = self.example or member.path
@@ -249,7 +249,7 @@ class _Reading:
                 label = _label(scan.content(), self.task.label_field)
                 if label is not None:
                     self.labels[key] = label
-        elif extension in Image.registered_extensions():
+        elif is_extension(extension):
             if self.seen and self.seen[-1].key == key:
                 self.skipped["further photo of a sample"] += 1
             else:

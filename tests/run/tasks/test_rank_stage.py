@@ -89,7 +89,7 @@ def test_bad_photos_are_rows_and_the_rest_is_ranked(collection: Path, tmp_path: 
         "empty.jpg": "empty: the file has 0 bytes",
         "folder.jpg": "not a file: the path is a directory",
         "loop.jpg": "unreadable: Too many levels of symbolic links (ELOOP)",
-        "page.jpg": "not an image: Pillow knows no format that begins like this file",
+        "page.jpg": "not an image: no format of photos that Pillow reads begins like this file",
         "pipe.jpg": "not a file: the path is no regular file",
         "empty.jpg/below.jpg": "missing: no such file",
         "nul\0.jpg": "missing: no file can have this path",
