@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,13 +14,14 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from reducer.config.cut_rules import CutRules
+from reducer.config.job import check_no_input
 from reducer.config.settings import unit_of
 from reducer.errors import InputError
-from reducer.run.folder import HASHES, IMAGES, OWN_FILES, SUMMARY, RunFolder
+from reducer.run.folder import RunFolder
 from reducer.run.folder.lists import as_reduced, reduced_file
 from reducer.selection.rules import DECIDING, NeedsRanksError, Selection, select
 from reducer.storage.atomic import write_file
-from reducer.storage.location import Location, absolute, is_url
+from reducer.storage.location import Location
 from reducer.storage.schemas import REDUCED_COLUMNS, with_distance_unit
 from reducer.storage.tables import counts
 
@@ -112,6 +112,7 @@ def cut(
     rules = CutRules(min_distance, keep, total, max_bytes, min_per_label)
     folder = RunFolder(Location(str(run), storage_options or {}))
     summary = folder.finished()
+    rules.check_scale(unit_of(summary["job"]), summary["job"]["hash_size"] ** 2)
     target = None if output is None else _target(folder, summary, Location(str(output), storage_options or {}))
 
     ledger = folder.whole_ledger(summary, ["row", "id", *REDUCED_COLUMNS, *DECIDING])
@@ -150,24 +151,15 @@ def _target(folder: RunFolder, summary: dict[str, Any], output: Location) -> Loc
     """Return the file to write a list to, refusing one that cannot be written or belongs to the run."""
     if Path(output.path).suffix not in KINDS:
         raise InputError(f"--output {output.path}: the name must end in .csv or .parquet, which says what is written")
-    manifest = summary["job"]["manifest"]
-    files = [folder.place.below(name).path for name in (SUMMARY, *OWN_FILES)]
-    name = _resolved(output.path)
-    inside = any(name.startswith(_resolved(folder.place.below(sub).path) + "/") for sub in (IMAGES, HASHES))
-    if name in map(_resolved, files) or inside or (manifest is not None and name == _resolved(manifest)):
+    if folder.holds(output.path):
         raise InputError(f"--output {output.path} is a file of the run itself: give another name")
+    check_no_input(output.path, summary["job"])
     if not output.remote:
         path = Path(output.path)
         if path.is_dir() or not path.absolute().parent.is_dir():
             what = "it is a folder" if path.is_dir() else f"there is no folder {path.absolute().parent}"
             raise InputError(f"--output {output.path} cannot be written: {what}")
     return output
-
-
-def _resolved(path: str) -> str:
-    """Return the one path that all spellings of a path share."""
-    local = path.removeprefix("file://")
-    return absolute(path) if is_url(local) else os.path.realpath(local)
 
 
 def _always_kept(folder: RunFolder, job: Mapping[str, Any], rows: pa.ChunkedArray) -> NDArray[np.bool_]:

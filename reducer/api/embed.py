@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from reducer.config.cluster import ClusterSpec
-from reducer.config.job import Job, path_rule
+from reducer.config.job import Job, check_no_input, path_rule
 from reducer.config.resolved import ResolvedJob, resolve
 from reducer.errors import InputError, TooManyFailuresError
 from reducer.run.counters import Counters
@@ -103,6 +103,7 @@ def embed(job: Job, cluster: ClusterSpec | None = None, *, progress: bool = True
         raise InputError("embed needs a model: give --embed MODEL.onnx")
     target = job.output_location
     _check_target(target, job.overwrite)
+    check_no_input(target.path, vars(job))
     parts = replace(job, output=f"{job.output}{PARTS}", overwrite=True, candidates=None, rank_all=True, report=False)
     counters = Counters(job.hash_size**2, "cosine", progress)
     folder = RunFolder(parts.output_location)

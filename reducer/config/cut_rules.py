@@ -58,6 +58,29 @@ class CutRules:
             if not isinstance(self.min_per_label, int) or self.min_per_label < 0:
                 raise InputError(f"--min-per-label is {self.min_per_label!r}: expected a whole number of 0 or more")
 
+    def check_scale(self, unit: str, bits: int) -> None:
+        """Refuse a minimum distance that no two photos of a run can have.
+
+        Parameters
+        ----------
+        unit : {"bits", "cosine"}
+            Unit of the run's distances.
+        bits : int
+            Bits of a hash.
+
+        Raises
+        ------
+        InputError
+            If it is more than the bits of a hash, or than 2, the cosine distance of opposite vectors.
+        """
+        most = bits if unit == "bits" else 2
+        if self.min_distance is not None and self.min_distance > most:
+            where = f"bits of a hash, from 0 to {bits}" if unit == "bits" else "a cosine distance, from 0 to 2"
+            raise InputError(
+                f"--min-distance is {self.min_distance:g}, and the distances of this run are {where}: no two photos "
+                "are so far apart; give less"
+            )
+
     @property
     def has_budget(self) -> bool:
         """True if photos compete with those of other labels."""

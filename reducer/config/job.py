@@ -21,13 +21,15 @@ from reducer.config.settings import (
     Source,
 )
 from reducer.errors import InputError
-from reducer.storage.location import Location, MemberKeys, PathRule, absolute, is_url, template_fields
+from reducer.storage.location import Location, MemberKeys, PathRule, absolute, is_url, lies_in, template_fields
 from reducer.storage.remote import check_obstore
 
 #: Where GLDv2 keeps a photo: the path template in force where a job names none.
 GLDV2_TEMPLATE = "{id[0]}/{id[1]}/{id[2]}/{id}.jpg"
 #: Fields of a job that are paths or URLs, and those of them that must be local.
 PATH_FIELDS = ("images", "output", "manifest", "always_keep", "avoid", "reuse", "md5", "vectors", "embed")
+#: Those of files and folders that are read, and nowhere written.
+INPUT_FILES = ("manifest", "always_keep", "avoid", "reuse", "md5", "vectors", "embed")
 LOCAL_FIELDS = ("always_keep", "avoid", "embed")
 #: Fields that are text and may be left out, but not empty.
 TEXT_FIELDS = ("path_column", "path_template", "id_column", "label_column", "label_field", "embed_output")
@@ -315,6 +317,7 @@ def _check(job: Job) -> None:
     for name in COUNT_FIELDS:
         check_count(name, getattr(job, name))
     check_hash(job.hash, job.hash_size)
+    rules.check_scale("cosine" if job.by_vectors else "bits", job.hash_size**2)
     if job.avoid_distance is not None:
         if job.avoid is None:
             raise InputError("--avoid-distance says how near a photo to avoid may be: give --avoid too")
@@ -327,6 +330,27 @@ def _check(job: Job) -> None:
     if not 0 <= job.max_failures <= 1:
         raise InputError(f"--max-failures is {job.max_failures}: expected a share from 0 to 1")
     _check_photos(job)
+
+
+def check_no_input(output: str, inputs: Mapping[str, Any]) -> None:
+    """Refuse a file to be written that is, or lies in, an input of the job.
+
+    Parameters
+    ----------
+    output : str
+        Path or URL of the file.
+    inputs : mapping
+        Paths or URLs by the names of `INPUT_FILES`; those that are missing or None are not there.
+
+    Raises
+    ------
+    InputError
+        Naming the option of the input.
+    """
+    for name in INPUT_FILES:
+        path = inputs.get(name)
+        if path is not None and name != "reuse" and lies_in(output, path):
+            raise InputError(f"--output {output} would overwrite {flag(name)} {path}, an input: give another name")
 
 
 def _check_texts(job: Job) -> None:

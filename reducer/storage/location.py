@@ -32,6 +32,15 @@ def absolute(path: str) -> str:
     return path.rstrip("/") if is_url(path) else os.path.abspath(path)
 
 
+def lies_in(path: str, whole: str) -> bool:
+    """Tell whether a path or URL, however it is spelled, is a certain file or folder or lies in that folder."""
+    inner, outer = (
+        os.path.realpath(local) if not is_url(local) else absolute(local)
+        for local in (text.removeprefix("file://") for text in (path, whole))
+    )
+    return inner == outer or inner.startswith(outer.rstrip("/") + "/")
+
+
 @dataclass(frozen=True)
 class Location:
     """Location of a folder or file.

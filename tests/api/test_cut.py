@@ -176,7 +176,8 @@ def test_a_budget_that_is_too_small(ranked: dict[str, Path], tmp_path: Path) -> 
         ("run/reduced.csv", "is a file of the run itself"),
         ("run/images/part-00000.parquet", "is a file of the run itself"),
         ("run/../run/plan.parquet", "is a file of the run itself"),
-        ("MANIFEST", "is a file of the run itself"),
+        ("run/vectors/part-00000.parquet", "is a file of the run itself"),
+        ("MANIFEST", "an input: give another name"),
     ],
 )
 def test_a_cut_never_hurts_what_is_there(
@@ -230,3 +231,11 @@ def test_filters_that_were_cut_off_are_applied_again(
     assert result.summary["photos_read_this_time"] == 0
     assert reduced_files(tmp_path / "run") == reduced_files(tmp_path / "whole")
     assert result.images.equals(RunFolder(str(tmp_path / "whole")).parts.ledger().to_pandas())
+
+
+@pytest.mark.parametrize("distance", [64.5, 1000])
+def test_a_distance_outside_the_scale_is_refused(ranked: dict[str, Path], tmp_path: Path, distance: float) -> None:
+    code, _, err = invoke("cut", ranked["random"], "--output", tmp_path / "x.csv", "--min-distance", distance)
+    assert code == 2
+    assert f"--min-distance is {distance:g}, and the distances of this run are bits of a hash, from 0 to 64" in err
+    assert not (tmp_path / "x.csv").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -223,6 +224,8 @@ def test_filters_and_cuts_go_by_cosine(collection: Path, vectors: Path, by_vecto
             ):
                 assert distance == min(apart(units[own], units[k]) for k in kept) / COSINE_STEPS
                 assert nearest in kept
+    with pytest.raises(InputError, match=r"--min-distance is 8, .* are a cosine distance, from 0 to 2"):
+        cut(tmp_path / "all", min_distance=8)
     with pytest.raises(InputError, match=r"--max-bytes counts bytes, and the sizes of 240 photos are not known"):
         cut(tmp_path / "all", max_bytes="1GB")
     parquet = tmp_path / "cut.parquet"
@@ -320,11 +323,32 @@ def test_labels_too_large_for_one_step_are_named(
         ({"embed": "m", "embed_batch": 0}, "--embed-batch is 0: expected a whole number of 1 or more"),
         ({"embed": "s3://b/m.onnx"}, "--embed s3://b/m.onnx is a URL; it is read from local paths only"),
         ({"vectors": ""}, "--vectors is empty"),
+        ({"vectors": "v", "min_distance": 2.1}, "--min-distance is 2.1, .* a cosine distance, from 0 to 2"),
+        ({"hash_size": 4, "min_distance": 17}, "--min-distance is 17, .* bits of a hash, from 0 to 16"),
     ],
 )
 def test_contradictions_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         Job("photos", "run", **options)  # type: ignore[arg-type]
+
+
+def test_a_run_never_writes_over_what_it_reads(collection: Path, by_vectors: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(by_vectors, run)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for option, path in (
+        ("--vectors", run / "vectors"),
+        ("--vectors", f"{run}/vectors/*.parquet"),
+        ("--manifest", run / "reduced.csv"),
+        ("--always-keep", run / "reduced.csv"),
+        ("--avoid", run),
+    ):
+        for dry in ([], ["--dry-run"]):
+            code, _, err = invoke("run", collection / "train", option, path, "--output", run, "--overwrite", *dry)
+            assert code == 2
+            assert f"{option} {path} lies in --output {run}" in err
+    code, _, err = invoke("cut", run, "--output", by_vectors / "vectors" / "part-00000.parquet")
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
 def test_the_command_line(collection: Path, vectors: Path, tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from reducer.config.checks import flag
+from reducer.config.job import INPUT_FILES, Job
 from reducer.errors import InputError, ReducerError
 from reducer.run.folder.files import HASHES, IMAGES, OWN_FILES, REPORT, SUMMARY, VECTORS, RunFiles
 from reducer.run.folder.lists import ListFiles
@@ -87,6 +89,22 @@ class RunFolder(RunFiles):
             check_unlocked(self.place, break_lock=break_lock)
             if not overwrite:
                 raise InputError(f"--output {self.path} holds a run already: give another folder, or --overwrite")
+
+    def check_inputs(self, job: Job) -> None:
+        """Refuse a job one of whose input files is a file that its run would write or remove here.
+
+        Raises
+        ------
+        InputError
+            Naming the option and the file.
+        """
+        for name in INPUT_FILES:
+            path = getattr(job, name)
+            if path is not None and self.holds(path):
+                raise InputError(
+                    f"{flag(name)} {path} lies in --output {self.path}, whose files this run writes anew: it would be "
+                    "lost; give another --output"
+                )
 
     def is_run(self) -> bool:
         """Tell whether this is a folder that a run has written, finished or not."""
