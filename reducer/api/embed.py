@@ -265,8 +265,8 @@ def _whole(target: Location) -> Iterator[IO[bytes]]:
 
 def _remove(folder: RunFolder) -> None:
     """Remove the folder of the vectors made so far: all of them are in the file."""
-    if not folder.place.remote:
+    if not folder.location.remote:
         shutil.rmtree(folder.path)
         return
-    system, path = folder.place.open()
+    system, path = folder.location.open()
     system.rm(path, recursive=True)

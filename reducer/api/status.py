@@ -119,12 +119,12 @@ def _state(folder: RunFolder, summary: dict[str, Any]) -> tuple[str, bool]:
     if summary["status"] == "done":
         return "done", False
     try:
-        owner = holder(folder.place)
+        owner = holder(folder.location)
     except InputError as error:  # an unreadable lock
         return f"perhaps at work ({error})", False
     if owner is not None and owner.alive is not False:
         unsure = "" if owner.alive else "; whether it still runs cannot be seen from here"
         return f"at work ({owner}{unsure})", True
     ended = "stopped" if summary["status"] == "stopped" else "ended without a word (killed?)"
-    break_lock = " --break-lock" if owner is not None and folder.place.remote else ""
+    break_lock = " --break-lock" if owner is not None and folder.location.remote else ""
     return f"{ended}; go on with: reducer resume {folder.path}{break_lock}", False

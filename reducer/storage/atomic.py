@@ -24,14 +24,14 @@ class Files:
 
     Parameters
     ----------
-    place : Location or str
+    location : Location or str
         Where it is, or will be.
     """
 
-    def __init__(self, place: Location | str) -> None:
-        self.place = Location(place) if isinstance(place, str) else place
+    def __init__(self, location: Location | str) -> None:
+        self.location = Location(location) if isinstance(location, str) else location
         #: Path or URL, to show.
-        self.path = self.place.path
+        self.path = self.location.path
 
     def check_ours(self) -> None:
         """Raise before a write if others have taken the folder meanwhile; a folder without a lock is never taken."""
@@ -42,7 +42,7 @@ class Files:
 
     def _names(self, folder: str = "") -> list[str]:
         """Names of what is in the folder now, or in one below it."""
-        system, root = self.place.open()
+        system, root = self.location.open()
         where = f"{root}/{folder}" if folder else root
         system.invalidate_cache(where)
         try:
@@ -51,7 +51,7 @@ class Files:
             return []
 
     def _read(self, name: str) -> bytes:
-        system, root = self.place.open()
+        system, root = self.location.open()
         content: bytes = system.cat_file(f"{root}/{name}")
         return content
 
@@ -66,7 +66,7 @@ class Files:
             yield
         except FileNotFoundError:
             raise InputError(
-                f"{self.place.below(name).path} has changed meanwhile: a run is at work in {self.path}; try again when "
+                f"{self.location.below(name).path} has changed meanwhile: a run is at work in {self.path}; try again when "
                 f"it is done (reducer status {self.path})"
             ) from None
         except (pa.ArrowInvalid, OSError) as error:
@@ -75,22 +75,22 @@ class Files:
                 if name.startswith(("images", "hashes"))
                 else "begin again"
             )
-            path = self.place.below(name).path
-            raise InputError(f"{path} cannot be read ({self.place.safe(error)}). If it is damaged: {advice}") from None
+            path = self.location.below(name).path
+            raise InputError(f"{path} cannot be read ({self.location.safe(error)}). If it is damaged: {advice}") from None
 
     def _remove(self, names: list[str]) -> None:
         self.check_ours()
-        system, root = self.place.open()
+        system, root = self.location.open()
         for name in names:
             system.rm_file(f"{root}/{name}")
 
     def _write(self, name: str, content: bytes) -> None:
         """Write a file so that it is whole or absent, whenever this is cut off."""
         self.check_ours()
-        write_file(self.place.below(name), content)
+        write_file(self.location.below(name), content)
 
 
-def write_file(place: Location, content: bytes) -> None:
+def write_file(location: Location, content: bytes) -> None:
     """Write a file so that it is whole, or as it was, whenever this is cut off.
 
     Raises
@@ -99,16 +99,16 @@ def write_file(place: Location, content: bytes) -> None:
         If it cannot be written.
     """
     try:
-        if place.remote:
+        if location.remote:
             # One put, or an upload of parts that shows when it is completed.
-            system, path = place.open()
+            system, path = location.open()
             with_retries(lambda: system.pipe_file(path, content))
         else:
-            with whole_file(Path(place.path)) as file:
+            with whole_file(Path(location.path)) as file:
                 file.write(content)
     except Exception as error:
-        reason = place.safe(error) if place.remote else getattr(error, "strerror", None) or error
-        raise ReducerError(f"{place.path} cannot be written: {reason}") from None
+        reason = location.safe(error) if location.remote else getattr(error, "strerror", None) or error
+        raise ReducerError(f"{location.path} cannot be written: {reason}") from None
 
 
 def temporary_name(name: str) -> str:
@@ -152,9 +152,9 @@ def whole_file(path: Path, *, synced: bool = True, mtime_ns: int | None = None) 
 
 
 @contextmanager
-def whole_object(place: Location) -> Iterator[IO[bytes]]:
+def whole_object(location: Location) -> Iterator[IO[bytes]]:
     """An object of any size to write to a store, which shows there once it is whole; sent in parts meanwhile."""
-    system, path = place.open()
+    system, path = location.open()
     file = system.open(path, "wb", block_size=PART, autocommit=False)
     try:
         yield file

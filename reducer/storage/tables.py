@@ -27,14 +27,14 @@ CSV_BLOCKS = pa.csv.ReadOptions(block_size=2**26)
 CSV_FORM = pa.csv.ParseOptions(newlines_in_values=True)
 
 
-def column_names(where: str, place: Location) -> list[str]:
+def column_names(where: str, location: Location) -> list[str]:
     """Names of a file's columns.
 
     Parameters
     ----------
     where : str
         What error messages call the file, such as ``--manifest train.csv``.
-    place : Location
+    location : Location
         A CSV file with a header, gzipped or not, or a Parquet file, whatever its name.
 
     Raises
@@ -42,7 +42,7 @@ def column_names(where: str, place: Location) -> list[str]:
     InputError
         If it cannot be read.
     """
-    with _opened(where, place) as (file, parquet):
+    with _opened(where, location) as (file, parquet):
         if parquet:
             names: list[str] = pq.read_schema(file).names
         else:
@@ -53,7 +53,7 @@ def column_names(where: str, place: Location) -> list[str]:
     return names
 
 
-def read_columns(where: str, place: Location, wanted: Sequence[str], hint: str) -> pa.Table:
+def read_columns(where: str, location: Location, wanted: Sequence[str], hint: str) -> pa.Table:
     """Read columns of a file as text.
 
     Parameters
@@ -71,14 +71,14 @@ def read_columns(where: str, place: Location, wanted: Sequence[str], hint: str) 
         If the file cannot be read, lacks a column, or a cell is empty.
     """
     wanted = list(dict.fromkeys(wanted))
-    names = column_names(where, place)
+    names = column_names(where, location)
     for name in wanted:
         if names.count(name) > 1:
             raise InputError(f"{where} has {names.count(name)} columns called {name!r}")
         if name not in names:
             known = ", ".join(map(repr, names))
             raise InputError(f"{where} has no column {name!r}{nearest(name, names)}; it has {known}. {hint}")
-    with _opened(where, place) as (file, parquet):
+    with _opened(where, location) as (file, parquet):
         table = pq.read_table(file, columns=wanted) if parquet else _read_csv(file, wanted)
     columns = {name: _as_text(where, name, table[name]) for name in wanted}
     for name, column in columns.items():
@@ -86,13 +86,13 @@ def read_columns(where: str, place: Location, wanted: Sequence[str], hint: str) 
     return pa.table(columns)
 
 
-def is_parquet(where: str, place: Location) -> bool:
+def is_parquet(where: str, location: Location) -> bool:
     """Return whether a file begins as Parquet files do."""
-    with _opened(where, place) as (_, parquet):
+    with _opened(where, location) as (_, parquet):
         return parquet
 
 
-def read_lines(where: str, place: Location) -> list[str]:
+def read_lines(where: str, location: Location) -> list[str]:
     """The lines of a text file, gzipped or not, without blank ones and the blanks around them.
 
     Raises
@@ -100,7 +100,7 @@ def read_lines(where: str, place: Location) -> list[str]:
     InputError
         If it cannot be read.
     """
-    with _opened(where, place) as (file, _):
+    with _opened(where, location) as (file, _):
         try:
             lines = file.read().decode("utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
@@ -109,10 +109,10 @@ def read_lines(where: str, place: Location) -> list[str]:
 
 
 @contextmanager
-def _opened(where: str, place: Location) -> Iterator[tuple[IO[bytes] | gzip.GzipFile, bool]]:
+def _opened(where: str, location: Location) -> Iterator[tuple[IO[bytes] | gzip.GzipFile, bool]]:
     """The file, unzipped, and whether it is a Parquet file; whatever is wrong with it names it."""
     try:
-        with explaining_errors(place, where), place.open_file() as raw:
+        with explaining_errors(location, where), location.open_file() as raw:
             start = raw.read(len(PARQUET_MAGIC))
             raw.seek(0)
             if not start:

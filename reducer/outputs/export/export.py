@@ -151,9 +151,9 @@ def export(
     job = resolve(job_of(summary, {"output": str(run), "storage_options": storage_options or {}}))
     check_storage_options(summary, job)
     folder = ExportFolder(Location(str(target), target_storage_options or {}))
-    spec = _checked_cluster(job, folder.place, options, cluster)
-    list_place = None if list_file is None else Location(str(list_file), run_folder.place.options)
-    plan = _plan(run_folder, summary, job, list_place, options, folder.place)
+    spec = _checked_cluster(job, folder.location, options, cluster)
+    list_location = None if list_file is None else Location(str(list_file), run_folder.location.options)
+    plan = _plan(run_folder, summary, job, list_location, options, folder.location)
     folder.state()  # what is no export is refused before anything is made
     with folder.held(break_lock=break_lock):
         transfer = _begin(folder, plan, job, overwrite=overwrite)
@@ -193,14 +193,14 @@ def _write_photos(
     shards, options = transfer.plan.shards, transfer.plan.options
     settings = CopySettings(
         source=job.source,
-        target=folder.place,
+        target=folder.location,
         photo_settings=job.settings_without_model,
         resize=options.resize,
         link=options.link,
-        threads=PUTS if folder.place.remote else spec.threads or 2 * CPU_COUNT,
+        threads=PUTS if folder.location.remote else spec.threads or 2 * CPU_COUNT,
     )
     with ExitStack() as stack:
-        if transfer.left and _on_cluster(job, folder.place) and not spec.serial:
+        if transfer.left and _on_cluster(job, folder.location) and not spec.serial:
             from reducer.run.dask.connect import connect, refuse_import_of_main
 
             refuse_import_of_main()
@@ -258,7 +258,7 @@ def _plan(
     run_folder: RunFolder,
     summary: dict[str, Any],
     job: ResolvedJob,
-    list_place: Location | None,
+    list_location: Location | None,
     options: ExportOptions,
     target: Location,
 ) -> ExportPlan:
@@ -270,13 +270,13 @@ def _plan(
         If the list cannot be used, or links are asked for and the photos lie in shards.
     """
     ledger = in_nanoseconds(run_folder.whole_ledger(summary, COLUMNS))
-    rows = _rows_to_export(ledger, job, list_place)
+    rows = _rows_to_export(ledger, job, list_location)
     if options.link and pc.any(pc.is_valid(ledger["shard"])).as_py():
         raise InputError("--link cannot be: the photos lie in tar shards, and are no files of their own. Leave it out")
     return make_plan(rows, ledger, job, options, target)
 
 
-def _rows_to_export(ledger: pa.Table, job: ResolvedJob, list_place: Location | None) -> pa.Table:
+def _rows_to_export(ledger: pa.Table, job: ResolvedJob, list_location: Location | None) -> pa.Table:
     """Return the rows of the ledger whose photos are exported: the kept ones, or those of a list.
 
     Raises
@@ -284,11 +284,11 @@ def _rows_to_export(ledger: pa.Table, job: ResolvedJob, list_place: Location | N
     InputError
         If the list cannot be read, or names a photo that the run does not have.
     """
-    if list_place is None:
+    if list_location is None:
         return ledger.filter(ledger["kept"])
-    where = f"--list {list_place.path}"
+    where = f"--list {list_location.path}"
     columns = [job.id_column, job.label_column]
-    wanted = read_columns(where, list_place, columns, "Give a list that `reducer cut` has written")
+    wanted = read_columns(where, list_location, columns, "Give a list that `reducer cut` has written")
     wanted = wanted.select(columns).rename_columns(["id", "label"]).group_by(["id", "label"]).aggregate([])
     unknown = wanted.join(ledger.select(["id", "label"]), ["id", "label"], join_type="left anti")
     if unknown.num_rows:
@@ -319,9 +319,9 @@ def _begin(folder: ExportFolder, plan: ExportPlan, job: ResolvedJob, *, overwrit
     transfer = Transfer(plan)
     if not clear:
         skip_present(transfer, folder, old, job)
-    if not folder.place.remote and not (options.link and _on_one_disk(job, folder.place)):
+    if not folder.location.remote and not (options.link and _on_one_disk(job, folder.location)):
         freed = pc.sum(old["bytes"]).as_py() or 0
-        _check_room(folder.place, transfer, freed if clear else 0)
+        _check_room(folder.location, transfer, freed if clear else 0)
     if clear:
         folder.remove(_files_of(old))
         folder.remove([TABLE])  # last: it names the others, if this is stopped

@@ -52,7 +52,7 @@ def skip_present(transfer: Transfer, folder: ExportFolder, before: pa.Table, job
     done = before.filter(pc.is_valid(before["bytes"]))
     written = dict(zip(done["path"].to_pylist(), done["bytes"].to_pylist(), strict=True))
     paths = transfer.plan.layout.paths
-    equal = partial(is_equal, target=folder.place, resized=transfer.plan.options.resize is not None)
+    equal = partial(is_equal, target=folder.location, resized=transfer.plan.options.resize is not None)
     left = np.flatnonzero(transfer.is_left)
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(left), COMPARED_TOGETHER):

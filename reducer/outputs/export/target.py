@@ -40,12 +40,12 @@ class ExportFolder(Files):
 
     Parameters
     ----------
-    place : Location or str
+    location : Location or str
         Where it is, or will be.
     """
 
-    def __init__(self, place: Location | str) -> None:
-        super().__init__(place)
+    def __init__(self, location: Location | str) -> None:
+        super().__init__(location)
         self._check_lock: Callable[[], None] | None = None
 
     def state(self) -> dict[str, Any] | None:
@@ -56,10 +56,10 @@ class ExportFolder(Files):
         InputError
             If it holds something else.
         """
-        with explaining_errors(self.place, f"TARGET {self.path} cannot be used"):
-            if not self.place.remote:
+        with explaining_errors(self.location, f"TARGET {self.path} cannot be used"):
+            if not self.location.remote:
                 self._check_local()
-            if not self.place.holds_something():
+            if not self.location.holds_something():
                 return None
             names = self._names()
             if STATE in names:
@@ -85,7 +85,7 @@ class ExportFolder(Files):
         """Return ``export.parquet`` of an earlier export; empty where there is none."""
         if TABLE not in self._names():
             return EXPORT_SCHEMA.empty_table()
-        with explaining_errors(self.place, f"{self.place.below(TABLE).path} cannot be read"):
+        with explaining_errors(self.location, f"{self.location.below(TABLE).path} cannot be read"):
             return self._read_parquet(TABLE).replace_schema_metadata(None).cast(EXPORT_SCHEMA)
 
     def check_ours(self) -> None:
@@ -107,12 +107,12 @@ class ExportFolder(Files):
         InputError
             If another export is at work there, or the folder cannot be made or written.
         """
-        is_new = not self.place.remote and not os.path.exists(self.path)
+        is_new = not self.location.remote and not os.path.exists(self.path)
         if is_new:
-            with explaining_errors(self.place, f"TARGET {self.path} cannot be made"):
+            with explaining_errors(self.location, f"TARGET {self.path} cannot be made"):
                 os.makedirs(self.path, exist_ok=True)
         try:
-            with locked(self.place, break_lock=break_lock, kind="export") as self._check_lock:
+            with locked(self.location, break_lock=break_lock, kind="export") as self._check_lock:
                 yield
         finally:
             if is_new:
@@ -121,18 +121,18 @@ class ExportFolder(Files):
 
     def listing(self) -> Listing:
         """Return how the files of the folder are now, by name."""
-        if not self.place.remote:
+        if not self.location.remote:
             return self._local_state
-        system, root = self.place.open()
+        system, root = self.location.open()
         system.invalidate_cache(root)
-        with explaining_errors(self.place, f"TARGET {self.path} cannot be listed"):
+        with explaining_errors(self.location, f"TARGET {self.path} cannot be listed"):
             files = system.find(root, detail=True)
         start = len(root.rstrip("/")) + 1
         states = {path[start:]: _remote_state(details) for path, details in files.items()}
         return states.get
 
     def _local_state(self, name: str) -> FileState | None:
-        return states_of([self.place.below(name).path], Source())[0]
+        return states_of([self.location.below(name).path], Source())[0]
 
     def remove(self, names: list[str]) -> None:
         """Remove files of an earlier export, those that are not whole too, and folders that are empty then.
@@ -152,15 +152,15 @@ class ExportFolder(Files):
         names = [name for name in names if "\0" not in name and not {"", ".", ".."} & set(name.split("/"))]
         if not names:
             return
-        with explaining_errors(self.place, f"TARGET {self.path} cannot be cleared"):
-            if self.place.remote:
+        with explaining_errors(self.location, f"TARGET {self.path} cannot be cleared"):
+            if self.location.remote:
                 self._remove_remote(names)
             else:
                 _remove_local(Path(self.path), names)
 
     def _remove_remote(self, names: list[str]) -> None:
         there = self.listing()
-        _remove_objects(self.place, [name for name in names if there(name) is not None])
+        _remove_objects(self.location, [name for name in names if there(name) is not None])
         there = self.listing()
         left = [name for name in names if there(name) is not None]
         if left:
@@ -198,15 +198,15 @@ class ExportFolder(Files):
         rows : pyarrow.Table
             `EXPORT_SCHEMA` rows of its photos.
         """
-        with explaining_errors(self.place, f"{self.place.below(shard).path} cannot be looked at"):
+        with explaining_errors(self.location, f"{self.location.below(shard).path} cannot be looked at"):
             state = with_retries(lambda: self._state_of(shard))
         metadata = {SHARD_STATE: json.dumps({"bytes": state.bytes, "mtime_ns": state.mtime_ns, "etag": state.etag})}
         self._write(index_name(shard), parquet_file(rows.replace_schema_metadata(metadata)))
 
     def _state_of(self, name: str) -> FileState:
-        state = self._local_state(name) if not self.place.remote else None
+        state = self._local_state(name) if not self.location.remote else None
         if state is None:
-            system, root = self.place.open()
+            system, root = self.location.open()
             state = _remote_state(system.info(f"{root}/{name}"))
         return state
 
@@ -236,10 +236,10 @@ def _remote_state(details: dict[str, Any]) -> FileState:
     return FileState(details.get("size"), modified and nanoseconds(modified), etag and etag.strip('"'))
 
 
-def _remove_objects(place: Location, names: list[str]) -> None:
+def _remove_objects(location: Location, names: list[str]) -> None:
     """Delete objects of a store, or files of another file system that fsspec opens."""
-    system, root = place.open()
-    if not place.on_s3:
+    system, root = location.open()
+    if not location.on_s3:
         for name in names:
             system.rm_file(f"{root}/{name}")
         return

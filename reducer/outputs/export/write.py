@@ -153,8 +153,8 @@ class CopySettings:
 
     def in_store(self, request: CopyRequest) -> bool:
         """Return whether the store may copy a photo itself: it is one store, as far as can be told, and no resize."""
-        place = Location(request.ref) if isinstance(request.ref, str) else None
-        both = place is not None and place.on_s3 and self.target.on_s3
+        location = Location(request.ref) if isinstance(request.ref, str) else None
+        both = location is not None and location.on_s3 and self.target.on_s3
         return both and self.resize is None and self.source.options == self.target.options
 
 
@@ -331,12 +331,12 @@ def _write_file(
     encoded = encode(request, file)
     if isinstance(encoded, str):
         return CopyResult(error=encoded)
-    place = settings.target.below(request.path)
-    if place.remote:
-        write_file(place, encoded.content)
+    location = settings.target.below(request.path)
+    if location.remote:
+        write_file(location, encoded.content)
     else:
         try:
-            _put(Path(place.path), encoded.content, encoded.mtime_ns)
+            _put(Path(location.path), encoded.content, encoded.mtime_ns)
         except OSError as error:
             return _refusal(settings.target, error)
     return CopyResult(encoded.read, len(encoded.content), copied_not_linked=settings.link)
@@ -400,29 +400,29 @@ def disk_failure(target: Location, error: OSError) -> ReducerError:
 def _write_shard(
     name: str, requests: Sequence[CopyRequest], settings: CopySettings, encode: _Encoder
 ) -> list[CopyResult]:
-    place = settings.target.below(name)
+    location = settings.target.below(name)
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            return _write_shard_once(place, requests, settings, encode)
+            return _write_shard_once(location, requests, settings, encode)
         except OSError as error:
-            if not place.remote:
+            if not location.remote:
                 raise disk_failure(settings.target, error) from None
             if attempt == ATTEMPTS:
-                raise ReducerError(f"{place.path} cannot be written: {place.safe(error)}") from None
+                raise ReducerError(f"{location.path} cannot be written: {location.safe(error)}") from None
         except Exception as error:
-            if attempt == ATTEMPTS or not place.remote:
-                raise ReducerError(f"{place.path} cannot be written: {place.safe(error)}") from None
+            if attempt == ATTEMPTS or not location.remote:
+                raise ReducerError(f"{location.path} cannot be written: {location.safe(error)}") from None
         time.sleep(2.0**attempt)
     raise AssertionError
 
 
 def _write_shard_once(
-    place: Location, requests: Sequence[CopyRequest], settings: CopySettings, encode: _Encoder
+    location: Location, requests: Sequence[CopyRequest], settings: CopySettings, encode: _Encoder
 ) -> list[CopyResult]:
     """Write a tar whose bytes depend on its photos only, and return their results."""
     results = []
     with (
-        _sink(place) as sink,
+        _sink(location) as sink,
         closing(_each(requests, settings, encode)) as files,
         tarfile.open(fileobj=sink, mode="w", format=tarfile.PAX_FORMAT) as tar,
     ):
@@ -439,5 +439,5 @@ def _write_shard_once(
     return results
 
 
-def _sink(place: Location) -> AbstractContextManager[IO[bytes]]:
-    return whole_object(place) if place.remote else whole_file(Path(place.path))
+def _sink(location: Location) -> AbstractContextManager[IO[bytes]]:
+    return whole_object(location) if location.remote else whole_file(Path(location.path))

@@ -34,12 +34,12 @@ class RunFiles(Files):
 
     Parameters
     ----------
-    place : Location or str
+    location : Location or str
         Where the folder is, or will be.
     """
 
-    def __init__(self, place: Location | str) -> None:
-        super().__init__(place)
+    def __init__(self, location: Location | str) -> None:
+        super().__init__(location)
         self._check_lock: Callable[[], None] | None = None
 
     @contextmanager
@@ -56,7 +56,7 @@ class RunFiles(Files):
         InputError
             If another run has the lock, or the folder cannot be written.
         """
-        with locked(self.place, break_lock=break_lock) as self._check_lock:
+        with locked(self.location, break_lock=break_lock) as self._check_lock:
             yield
 
     def check_ours(self) -> None:
@@ -66,7 +66,7 @@ class RunFiles(Files):
 
     def holds(self, path: str) -> bool:
         """Tell whether a path or URL is the folder itself, or a file that a run writes or removes here."""
-        own = (self.place.below(name).path for name in (SUMMARY, *OWN_FILES, IMAGES, HASHES, VECTORS))
+        own = (self.location.below(name).path for name in (SUMMARY, *OWN_FILES, IMAGES, HASHES, VECTORS))
         is_folder = lies_in(path, self.path) and lies_in(self.path, path)
         return is_folder or any(lies_in(path, name) for name in own)
 
@@ -76,8 +76,8 @@ class RunFiles(Files):
 
     def make_folder(self, name: str = "") -> None:
         """Make the run folder, or a folder for part files in it, where there are folders."""
-        if not self.place.on_s3:
-            system, root = self.place.open()
+        if not self.location.on_s3:
+            system, root = self.location.open()
             system.makedirs(f"{root}/{name}" if name else root, exist_ok=True)
 
     def read_table(self, name: str) -> tuple[pa.Table, dict[str, Any] | None]:
@@ -99,7 +99,7 @@ class RunFiles(Files):
     @contextmanager
     def open_table(self, name: str) -> Iterator[pq.ParquetFile]:
         """Open a table, to read some of it; raises as `read_table` does."""
-        system, root = self.place.open()
+        system, root = self.location.open()
         with self.explaining_damage(name), system.open(f"{root}/{name}", "rb") as file:
             yield pq.ParquetFile(file)
 

@@ -32,7 +32,7 @@ class RunFolder(RunFiles):
 
     Parameters
     ----------
-    place : Location or str
+    location : Location or str
         Where it is, or will be.
 
     Attributes
@@ -51,15 +51,15 @@ class RunFolder(RunFiles):
         Path or URL of the folder of the ledger, and of the report, to show.
     """
 
-    def __init__(self, place: Location | str) -> None:
-        super().__init__(place)
+    def __init__(self, location: Location | str) -> None:
+        super().__init__(location)
         self.plan = PlanFiles(self)
         self.pieces = PieceFiles(self)
         self.vectors = VectorParts(self)
         self.parts = LedgerParts(self, self.vectors)
         self.lists = ListFiles(self, self.parts)
-        self.images = self.place.below(IMAGES).path
-        self.report = self.place.below(REPORT).path
+        self.images = self.location.below(IMAGES).path
+        self.report = self.location.below(REPORT).path
 
     def check_free(self, *, overwrite: bool, break_lock: bool = False) -> None:
         """Refuse a folder that holds something, unless it is a run folder that may be replaced.
@@ -76,17 +76,17 @@ class RunFolder(RunFiles):
         InputError
             If it may not be written.
         """
-        with explaining_errors(self.place, f"--output {self.path} cannot be used"):
-            if not self.place.remote:
+        with explaining_errors(self.location, f"--output {self.path} cannot be used"):
+            if not self.location.remote:
                 _check_local(Path(self.path))
-            if not self.place.holds_something() or all(map(_is_of_the_start, self._names())):
+            if not self.location.holds_something() or all(map(_is_of_the_start, self._names())):
                 return
             if not self.is_run():
                 raise InputError(
                     f"--output {self.path} is not empty and is no run folder (it has no summary.json of ours): nothing "
                     "in it was touched; give another folder"
                 )
-            check_unlocked(self.place, break_lock=break_lock)
+            check_unlocked(self.location, break_lock=break_lock)
             if not overwrite:
                 raise InputError(f"--output {self.path} holds a run already: give another folder, or --overwrite")
 
@@ -122,7 +122,7 @@ class RunFolder(RunFiles):
         InputError
             If it cannot be made.
         """
-        with explaining_errors(self.place, f"--output {self.path} cannot be used"):
+        with explaining_errors(self.location, f"--output {self.path} cannot be used"):
             self.make_folder()
 
     def start(self, summary: dict[str, Any]) -> None:
@@ -153,7 +153,7 @@ class RunFolder(RunFiles):
 
     def remove_leftovers(self) -> None:
         """Remove files that a killed run was about to write."""
-        if self.place.remote:
+        if self.location.remote:
             return
         temporary = [temporary_name(name) for name in (SUMMARY, *OWN_FILES)]
         self.remove([name for name in self._names() if name in temporary])
@@ -179,7 +179,7 @@ class RunFolder(RunFiles):
         InputError
             If it is none, or of another version.
         """
-        with explaining_errors(self.place, f"{self.path} cannot be read"):
+        with explaining_errors(self.location, f"{self.path} cannot be read"):
             if not self.is_run():
                 raise InputError(f"{self.path} is no run folder: it has no summary.json of ours")
             summary = self.read_summary()

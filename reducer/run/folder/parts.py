@@ -110,12 +110,12 @@ class LedgerParts:
             Only rows for which it holds.
         """
         columns = columns or LEDGER_SCHEMA.names
-        place = self._files.place
-        system, root = place.open()
+        location = self._files.location
+        system, root = location.open()
         paths = [f"{root}/{IMAGES}/{name}" for name in self.names()]
         if not paths:
             return LEDGER_SCHEMA.empty_table().select(columns)
-        opened = {"filesystem": system} if place.remote else {}
+        opened = {"filesystem": system} if location.remote else {}
         dataset = pa.dataset.dataset(paths, schema=LEDGER_SCHEMA, format="parquet", **opened)
         with self._files.explaining_damage(IMAGES):
             table = dataset.to_table(columns=list(dict.fromkeys([*columns, "row"])), filter=where)

@@ -73,7 +73,7 @@ class PlanFiles:
 
     def _checked(self, terms: dict[str, Any] | None, columns: list[str]) -> dict[str, Any]:
         if terms is None or not set(PLAN_SCHEMA.names) <= set(columns):
-            path = self._files.place.below(PLAN).path
+            path = self._files.location.below(PLAN).path
             raise InputError(f"{path} is no plan of ours: begin again with --overwrite")
         return terms
 
