@@ -49,7 +49,7 @@ COMPAT_TESTS = (
     *("test_a_run_says_what_it_did", "test_every_option_reaches_the_job", "test_version_and_help_tell_what_there_is"),
     *("test_python_m_and_dask_reducer_and_run_cluster", "test_a_run_with_the_rules_does_both_at_once"),
     *("test_the_ledger_has_a_row_for_every_row_of_the_manifest", "test_the_reduced_list_drops_in_for_the_manifest"),
-    *("test_processes", "test_every_way_to_look_and_choose_on_every_executor", "test_the_result_in_python"),
+    *("test_worker_processes", "test_every_way_to_look_and_choose_on_every_executor", "test_the_result_in_python"),
     *("test_vectors_alone_rank_and_no_photo_is_read", "test_the_same_on_every_cluster"),
     *("test_hashes_and_vectors_together", "test_filters_and_cuts_go_by_cosine"),
     *("test_a_bucket_gives_what_a_folder_gives", "test_tars_give_what_single_files_give"),

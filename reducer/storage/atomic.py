@@ -66,8 +66,8 @@ class Files:
             yield
         except FileNotFoundError:
             raise InputError(
-                f"{self.location.below(name).path} has changed meanwhile: a run is at work in {self.path}; try again when "
-                f"it is done (reducer status {self.path})"
+                f"{self.location.below(name).path} has changed meanwhile: a run is at work in {self.path}; try again "
+                f"when it is done (reducer status {self.path})"
             ) from None
         except (pa.ArrowInvalid, OSError) as error:
             advice = (
@@ -76,7 +76,8 @@ class Files:
                 else "begin again"
             )
             path = self.location.below(name).path
-            raise InputError(f"{path} cannot be read ({self.location.safe(error)}). If it is damaged: {advice}") from None
+            reason = self.location.safe(error)
+            raise InputError(f"{path} cannot be read ({reason}). If it is damaged: {advice}") from None
 
     def _remove(self, names: list[str]) -> None:
         self.check_ours()

@@ -104,7 +104,7 @@ def test_partition_sizes_and_threads(hurt_collection: Path, reference: Path, tmp
         assert_equal(tmp_path / name, reference)
 
 
-def test_processes(hurt_collection: Path, reference: Path, tmp_path: Path) -> None:
+def test_worker_processes(hurt_collection: Path, reference: Path, tmp_path: Path) -> None:
     for size in SIZES:
         spec = ClusterSpec(workers=2, threads=2 if size == SIZES[0] else None)
         run_on(hurt_collection, tmp_path / str(size), spec, partition_images=size, **DRAWN)
