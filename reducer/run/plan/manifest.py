@@ -78,12 +78,14 @@ def read_manifest(job: Job, keys: MemberKeys | None = None) -> Manifest:
     if keys is None:
         check_images(job)
     if job.manifest is not None:
-        return check(_read_table(job, keys), {})
+        return check(_read_table(job, keys), {}, f"--manifest {job.manifest}", job.path_column)
     return check(*(list_remote(job.images_location) if job.images_location.remote else list_folder(job.images)))
 
 
-def check(table: pa.Table, skipped_files: dict[str, int]) -> Manifest:
-    """Sort the rows by (label, id) and leave out all but one of those with the same (id, label).
+def check(
+    table: pa.Table, skipped_files: dict[str, int], where: str = "the collection", path_column: str | None = None
+) -> Manifest:
+    """Sort the rows by (label, id) and leave out all but one of those with the same id, label and path.
 
     Parameters
     ----------
@@ -91,13 +93,29 @@ def check(table: pa.Table, skipped_files: dict[str, int]) -> Manifest:
         ``id`` and ``label``, and ``path`` and ``bytes`` where they are known, in the order of the manifest.
     skipped_files : dict of str to int
         Files of a folder that were not taken, counted by reason.
+    where : str
+        What error messages call the table.
+    path_column : str, optional
+        Name of its column of paths.
+
+    Raises
+    ------
+    InputError
+        If photos with the same id and label have different paths.
     """
     label, names = ranked(table["label"])
     table = table.drop_columns("label")
     release_unused()
     order, new = text_order(table["id"])
     release_unused()
-    order, shared = _without_duplicates(table, label, order, new)
+    order, shared, other_paths = _without_duplicates(table, label, order, new)
+    if len(other_paths):
+        examples = [f"{table['id'][row]} ({table['path'][row]})" for row in other_paths[:3].tolist()]
+        raise InputError(
+            f"{where}: {len(other_paths):,} rows have the id and the label of another row, but another path, such as "
+            f"{', '.join(examples)}. An id names one photo: give a column of ids that does"
+            + ("" if path_column is None else f", or the paths as ids: --id-column {path_column}")
+        )
     order = order[np.argsort(label[order], kind="stable")]
     known = {name: table[name].take(pa.array(order)) for name in table.column_names}
     known |= {"row": pa.array(order), "label": names.take(pa.array(label[order]))}
@@ -113,8 +131,8 @@ def check(table: pa.Table, skipped_files: dict[str, int]) -> Manifest:
 
 def _without_duplicates(
     table: pa.Table, label: NDArray[np.int32], order: NDArray[np.int64], new: NDArray[np.bool_]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Leave out all but one row of those with the same id and label.
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Leave out all but one row of those with the same id and label, and find those of them with different paths.
 
     Parameters
     ----------
@@ -131,22 +149,23 @@ def _without_duplicates(
         The order without the rows that are left out.
     ndarray of int64
         The first row of each id that stands under several labels, sorted by id.
+    ndarray of int64
+        The rows with the id and label of another row and a path of their own, in the manifest's order.
     """
     repeated = in_groups(new)
     rows, group = order[repeated], np.cumsum(new)[repeated]
-    # The row with the smallest path is kept of duplicates, whatever the order of the manifest.
-    keys = [label[rows], group]
+    path = np.zeros(len(rows), dtype=np.int64)
     if "path" in table.column_names:
-        keys.insert(0, text_ranks(table["path"].take(pa.array(rows))))
-    by_group = np.lexsort(keys)
-    rows, group = rows[by_group], group[by_group]
+        path = text_ranks(table["path"].take(pa.array(rows)))
+    by_group = np.lexsort((path, label[rows], group))
+    rows, group, path = rows[by_group], group[by_group], path[by_group]
     first = is_new(group, label[rows])
     if not first.all():
         is_left_out = np.zeros(len(order), dtype=bool)
         is_left_out[rows[~first]] = True
         order = order[~is_left_out[order]]
     _, starts, labels = np.unique(group[first], return_index=True, return_counts=True)
-    return order, rows[first][starts[labels > 1]]
+    return order, rows[first][starts[labels > 1]], np.sort(rows[~first & is_new(path)])
 
 
 def _read_table(job: Job, keys: MemberKeys | None) -> pa.Table:

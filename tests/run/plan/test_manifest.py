@@ -172,13 +172,27 @@ def test_a_path_column_does_not_go_with_lists_of_ids(tmp_path: Path) -> None:
 
 
 def test_duplicates_leave_one_row_whatever_the_order(tmp_path: Path) -> None:
-    lines = ["a,1,z.jpg", "a,1,m.jpg", "b,1,b.jpg", "a,1,m.jpg", "c,2,c.jpg", "c,2,d.jpg"]
+    lines = ["a,1,m.jpg", "a,1,m.jpg", "b,1,b.jpg", "a,1,m.jpg", "c,2,c.jpg", "c,2,c.jpg"]
     for order in (lines, lines[::-1]):
         found = manifest_of(tmp_path, "id,landmark_id,file\n" + "\n".join(order) + "\n", path_column="file")
         assert found.duplicates == 3
         kept = sorted(zip(found.table["id"].to_pylist(), found.table["path"].to_pylist(), strict=True))
         assert [(photo, Path(path).name) for photo, path in kept] == [("a", "m.jpg"), ("b", "b.jpg"), ("c", "c.jpg")]
         assert found.table["row"].to_pylist()[0] == order.index("a,1,m.jpg")
+
+
+def test_an_id_with_several_paths_is_no_duplicate(tmp_path: Path) -> None:
+    """Frame numbers that begin anew in every video."""
+    lines = [f"{frame:03},church,{video}/{frame:03}.jpg" for video in "abc" for frame in range(6)]
+    content = "id,landmark_id,file\n" + "\n".join([*lines, lines[3], "000,bridge,d.jpg"]) + "\n"
+    with pytest.raises(InputError) as refused:
+        manifest_of(tmp_path, content, path_column="file")
+    message = str(refused.value)
+    assert "12 rows have the id and the label of another row, but another path, such as 000 (" in message
+    assert "b/000.jpg), 001 (" in message
+    assert message.endswith("or the paths as ids: --id-column file")
+    found = manifest_of(tmp_path, content, path_column="file", id_column="file")
+    assert (found.table.num_rows, found.duplicates) == (19, 1)
 
 
 @given(st.lists(st.lists(st.text() | st.text("a\0", max_size=40)), min_size=1))
