@@ -86,6 +86,23 @@ def read_columns(where: str, location: Location, wanted: Sequence[str], hint: st
     return pa.table(columns)
 
 
+class _Rows(io.StringIO):
+    """Rows of CSV that end with a line feed; the writer ends them with CR and LF, to quote texts that hold either."""
+
+    def write(self, row: str) -> int:
+        return super().write(row.removesuffix("\r\n") + "\n")
+
+
+def csv_file(table: pa.Table) -> bytes:
+    """Return a table as the bytes of a CSV file (RFC 4180, but with line feeds), the same on every Python.
+
+    A lone CR is quoted too, which Python's own module does not do before 3.11.9 and 3.12.3 where rows end with LF.
+    """
+    rows = _Rows()
+    table.to_pandas().to_csv(rows, index=False, lineterminator="\r\n")
+    return rows.getvalue().encode()
+
+
 def is_parquet(where: str, location: Location) -> bool:
     """Return whether a file begins as Parquet files do."""
     with _opened(where, location) as (_, parquet):

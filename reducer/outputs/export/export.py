@@ -42,7 +42,7 @@ from reducer.run.folder import RunFolder
 from reducer.run.summary import check_storage_options, job_of
 from reducer.storage.location import Location, absolute
 from reducer.storage.schemas import EXPORT_SCHEMA
-from reducer.storage.tables import EXAMPLES, in_nanoseconds, read_columns
+from reducer.storage.tables import EXAMPLES, csv_file, in_nanoseconds, read_columns
 
 #: Photos per batch on a cluster, and in this process.
 GROUP, GROUP_HERE = 200, 1000
@@ -408,11 +408,11 @@ def _finish(folder: ExportFolder, transfer: Transfer, job: ResolvedJob) -> None:
         columns = {job.id_column: there["id"], job.label_column: there["label"]}
         if job.path_column is not None:
             columns[job.path_column] = there["path"]
-        folder.write(LIST, _csv(pa.table(columns)))
+        folder.write(LIST, csv_file(pa.table(columns)))
     else:
-        folder.write(LABELS, _csv(transfer.plan.labels(transfer.target_sizes >= 0)))
+        folder.write(LABELS, csv_file(transfer.plan.labels(transfer.target_sizes >= 0)))
     if failed.num_rows:
-        folder.write(FAILURES, _csv(failed))
+        folder.write(FAILURES, csv_file(failed))
     else:
         folder.remove_own([FAILURES])
 
@@ -421,11 +421,6 @@ def _there_and_failed(table: pa.Table) -> tuple[pa.Table, pa.Table]:
     """Return the rows of ``export.parquet`` of photos that are there, and id, label, source and error of the others."""
     failed = table.filter(pc.is_valid(table["error"]))
     return table.filter(pc.is_null(table["error"])), failed.select(["id", "label", "source", "error"])
-
-
-def _csv(table: pa.Table) -> bytes:
-    text: str = table.to_pandas().to_csv(index=False, lineterminator="\n")
-    return text.encode()
 
 
 def _result(folder: ExportFolder, transfer: Transfer) -> ExportResult:

@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 from reducer.run.folder.files import CROSS_LABEL, CSV, PARQUET, REPORT, RunFiles, parquet_file
 from reducer.run.folder.parts import LedgerParts
 from reducer.storage.schemas import REDUCED_COLUMNS, reduced_schema, with_distance_unit
+from reducer.storage.tables import csv_file
 
 
 class ListFiles:
@@ -114,6 +115,4 @@ def reduced_file(reduced: pa.Table, kind: str) -> bytes:
     """
     if kind == "parquet":
         return parquet_file(reduced)
-    frame = reduced.select(reduced.column_names[:2]).to_pandas()
-    text: str = frame.to_csv(index=False, lineterminator="\n")
-    return text.encode()
+    return csv_file(reduced.select(reduced.column_names[:2]))
