@@ -253,8 +253,8 @@ def run(
     a glob such as 's3://google-landmark/train/images_*.tar'. RUN gets reduced.csv (drops in for the
     manifest), reduced.parquet, the ledger images/, summary.json and report.html.
 
-    Exit codes: 0 done; 2 something is wrong with the input; 3 too many photos failed; 130 Ctrl-C; 143 SIGTERM; 1
-    anything else.
+    Exit codes: 0 done; 2 something is wrong with the input; 3 too many photos failed; 129 SIGHUP; 130 Ctrl-C;
+    143 SIGTERM; 1 anything else.
     """
     log_to_stderr(log_level, quiet)
     spec = spec_of(cluster, address, workers, threads)
@@ -546,7 +546,7 @@ def export(
     Photos of a URL go to a URL on a Dask cluster, by default one of this machine; all else this process does.
 
     Exit codes: 0 done; 2 something is wrong with the input, or there is no room; 3 some photos are not there
-    (TARGET/failures.csv lists them); 130 Ctrl-C; 143 SIGTERM; 1 anything else.
+    (TARGET/failures.csv lists them); 129 SIGHUP; 130 Ctrl-C; 143 SIGTERM; 1 anything else.
     """
     log_to_stderr(log_level, quiet)
     if options["layout"] != "tar" and source_of("shard_bytes") is ParameterSource.COMMANDLINE:

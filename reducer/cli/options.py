@@ -22,7 +22,16 @@ Command = Callable[..., None]
 
 
 class Terminated(BaseException):
-    """Raised on SIGTERM; not an `Exception`, so that nothing which handles errors catches it."""
+    """Raised on SIGTERM and SIGHUP; not an `Exception`, so that nothing which handles errors catches it.
+
+    Attributes
+    ----------
+    exit_code : int
+        128 and the number of the signal, as shells count.
+    """
+
+    def __init__(self, signum: int) -> None:
+        self.exit_code = 128 + signum
 
 
 def candidates_number(ctx: click.Context, param: click.Parameter, value: str) -> int | None:
@@ -79,22 +88,27 @@ def exit_codes(command: Callable[..., None]) -> Callable[..., None]:
     Left to click, Ctrl-C would become exit code 1, also under ``dask reducer``.
     """
 
-    def on_sigterm(signum: int, frame: object) -> NoReturn:
-        raise Terminated
+    def stop(signum: int, frame: object) -> NoReturn:
+        raise Terminated(signum)
 
     @functools.wraps(command)
     def wrapped(**kwargs: Any) -> None:
-        before = signal.signal(signal.SIGTERM, on_sigterm)
+        before = {signal.SIGTERM: signal.signal(signal.SIGTERM, stop)}
+        # A terminal that is closed; ignored where nohup or the like has said so. Windows has no such signal.
+        hangup = getattr(signal, "SIGHUP", None)
+        if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:
+            before[hangup] = signal.signal(hangup, stop)
         try:
             command(**kwargs)
         except ReducerError as error:
             end(f"Error: {error}", error.exit_code)
         except KeyboardInterrupt:
             end(_stopped(kwargs), 130)
-        except Terminated:
-            end(_stopped(kwargs), 143)
+        except Terminated as stopped:
+            end(_stopped(kwargs), stopped.exit_code)
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
 
     return wrapped
 

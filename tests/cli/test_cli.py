@@ -328,9 +328,14 @@ def test_python_m_and_dask_reducer_and_run_cluster(collection: Path, tmp_path: P
     assert json.loads((tmp_path / "serial" / "summary.json").read_text())["cluster"]["workers"] == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
-@pytest.mark.parametrize("to", ["group", "client"])
-@pytest.mark.parametrize("program", ["reducer", "dask"])
+@pytest.mark.parametrize(
+    ("number", "to", "program"),
+    [
+        *((number, to, "reducer") for number in (signal.SIGINT, signal.SIGTERM) for to in ("group", "client")),
+        *((signal.SIGINT, "group", "dask"), (signal.SIGTERM, "client", "dask")),
+        *((signal.SIGHUP, to, "reducer") for to in ("group", "client")),
+    ],
+)
 def test_a_stopped_run_ends_soon_and_says_what_is_kept(
     collection: Path, tmp_path: Path, number: signal.Signals, to: str, program: str
 ) -> None:

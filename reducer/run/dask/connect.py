@@ -10,9 +10,11 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any
 
 import dask
@@ -109,6 +111,8 @@ def connect(spec: ClusterSpec) -> Iterator[Client]:
         chatter = logging.getLogger("distributed")
         level = chatter.level
         cluster = None
+        if local:
+            _start_resource_tracker()
         try:
             cluster = _start(make, spec)
             with Client(cluster, timeout=spec.timeout, set_as_default=False) as client:
@@ -126,15 +130,32 @@ def connect(spec: ClusterSpec) -> Iterator[Client]:
             chatter.setLevel(level)
 
 
+def _start_resource_tracker() -> None:
+    """Start the process in which multiprocessing keeps count of what workers share, proof against SIGHUP.
+
+    It ignores Ctrl-C and SIGTERM, but not the hangup of a terminal that is closed; the client ends it in any case.
+    """
+    hangup = getattr(signal, "SIGHUP", None)
+    if hangup is None or threading.current_thread() is not threading.main_thread():
+        return
+    before = signal.signal(hangup, signal.SIG_IGN)  # the process inherits it
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        signal.signal(hangup, before)
+
+
 def dask_setup(worker: object) -> None:
     """Set up a worker process of a cluster on this machine that we start, before any task (Dask's ``preload`` hook).
 
-    Ctrl-C reaches the workers too: they leave it to the client, which closes them. And C libraries (libtiff) write
-    about broken photos straight to stderr, through the progress bar: that goes nowhere, Python's own stderr stays.
+    Ctrl-C and the hangup of a terminal reach the workers too: they leave them to the client, which closes them. And C
+    libraries (libtiff) write about broken photos straight to stderr, through the progress bar: that goes nowhere,
+    Python's own stderr stays.
     """
     if multiprocessing.parent_process() is None:  # a worker that is a thread of the client
         return
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in {signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)}:  # Windows has no SIGHUP
+        signal.signal(number, signal.SIG_IGN)
     logging.getLogger("distributed.worker.state_machine").setLevel(logging.ERROR)
     logging.getLogger("distributed.worker").addFilter(_worth_saying)
     stderr = os.fdopen(os.dup(2), "w", buffering=1)
