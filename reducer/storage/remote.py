@@ -42,6 +42,19 @@ BUGS = (AssertionError, AttributeError, LookupError, NameError, NotImplementedEr
 T = TypeVar("T")
 
 
+#: Options of s3fs and obstore that are true or false: any other text would count as true.
+BOOLEAN_OPTIONS = (
+    "anon",
+    "requester_pays",
+    "use_ssl",
+    "version_aware",
+    "skip_signature",
+    "request_payer",
+    "allow_http",
+)
+BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+
+
 def parse_options(flag: str, pairs: Iterable[str]) -> dict[str, Any]:
     """Read options from the command line.
 
@@ -50,7 +63,8 @@ def parse_options(flag: str, pairs: Iterable[str]) -> dict[str, Any]:
     flag : str
         Flag that gave them.
     pairs : iterable of str
-        ``KEY=VALUE``; ``true``, ``false`` and ``{...}`` are read as JSON, all else is text.
+        ``KEY=VALUE``; true and false, in capitals or not, and ``{...}`` are read as JSON, all else is text. Of the
+        `BOOLEAN_OPTIONS` yes, no, on, off, 1 and 0 are read, too.
 
     Raises
     ------
@@ -64,9 +78,13 @@ def parse_options(flag: str, pairs: Iterable[str]) -> dict[str, Any]:
             raise InputError(f"{flag}: expected KEY=VALUE, such as endpoint_url=http://127.0.0.1:9000")
         if key in options:
             raise InputError(f"{flag} {key} is given twice")
-        if value in ("true", "false") or value.startswith("{"):
+        if key in BOOLEAN_OPTIONS:
+            if value.lower() not in BOOLEANS:
+                raise InputError(f"{flag} {key}: expected true or false")
+            options[key] = BOOLEANS[value.lower()]
+        elif value.lower() in ("true", "false") or value.startswith("{"):
             try:
-                options[key] = json.loads(value)
+                options[key] = json.loads(value.lower() if value[0] != "{" else value)
             except ValueError as error:
                 raise InputError(f"{flag} {key}: the value begins like JSON and is none ({error})") from None
         else:

@@ -482,10 +482,22 @@ def test_options_of_a_local_folder_are_refused(collection: Path, tmp_path: Path)
 def test_option_values_are_text_but_for_true_false_and_braces() -> None:
     pairs = ["a=true", "b=false", 'c={"x": 1}', "d=1", "e=True", "f=null", "g=", "h=x=y", "i=[1]", 'j="x"']
     assert parse_options("--storage-option", pairs) == {
-        **{"a": True, "b": False, "c": {"x": 1}, "d": "1", "e": "True"},
+        **{"a": True, "b": False, "c": {"x": 1}, "d": "1", "e": True},
         **{"f": "null", "g": "", "h": "x=y", "i": "[1]", "j": '"x"'},
     }
     assert parse_options("--storage-option", []) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("False", False), ("no", False), ("0", False), ("TRUE", True), ("on", True)]
+)
+def test_options_that_are_true_or_false_take_the_usual_spellings(text: str, value: bool) -> None:
+    assert parse_options("--storage-option", [f"anon={text}", f"use_ssl={text}"]) == {"anon": value, "use_ssl": value}
+
+
+def test_an_option_that_is_neither_true_nor_false_is_refused() -> None:
+    with pytest.raises(InputError, match="--storage-option anon: expected true or false"):
+        parse_options("--storage-option", ["anon=maybe"])
 
 
 def test_what_is_no_url_to_open_is_told(tmp_path: Path) -> None:
