@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib.util
 import json
 import random
@@ -227,6 +226,8 @@ def with_retries(request: Callable[[], T]) -> T:
 
 async def with_async_retries(request: Callable[[], Awaitable[T]]) -> T:
     """Make a request again while it raises `Transient`."""
+    import asyncio  # every command would wait for it, --help too
+
     for pause in retry_pauses():
         try:
             return await request()

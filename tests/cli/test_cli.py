@@ -291,7 +291,7 @@ def test_a_budget_of_the_command_line_wins_over_the_other_one_of_the_cluster_fil
 
 
 def test_help_imports_nothing_heavy() -> None:
-    heavy = ("dask", "pyarrow", "pandas", "numpy", "PIL")
+    heavy = ("dask", "pyarrow", "pandas", "numpy", "PIL", "asyncio")
     code = f"import sys, reducer.cli.main; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "[]\n"
 
