@@ -10,9 +10,11 @@ from PIL import Image
 #: are no photos, or Pillow does not decode them itself: it hands PostScript to Ghostscript, a program that does what a
 #: file says, and of HDF5, GRIB, BUFR, MPEG and WMF it knows the name alone. HEIF and JXL come with plugins.
 PHOTO_FORMATS = (
-    *("JPEG", "MPO", "PNG", "WEBP", "GIF", "TIFF", "BMP", "DIB", "AVIF", "HEIF", "JXL", "JPEG2000"),
-    *("PPM", "QOI", "PSD", "DDS", "ICO", "ICNS", "SGI", "SUN", "PCX", "SPIDER", "TGA"),
+    *("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "DIB", "AVIF", "HEIF", "JXL", "JPEG2000"),
+    *("PPM", "QOI", "PSD", "PCD", "DDS", "ICO", "ICNS", "SGI", "SUN", "PCX", "SPIDER", "TGA"),
 )
+#: Formats that are opened as another one.
+OPENED_AS = {"MPO": "JPEG"}
 
 
 def is_photo(name: str) -> bool:
@@ -22,7 +24,8 @@ def is_photo(name: str) -> bool:
 
 def is_extension(extension: str) -> bool:
     """Tell whether an extension, with its dot, is one of a format of photos that can be decoded here."""
-    form = Image.registered_extensions().get(extension.lower())
+    form = Image.registered_extensions().get(extension.lower(), "")
+    form = OPENED_AS.get(form, form)
     return form in PHOTO_FORMATS and form in Image.OPEN
 
 

@@ -63,7 +63,7 @@ def test_a_photo_s_content_chooses_no_program() -> None:
 
 
 def test_photos_by_name() -> None:
-    assert all(map(is_photo, ("a.jpg", "A.JPEG", "b.webp", "c.tiff", "d.avif", "e.jp2", "f.tga")))
+    assert all(map(is_photo, ("a.jpg", "A.JPEG", "b.webp", "c.tiff", "d.avif", "e.jp2", "f.tga", "g.mpo", "h.pcd")))
     assert not any(map(is_photo, ("a.pdf", "b.h5", "c.mpg", "d.eps", "e.ps", "f.wmf", "g.txt", "jpg", ".jpg", "h")))
 
 
