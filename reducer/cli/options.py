@@ -8,6 +8,7 @@ import logging
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NoReturn
 
 import click
@@ -114,8 +115,9 @@ def exit_codes(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def end(message: str, code: int) -> NoReturn:
-    """Print a message to stderr and end the command."""
-    click.echo(message, err=True)
+    """Print a message to stderr, where there still is one, and end the command."""
+    with suppress(OSError):  # of a terminal that is closed
+        click.echo(message, err=True)
     sys.exit(code)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -321,35 +323,26 @@ def test_python_m_and_dask_reducer_and_run_cluster(collection: Path, tmp_path: P
     assert summary["cluster"]["class"] == "distributed.LocalCluster"
     text = subprocess.check_output([*commands["script"], "--help"], text=True)
     assert "run_cluster.py" in text
-    subprocess.run([*commands["dask"][:-1], "resume", tmp_path / "module", "--quiet"], check=True)
+    for name in ("module", "dask"):
+        resumed = [*commands[name][:-1], "resume", tmp_path / name, "--quiet"]
+        subprocess.run(resumed, check=True)
     # The default file gives way to what is said.
     serial = [*commands["script"], *arguments, tmp_path / "serial", "--workers", "0"]
     subprocess.run(serial, check=True)
     assert json.loads((tmp_path / "serial" / "summary.json").read_text())["cluster"]["workers"] == 0
 
 
-@pytest.mark.parametrize(
-    ("number", "to", "program"),
-    [
-        *((number, to, "reducer") for number in (signal.SIGINT, signal.SIGTERM) for to in ("group", "client")),
-        *((signal.SIGINT, "group", "dask"), (signal.SIGTERM, "client", "dask")),
-        *((signal.SIGHUP, to, "reducer") for to in ("group", "client")),
-    ],
-)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=["ctrl-c", "sigterm", "sighup"])
+@pytest.mark.parametrize("to", ["group", "client"])
+@pytest.mark.parametrize("program", ["reducer", "dask"])
 def test_a_stopped_run_ends_soon_and_says_what_is_kept(
     collection: Path, tmp_path: Path, number: signal.Signals, to: str, program: str
 ) -> None:
-    slow = tmp_path / "slow.csv"
-    header, *lines = (collection / "train.csv").read_text().splitlines()
-    # The same photos under many labels: half a minute of work.
-    slow.write_text("\n".join([header, *(f"{line}-{i}" for i in range(60) for line in lines)]) + "\n")
-    module = ["reducer"] if program == "reducer" else ["dask", "reducer"]
-    command = [sys.executable, "-m", *module, "run", str(collection / "train"), "--manifest", str(slow)]
-    command += ["--output", str(tmp_path / "run"), "--keep", "1", "--workers", "2", "--partition-images", "100"]
+    command = slow_run(collection, tmp_path, ["reducer"] if program == "reducer" else ["dask", "reducer"])
     log = tmp_path / "log"
     with open(log, "wb") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
-    wait_for(lambda: len(list((tmp_path / "run" / "images").glob("part-*"))) > 1, "the first parts")
+    wait_for(lambda: has_parts(tmp_path), "the first parts")
     workers = psutil.Process(process.pid).children(recursive=True)
     assert len(workers) >= 2
     started = time.monotonic()
@@ -370,6 +363,35 @@ def test_a_stopped_run_ends_soon_and_says_what_is_kept(
     assert summary["status"] == "stopped"
     assert summary["photos_read"] > 0
     assert not (tmp_path / "run" / "reduced.csv").exists()
+
+
+def test_a_terminal_that_is_closed_stops_a_run(collection: Path, tmp_path: Path) -> None:
+    """A real one: nothing can be printed any more."""
+    command = slow_run(collection, tmp_path, ["reducer"])
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execv(command[0], command)
+    while not has_parts(tmp_path):
+        if select.select([terminal], [], [], 0.1)[0]:
+            os.read(terminal, 65536)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 129
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "stopped"
+    assert not (tmp_path / "run" / "lock.json").exists()
+    assert invoke("resume", tmp_path / "run", "--workers", 0, "--quiet", "--no-report") == (0, "", "")
+
+
+def slow_run(collection: Path, folder: Path, module: list[str]) -> list[str]:
+    """A command of half a minute: the same photos under many labels."""
+    slow = folder / "slow.csv"
+    header, *lines = (collection / "train.csv").read_text().splitlines()
+    slow.write_text("\n".join([header, *(f"{line}-{i}" for i in range(60) for line in lines)]) + "\n")
+    command = [sys.executable, "-m", *module, "run", str(collection / "train"), "--manifest", str(slow)]
+    return [*command, *f"--output {folder}/run --keep 1 --workers 2 --partition-images 100".split()]
+
+
+def has_parts(folder: Path) -> bool:
+    return len(list((folder / "run" / "images").glob("part-*"))) > 1
 
 
 def alive(process: psutil.Process) -> bool:
