@@ -42,15 +42,7 @@ T = TypeVar("T")
 
 
 #: Options of s3fs and obstore that are true or false: any other text would count as true.
-BOOLEAN_OPTIONS = (
-    "anon",
-    "requester_pays",
-    "use_ssl",
-    "version_aware",
-    "skip_signature",
-    "request_payer",
-    "allow_http",
-)
+BOOLEAN_OPTIONS = ("anon", "requester_pays", "use_ssl", "version_aware", "skip_signature", "allow_http")
 BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
@@ -62,8 +54,8 @@ def parse_options(flag: str, pairs: Iterable[str]) -> dict[str, Any]:
     flag : str
         Flag that gave them.
     pairs : iterable of str
-        ``KEY=VALUE``; true and false, in capitals or not, and ``{...}`` are read as JSON, all else is text. Of the
-        `BOOLEAN_OPTIONS` yes, no, on, off, 1 and 0 are read, too.
+        ``KEY=VALUE``; true and false, in capitals or not, are no text, nor are yes, no, on, off, 1 and 0 where the
+        option is one of `BOOLEAN_OPTIONS`; ``{...}`` is read as JSON; all else is text.
 
     Raises
     ------
@@ -77,13 +69,14 @@ def parse_options(flag: str, pairs: Iterable[str]) -> dict[str, Any]:
             raise InputError(f"{flag}: expected KEY=VALUE, such as endpoint_url=http://127.0.0.1:9000")
         if key in options:
             raise InputError(f"{flag} {key} is given twice")
-        if key in BOOLEAN_OPTIONS:
-            if value.lower() not in BOOLEANS:
-                raise InputError(f"{flag} {key}: expected true or false")
-            options[key] = BOOLEANS[value.lower()]
-        elif value.lower() in ("true", "false") or value.startswith("{"):
+        truth = BOOLEANS.get(value.lower())
+        if key in BOOLEAN_OPTIONS and truth is None:
+            raise InputError(f"{flag} {key}: expected true or false")
+        if key in BOOLEAN_OPTIONS or value.lower() in ("true", "false"):
+            options[key] = truth
+        elif value.startswith("{"):
             try:
-                options[key] = json.loads(value.lower() if value[0] != "{" else value)
+                options[key] = json.loads(value)
             except ValueError as error:
                 raise InputError(f"{flag} {key}: the value begins like JSON and is none ({error})") from None
         else:
