@@ -17,7 +17,7 @@ from reducer.config.cut_rules import CutRules
 from reducer.config.job import check_no_input
 from reducer.config.settings import unit_of
 from reducer.errors import InputError
-from reducer.run.folder import RunFolder
+from reducer.run.folder import RunFolder, refuse_run_file
 from reducer.run.folder.lists import as_reduced, reduced_file
 from reducer.selection.rules import DECIDING, NeedsRanksError, Selection, select
 from reducer.storage.atomic import write_file
@@ -113,7 +113,7 @@ def cut(
     folder = RunFolder(Location(str(run), storage_options or {}))
     summary = folder.finished()
     rules.check_scale(unit_of(summary["job"]), summary["job"]["hash_size"] ** 2)
-    target = None if output is None else _target(folder, summary, Location(str(output), storage_options or {}))
+    target = None if output is None else _target(summary, Location(str(output), storage_options or {}))
 
     ledger = folder.whole_ledger(summary, ["row", "id", *REDUCED_COLUMNS, *DECIDING])
     try:
@@ -147,12 +147,11 @@ def _result(rows: pa.Table, rules: CutRules, selection: Selection, job: Mapping[
     )
 
 
-def _target(folder: RunFolder, summary: dict[str, Any], output: Location) -> Location:
-    """Return the file to write a list to, refusing one that cannot be written or belongs to the run."""
+def _target(summary: dict[str, Any], output: Location) -> Location:
+    """Return the file to write a list to, refusing one that cannot be written, or is an input or a file of a run."""
     if Path(output.path).suffix not in KINDS:
         raise InputError(f"--output {output.path}: the name must end in .csv or .parquet, which says what is written")
-    if folder.holds(output.path):
-        raise InputError(f"--output {output.path} is a file of the run itself: give another name")
+    refuse_run_file(output)
     check_no_input(output.path, summary["job"])
     if not output.remote:
         path = Path(output.path)

@@ -105,9 +105,7 @@ def forecast(job: Job, cluster: ClusterSpec | None = None, *, sample: int = SAMP
     InputError
         As for `reducer.reduce_images`.
     """
-    folder = RunFolder(job.output_location)
-    folder.check_free(overwrite=job.overwrite, break_lock=job.break_lock)
-    folder.check_inputs(job)
+    RunFolder(job.output_location).check_free(overwrite=job.overwrite, break_lock=job.break_lock)
     inputs = read_inputs(resolve(job))
     threads = planned_threads(cluster or ClusterSpec())
     if not job.hashes_photos:

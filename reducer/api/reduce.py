@@ -68,7 +68,6 @@ def reduce_images(job: Job, cluster: ClusterSpec | None = None, *, progress: boo
     counters = Counters(resolved.hash_size**2, resolved.settings_without_model.unit, progress)
     folder = RunFolder(resolved.output_location)
     folder.check_free(overwrite=job.overwrite, break_lock=job.break_lock)
-    folder.check_inputs(resolved)
     with counters.timing("plan"):
         inputs = read_inputs(resolved)
     with ExitStack() as open_cluster:

@@ -21,7 +21,16 @@ from reducer.config.settings import (
     Source,
 )
 from reducer.errors import InputError
-from reducer.storage.location import Location, MemberKeys, PathRule, absolute, is_url, lies_in, template_fields
+from reducer.storage.location import (
+    Location,
+    MemberKeys,
+    PathRule,
+    absolute,
+    is_url,
+    lies_in,
+    resolved,
+    template_fields,
+)
 from reducer.storage.remote import check_obstore
 
 #: Where GLDv2 keeps a photo: the path template in force where a job names none.
@@ -30,6 +39,8 @@ GLDV2_TEMPLATE = "{id[0]}/{id[1]}/{id[2]}/{id}.jpg"
 PATH_FIELDS = ("images", "output", "manifest", "always_keep", "avoid", "reuse", "md5", "vectors", "embed")
 #: Those of files and folders that are read, and nowhere written.
 INPUT_FILES = ("manifest", "always_keep", "avoid", "reuse", "md5", "vectors", "embed")
+#: Those of them that may be run folders, in which there is room for other files.
+RUN_FIELDS = ("avoid", "reuse")
 LOCAL_FIELDS = ("always_keep", "avoid", "embed")
 #: Fields that are text and may be left out, but not empty.
 TEXT_FIELDS = ("path_column", "path_template", "id_column", "label_column", "label_field", "embed_output")
@@ -349,7 +360,9 @@ def check_no_input(output: str, inputs: Mapping[str, Any]) -> None:
     """
     for name in INPUT_FILES:
         path = inputs.get(name)
-        if path is not None and name != "reuse" and lies_in(output, path):
+        if path is None or (name in RUN_FIELDS and resolved(output) != resolved(path)):
+            continue
+        if lies_in(output, path):
             raise InputError(f"--output {output} would overwrite {flag(name)} {path}, an input: give another name")
 
 

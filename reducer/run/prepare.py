@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
+from reducer.config.checks import flag
 from reducer.config.cluster import ClusterSpec
+from reducer.config.job import INPUT_FILES
 from reducer.config.resolved import ResolvedJob
+from reducer.errors import InputError
 from reducer.photos.model import PATHS, loaded
 from reducer.run.counters import Counters
 from reducer.run.dask.check import model_everywhere
@@ -65,12 +68,25 @@ def read_inputs(job: ResolvedJob) -> Inputs:
     Raises
     ------
     InputError
-        If any of it cannot be read, or is not what it should be.
+        If any of it cannot be read, is not what it should be, or is a file that the run would write or remove.
     """
+    _check_kept(job)
     job = job.with_model()
     vectors = check_vectors(job)
     plan = make_plan(job)
     return Inputs(plan, vectors, read_avoided(job), None if job.reuse is None else Reuse(job))
+
+
+def _check_kept(job: ResolvedJob) -> None:
+    """Refuse an input that the run would write anew or remove, since it lies among the files of RUN."""
+    folder = RunFolder(job.output_location)
+    for name in INPUT_FILES:
+        path = getattr(job, name)
+        if path is not None and folder.holds(path):
+            raise InputError(
+                f"{flag(name)} {path} lies in --output {folder.path}, whose files this run writes anew: it would be "
+                "lost; give another --output"
+            )
 
 
 def check_vectors(job: ResolvedJob) -> VectorFiles | None:

@@ -32,12 +32,15 @@ def absolute(path: str) -> str:
     return path.rstrip("/") if is_url(path) else os.path.abspath(path)
 
 
+def resolved(path: str) -> str:
+    """Return the one path or URL that all spellings of it share, links followed."""
+    local = path.removeprefix("file://")
+    return absolute(local) if is_url(local) else os.path.realpath(local)
+
+
 def lies_in(path: str, whole: str) -> bool:
     """Tell whether a path or URL, however it is spelled, is a certain file or folder or lies in that folder."""
-    inner, outer = (
-        os.path.realpath(local) if not is_url(local) else absolute(local)
-        for local in (text.removeprefix("file://") for text in (path, whole))
-    )
+    inner, outer = resolved(path), resolved(whole)
     return inner == outer or inner.startswith(outer.rstrip("/") + "/")
 
 

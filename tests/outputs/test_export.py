@@ -717,6 +717,20 @@ def test_wrong_options(run: Path, tmp_path: Path, options: tuple[object, ...], m
     assert not (tmp_path / "out").exists()
 
 
+def test_an_export_takes_out_no_photo_that_it_reads(run: Path, tmp_path: Path) -> None:
+    """Photos of an earlier export, reduced again, and exported to where they lie."""
+    kept = tmp_path / "kept"
+    assert invoke("export", run, kept, "--layout", "by-label")[0] == 0
+    before = {path: path.read_bytes() for path in kept.rglob("*") if path.is_file()}
+    folder = next(path for path in kept.iterdir() if path.is_dir())
+    assert invoke("run", folder, "--output", tmp_path / "again", "--workers", 0, "--no-report", "--keep", 1)[0] == 0
+    code, _, err = invoke("export", tmp_path / "again", kept, "--overwrite")
+    assert (code, f"IMAGES {folder} is in TARGET {kept}" in err) == (2, True), err
+    code, _, err = invoke("export", run, kept, "--overwrite", "--list", kept / "labels.csv")
+    assert (code, f"--list {kept / 'labels.csv'} is a file that an export to TARGET" in err) == (2, True), err
+    assert {path: path.read_bytes() for path in kept.rglob("*") if path.is_file()} == before
+
+
 def test_wrong_targets(tiny: Path, run: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "full").mkdir()

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 from commands import invoke
@@ -424,6 +425,18 @@ def test_embedding_alone(tiny: Path, model: Path, embedded_run: Path, tmp_path: 
     code, _, errors_printed = invoke(*command, "--output", tmp_path / "v.parquet", "--workers", 0)
     assert code == 2
     assert "is there already: give another name, or --overwrite" in errors_printed
+    before = (embedded_run / "reduced.parquet").read_bytes()
+    for output in (embedded_run / "reduced.parquet", next((embedded_run / "vectors").iterdir())):
+        code, _, errors_printed = invoke(*command, "--output", output, "--overwrite", "--workers", 0)
+        assert code == 2
+        assert f"--output {output} is a file of the run in {embedded_run}" in errors_printed
+    assert (embedded_run / "reduced.parquet").read_bytes() == before
+    manifest = tmp_path / "list.parquet"
+    pq.write_table(pa.csv.read_csv(tiny / "train.csv"), manifest)
+    given = [manifest if part == tiny / "train.csv" else part for part in command]
+    code, _, errors_printed = invoke(*given, "--output", manifest, "--overwrite", "--workers", 0)
+    assert code == 2
+    assert f"--output {manifest} would overwrite --manifest {manifest}, an input" in errors_printed
     code, _, _ = invoke(*command, "--output", tmp_path / "w.parquet", "--workers", 2, "--partition-images", 50)
     assert code == 0
     assert (tmp_path / "w.parquet").read_bytes() == (tmp_path / "v.parquet").read_bytes()

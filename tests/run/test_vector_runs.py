@@ -338,7 +338,6 @@ def test_a_run_never_writes_over_what_it_reads(collection: Path, by_vectors: Pat
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     for option, path in (
         ("--vectors", run / "vectors"),
-        ("--vectors", f"{run}/vectors/*.parquet"),
         ("--manifest", run / "reduced.csv"),
         ("--always-keep", run / "reduced.csv"),
         ("--avoid", run),
@@ -347,8 +346,25 @@ def test_a_run_never_writes_over_what_it_reads(collection: Path, by_vectors: Pat
             code, _, err = invoke("run", collection / "train", option, path, "--output", run, "--overwrite", *dry)
             assert code == 2
             assert f"{option} {path} lies in --output {run}" in err
-    code, _, err = invoke("cut", run, "--output", by_vectors / "vectors" / "part-00000.parquet")
+    for output in (run / "vectors" / "part-00000.parquet", run / "reduced.parquet"):
+        code, _, err = invoke("cut", by_vectors, "--output", output)
+        assert code == 2
+        assert f"--output {output} is a file of the run in {run}: give another name" in err
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_list_is_written_over_no_vectors(collection: Path, vectors: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "vectors"
+    folder.mkdir()
+    shutil.copy(vectors, folder / "v.parquet")
+    before = (folder / "v.parquet").read_bytes()
+    for number, given in enumerate((folder, folder / "v.parquet")):
+        run = tmp_path / str(number)
+        run_on(collection, run, vectors=str(given), keep=2)
+        code, _, err = invoke("cut", run, "--output", folder / "v.parquet", "--keep", 1)
+        assert code == 2
+        assert f"would overwrite --vectors {given}, an input" in err
+    assert (folder / "v.parquet").read_bytes() == before
 
 
 def test_the_command_line(collection: Path, vectors: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from reducer.outputs.export.layout import (
     FAILURES,
     LABELS,
     LIST,
+    OWN_FILES,
     SAME,
     TABLE,
     ExportOptions,
@@ -40,7 +41,7 @@ from reducer.outputs.export.write import PUTS, CopySettings
 from reducer.run.dask.connect import CPU_COUNT
 from reducer.run.folder import RunFolder
 from reducer.run.summary import check_storage_options, job_of
-from reducer.storage.location import Location, absolute
+from reducer.storage.location import Location, lies_in
 from reducer.storage.schemas import EXPORT_SCHEMA
 from reducer.storage.tables import EXAMPLES, csv_file, in_nanoseconds, read_columns
 
@@ -247,10 +248,10 @@ def _checked_cluster(
         raise InputError("--link cannot be: hard links are of files of one disk, and a URL is none. Leave it out")
     if target.options and not target.remote:
         raise InputError("--target-storage-option says how a URL is opened, and TARGET is none: leave it out")
-    images = absolute(job.images)
-    inside = absolute(target.path) if target.remote else os.path.realpath(target.path)
-    if f"{inside}/".startswith(f"{images if job.images_location.remote else os.path.realpath(images)}/"):
+    if lies_in(target.path, job.images):
         raise InputError(f"TARGET {target.path} is in IMAGES {job.images}: give another folder")
+    if lies_in(job.images, target.path):  # photos of an earlier export, which this one would take out
+        raise InputError(f"IMAGES {job.images} is in TARGET {target.path}: give another folder")
     return spec
 
 
@@ -267,8 +268,14 @@ def _plan(
     Raises
     ------
     InputError
-        If the list cannot be used, or links are asked for and the photos lie in shards.
+        If the list cannot be used or would be written over, or links are asked for and the photos lie in shards.
     """
+    own = (target.below(name).path for name in OWN_FILES)
+    if list_location is not None and any(lies_in(list_location.path, name) for name in own):
+        raise InputError(
+            f"--list {list_location.path} is a file that an export to TARGET {target.path} writes anew: give a copy of "
+            "it, or another TARGET"
+        )
     ledger = in_nanoseconds(run_folder.whole_ledger(summary, COLUMNS))
     rows = _rows_to_export(ledger, job, list_location)
     if options.link and pc.any(pc.is_valid(ledger["shard"])).as_py():

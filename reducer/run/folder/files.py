@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from reducer.storage.atomic import Files
-from reducer.storage.location import Location, lies_in
+from reducer.storage.location import Location, lies_in, resolved
 from reducer.storage.lock import locked
 
 SUMMARY, CSV, PARQUET = "summary.json", "reduced.csv", "reduced.parquet"
@@ -67,8 +67,7 @@ class RunFiles(Files):
     def holds(self, path: str) -> bool:
         """Tell whether a path or URL is the folder itself, or a file that a run writes or removes here."""
         own = (self.location.below(name).path for name in (SUMMARY, *OWN_FILES, IMAGES, HASHES, VECTORS))
-        is_folder = lies_in(path, self.path) and lies_in(self.path, path)
-        return is_folder or any(lies_in(path, name) for name in own)
+        return resolved(path) == resolved(self.path) or any(lies_in(path, name) for name in own)
 
     def part_names(self, folder: str) -> list[str]:
         """Return the names of the part files that are in a folder now, sorted; one listing."""

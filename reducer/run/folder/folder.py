@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import posixpath
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from reducer.config.checks import flag
-from reducer.config.job import INPUT_FILES, Job
 from reducer.errors import InputError, ReducerError
 from reducer.run.folder.files import HASHES, IMAGES, OWN_FILES, REPORT, SUMMARY, VECTORS, RunFiles
 from reducer.run.folder.lists import ListFiles
@@ -19,7 +18,7 @@ from reducer.run.folder.pieces import PieceFiles
 from reducer.run.folder.plan import PlanFiles
 from reducer.run.folder.vectors import VectorParts
 from reducer.storage.atomic import temporary_name
-from reducer.storage.location import Location, explaining_errors
+from reducer.storage.location import Location, explaining_errors, resolved
 from reducer.storage.lock import check_unlocked, is_of_lock
 
 FORMAT = "reducer-run"
@@ -89,22 +88,6 @@ class RunFolder(RunFiles):
             check_unlocked(self.location, break_lock=break_lock)
             if not overwrite:
                 raise InputError(f"--output {self.path} holds a run already: give another folder, or --overwrite")
-
-    def check_inputs(self, job: Job) -> None:
-        """Refuse a job one of whose input files is a file that its run would write or remove here.
-
-        Raises
-        ------
-        InputError
-            Naming the option and the file.
-        """
-        for name in INPUT_FILES:
-            path = getattr(job, name)
-            if path is not None and self.holds(path):
-                raise InputError(
-                    f"{flag(name)} {path} lies in --output {self.path}, whose files this run writes anew: it would be "
-                    "lost; give another --output"
-                )
 
     def is_run(self) -> bool:
         """Tell whether this is a folder that a run has written, finished or not."""
@@ -241,6 +224,22 @@ class RunFolder(RunFiles):
                 f"files are missing. First: reducer resume {self.path}"
             )
         return ledger
+
+
+def refuse_run_file(output: Location) -> None:
+    """Refuse to write over a file of a run, be it the run at hand or another.
+
+    Raises
+    ------
+    InputError
+        Naming the run folder.
+    """
+    folder = output.path
+    for _ in range(2):  # in the run folder itself, or in a folder of part files
+        folder = posixpath.dirname(resolved(folder))
+        run = RunFolder(Location(folder, output.options))
+        if run.holds(output.path) and run.is_run():
+            raise InputError(f"--output {output.path} is a file of the run in {folder}: give another name")
 
 
 def _check_local(path: Path) -> None:
