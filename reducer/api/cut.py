@@ -17,7 +17,7 @@ from reducer.config.cut_rules import CutRules
 from reducer.config.job import check_no_input
 from reducer.config.settings import unit_of
 from reducer.errors import InputError
-from reducer.run.folder import RunFolder, refuse_run_file
+from reducer.run.folder import RunFolder
 from reducer.run.folder.lists import as_reduced, reduced_file
 from reducer.selection.rules import DECIDING, NeedsRanksError, Selection, select
 from reducer.storage.atomic import write_file
@@ -151,7 +151,7 @@ def _target(summary: dict[str, Any], output: Location) -> Location:
     """Return the file to write a list to, refusing one that cannot be written, or is an input or a file of a run."""
     if Path(output.path).suffix not in KINDS:
         raise InputError(f"--output {output.path}: the name must end in .csv or .parquet, which says what is written")
-    refuse_run_file(output)
+    RunFolder.refuse_file(output)
     check_no_input(output.path, summary["job"])
     if not output.remote:
         path = Path(output.path)

@@ -22,7 +22,7 @@ from reducer.run.counters import Counters
 from reducer.run.dask.connect import refuse_import_of_main
 from reducer.run.execute import recording_stop
 from reducer.run.fingerprint import Fingerprint
-from reducer.run.folder import RunFolder, refuse_run_file
+from reducer.run.folder import RunFolder
 from reducer.run.join import join_plan
 from reducer.run.plan.partitions import piece_size
 from reducer.run.plan.plan import Plan, make_plan
@@ -103,7 +103,7 @@ def embed(job: Job, cluster: ClusterSpec | None = None, *, progress: bool = True
         raise InputError("embed needs a model: give --embed MODEL.onnx")
     target = job.output_location
     _check_target(target, job.overwrite)
-    refuse_run_file(target)
+    RunFolder.refuse_file(target)
     check_no_input(target.path, vars(job))
     parts = replace(job, output=f"{job.output}{PARTS}", overwrite=True, candidates=None, rank_all=True, report=False)
     counters = Counters(job.hash_size**2, "cosine", progress)

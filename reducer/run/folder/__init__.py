@@ -5,6 +5,6 @@ what it keeps.
 """
 
 from reducer.run.folder.files import HASHES, IMAGES, OWN_FILES, REPORT, SUMMARY, VECTORS
-from reducer.run.folder.folder import RunFolder, refuse_run_file
+from reducer.run.folder.folder import RunFolder
 
-__all__ = ["HASHES", "IMAGES", "OWN_FILES", "REPORT", "SUMMARY", "VECTORS", "RunFolder", "refuse_run_file"]
+__all__ = ["HASHES", "IMAGES", "OWN_FILES", "REPORT", "SUMMARY", "VECTORS", "RunFolder"]

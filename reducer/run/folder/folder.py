@@ -225,21 +225,21 @@ class RunFolder(RunFiles):
             )
         return ledger
 
+    @classmethod
+    def refuse_file(cls, output: Location) -> None:
+        """Refuse to write over a file of a run, be it the run at hand or another.
 
-def refuse_run_file(output: Location) -> None:
-    """Refuse to write over a file of a run, be it the run at hand or another.
-
-    Raises
-    ------
-    InputError
-        Naming the run folder.
-    """
-    folder = output.path
-    for _ in range(2):  # in the run folder itself, or in a folder of part files
-        folder = posixpath.dirname(resolved(folder))
-        run = RunFolder(Location(folder, output.options))
-        if run.holds(output.path) and run.is_run():
-            raise InputError(f"--output {output.path} is a file of the run in {folder}: give another name")
+        Raises
+        ------
+        InputError
+            Naming the run folder.
+        """
+        folder = output.path
+        for _ in range(2):  # in the run folder itself, or in a folder of part files
+            folder = posixpath.dirname(resolved(folder))
+            run = cls(Location(folder, output.options))
+            if run.holds(output.path) and run.is_run():
+                raise InputError(f"--output {output.path} is a file of the run in {folder}: give another name")
 
 
 def _check_local(path: Path) -> None:
