@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from reducer.api.reduce import draw_report_of, finish, reduce_images
@@ -19,9 +20,9 @@ from reducer.errors import InputError
 from reducer.run.counters import Counters
 from reducer.run.dask.connect import refuse_import_of_main
 from reducer.run.execute import recording_stop
-from reducer.run.fingerprint import Fingerprint
+from reducer.run.fingerprint import Fingerprint, hashed_otherwise
 from reducer.run.folder import REPORT, RunFolder
-from reducer.run.known import Reuse
+from reducer.run.known import Reuse, without_outdated
 from reducer.run.plan.listing import check_images
 from reducer.run.plan.plan import Plan
 from reducer.run.plan.shards import find_shards
@@ -154,7 +155,7 @@ class _StoppedRun:
     grows : bool
         Whether labels that were kept whole are to be ranked.
     failed : tuple of int
-        Partitions whose failed photos are to be read again.
+        Partitions whose failed photos are to be read again, and those that another policy has decoded.
     again : frozenset of int
         Shards that are to be read again.
     needed : bool
@@ -205,6 +206,9 @@ def _read(
         counters.pieced = plan.pieced if plan.is_listed else None
         grows = rank_all and bool(plan.small.any())
         failed = tuple(index for index, tally in counters.done.items() if retry_failed and tally.failed)
+        if fingerprint.is_outdated:
+            outdated = (index for index, name in names.items() if _holds_outdated(folder.parts.read(name)[0]))
+            failed = tuple(sorted({*failed, *outdated}))
         missing = set(pc.unique(rows["partition"].drop_null()).to_pylist()) - set(names)
     needed = bool(missing or grows or failed or not plan.is_listed)
     again: frozenset[int] = frozenset()
@@ -236,7 +240,9 @@ def _prepare(stopped: _StoppedRun, spec: ClusterSpec, open_cluster: ExitStack) -
         plan = plan.with_all_ranked(pool.threads)
     counters.pieced = plan.pieced if plan.is_listed else None
     remaining = Remaining(
-        plan, stopped.folder, pool.threads, stopped.avoid, reuse, stopped.failed, stopped.again, vectors=vectors
+        *(plan, stopped.folder, pool.threads, stopped.avoid, reuse, stopped.failed, stopped.again),
+        vectors=vectors,
+        is_outdated=stopped.fingerprint.is_outdated,
     )
     executor = pool.workers.take(remaining.first())
     if stopped.needed:
@@ -264,9 +270,19 @@ def _reopen(prepared: Prepared, *, is_replanned: bool) -> None:
         prepared.counters.done = {}
     if is_replanned:
         folder.plan.write(plan.rows, prepared.terms)
+    if prepared.remaining.is_outdated:
+        for number in folder.pieces.done():
+            rows, report = folder.pieces.read(number)
+            if _holds_outdated(rows):
+                folder.pieces.write(number, without_outdated(rows), report)
     folder.remove_leftovers()
     folder.parts.remove_unread()
     folder.lists.remove_report()
+
+
+def _holds_outdated(rows: pa.Table) -> bool:
+    """Tell whether rows of an earlier decode policy hold any hash that may be another one now."""
+    return bool(pc.any(hashed_otherwise(rows)).as_py())
 
 
 def _compare_shards(

@@ -20,6 +20,7 @@ from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 from reducer.config.settings import PhotoSettings
 from reducer.photos.formats import readable_formats
 from reducer.photos.progressive import bytes_needed, first_scan_only
+from reducer.photos.seen import DEEP_MODES, as_seen
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +54,6 @@ DRAFT_FLOOR = 16
 JPEG_FORMATS = ("JPEG", "MPO")
 #: Side in pixels of the grey square that the flatness of a photo is told from, at any size of decoding.
 FLAT_SIDE = 64
-#: Modes of more than 8 bits; grey they are clipped, so nothing of what is to be seen can be told from it.
-DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 #: Grey standard deviation, in levels of 0 to 255, under which a photo is flat: its hash says more of noise than of what
 #: is to be seen. Of photos whose contrast is lowered so far, more than a quarter are no near copies of themselves any
 #: more; the flattest of 1,669 real photos has 8.2 (`scripts/bench.py flat`).
@@ -167,7 +166,7 @@ def grey_deviation(image: Image.Image) -> float:
     Returns
     -------
     float
-        In levels of 0 to 255; infinite for `DEEP_MODES`.
+        In levels of 0 to 255; infinite for `DEEP_MODES`, which Pillow clips.
     """
     if image.mode in DEEP_MODES:
         return float("inf")
@@ -195,10 +194,10 @@ def hash_photo(content: bytes, settings: PhotoSettings) -> PhotoHash:
         ``hash`` and ``hash_size`` say which. With ``decode="exact"`` it is bit for bit imagehash's function of
         ``Image.open(path)``; ``"fast"`` lets libjpeg decode a JPEG to grey at 1/2, 1/4 or 1/8 of its size (Pillow's
         draft mode), never below `DRAFT_FLOOR` times the grid that the hash resizes to; other formats are decoded
-        exactly. ``"fastest"`` is ``"fast"``, but that a large progressive JPEG is decoded by its first scan only
-        (`reducer.photos.progressive`): what follows is not even looked at. With ``exif_orientation`` the photo is
-        turned upright first. A photo that declares more pixels than ``max_pixels`` is not decoded. Call inside ``with
-        pillow_settings(max_pixels):``, or Pillow's own limit holds too.
+        exactly, and hashed `as_seen`. ``"fastest"`` is ``"fast"``, but that a large progressive JPEG is decoded by its
+        first scan only (`reducer.photos.progressive`): what follows is not even looked at. With ``exif_orientation``
+        the photo is turned upright first. A photo that declares more pixels than ``max_pixels`` is not decoded. Call
+        inside ``with pillow_settings(max_pixels):``, or Pillow's own limit holds too.
 
     Returns
     -------
@@ -219,7 +218,7 @@ def hash_photo(content: bytes, settings: PhotoSettings) -> PhotoHash:
         columns, rows = kind.grid(settings.hash_size)
         draft = ("L", (DRAFT_FLOOR * columns, DRAFT_FLOOR * rows))
     with opened_photo(content, settings.max_pixels, oriented=settings.exif_orientation, draft=draft) as photo:
-        image = photo.upright()
+        image = photo.upright() if settings.decode == "exact" else as_seen(photo.upright())
         flat = settings.drop_flat and grey_deviation(image) < FLAT_DEVIATION
         bits: NDArray[np.bool_] = getattr(imagehash, kind.function)(image, hash_size=settings.hash_size).hash
         format_name = photo.image.format or "unknown"

@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 from reducer.config.settings import EmbedSettings, PhotoSettings
 from reducer.errors import InputError, one_line
 from reducer.photos.hashing import opened_photo
+from reducer.photos.seen import as_seen
 from reducer.storage.codecs import PROBLEMS, as_units
 
 #: Red, green and blue of a photo as a model is to see it, shape (size, size, 3).
@@ -37,7 +38,8 @@ def picture_of(content: bytes, settings: PhotoSettings) -> Picture:
         The whole file.
     settings : PhotoSettings
         ``embed.size`` is the side of the square, in pixels. The photo is scaled by Pillow's bicubic filter. A JPEG is
-        decoded at 1/2, 1/4 or 1/8 where that is no smaller than the square, unless ``decode`` is ``exact``.
+        decoded at 1/2, 1/4 or 1/8 where that is no smaller than the square, and others are taken `as_seen`, unless
+        ``decode`` is ``exact``.
 
     Raises
     ------
@@ -48,8 +50,8 @@ def picture_of(content: bytes, settings: PhotoSettings) -> Picture:
     side = settings.embed.size
     draft = None if settings.decode == "exact" else ("RGB", (side, side))
     with opened_photo(content, settings.max_pixels, oriented=settings.exif_orientation, draft=draft) as photo:
-        image = photo.upright().convert("RGB")
-        return np.asarray(ImageOps.fit(image, (side, side), method=Image.Resampling.BICUBIC))
+        image = photo.upright() if settings.decode == "exact" else as_seen(photo.upright())
+        return np.asarray(ImageOps.fit(image.convert("RGB"), (side, side), method=Image.Resampling.BICUBIC))
 
 
 def vectors_of(pictures: Sequence[Picture], settings: EmbedSettings) -> list[bytes | str]:

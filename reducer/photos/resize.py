@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from PIL import ExifTags, Image
 
-from reducer.photos.hashing import DEEP_MODES, JPEG_FORMATS, opened_photo, turned
+from reducer.photos.hashing import JPEG_FORMATS, opened_photo, turned
+from reducer.photos.seen import DEEP_MODES, as_seen
 
 #: Of JPEG, WebP and AVIF.
 QUALITY = 90
@@ -167,26 +167,8 @@ def thumbnail(content: bytes, side: int, *, max_pixels: int, most_bytes: int) ->
 
 def _shrunk(image: Image.Image, side: int) -> Image.Image:
     """Return a picture no larger than a side, in colour or grey as JPEG knows them."""
-    if image.mode in DEEP_MODES:
-        # Levels mean whatever they mean: the darkest that is there becomes black, the brightest white.
-        image = image.resize(_size_within(image.size, side), Image.Resampling.NEAREST)
-        levels = np.asarray(image, dtype=np.float64)
-        finite = levels[np.isfinite(levels)]
-        low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 0.0)
-        levels = np.clip(np.nan_to_num(levels, nan=low, posinf=high, neginf=low), low, high)
-        return Image.fromarray(((levels - low) * (255 / ((high - low) or 1))).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=2.0)
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    if image.mode == "LAB":  # for which Pillow has no way to RGB without a profile
-        image = image.getchannel("L")
+    image = as_seen(image)
     if image.mode not in ("RGB", "L"):
         image = image.convert("L" if image.mode == "1" else "RGB")
     image.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=2.0)
     return image
-
-
-def _size_within(size: tuple[int, int], side: int) -> tuple[int, int]:
-    scale = min(1.0, side / max(size))
-    return max(1, round(scale * size[0])), max(1, round(scale * size[1]))

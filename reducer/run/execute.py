@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -9,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from reducer.errors import BudgetError, ListingError, LostLockError, ReducerError, TooManyFailuresError
+from reducer.photos.seen import DECODE_POLICY
 from reducer.run.apply_rules import apply_filters
 from reducer.run.counters import Counters
 from reducer.run.dask.dispatch import Dispatch
@@ -22,6 +24,9 @@ from reducer.run.tasks.serial import InProcess
 from reducer.run.tasks.tasks import PartitionTasks, ShardTasks
 from reducer.run.write_results import write_partitions, write_pieces
 from reducer.selection.cross_label import cross_label_table
+from reducer.storage.tables import EXAMPLES
+
+log = logging.getLogger("reducer")
 
 
 @dataclass
@@ -87,6 +92,10 @@ class Run:
         if self.plan.job.cross_label:
             with counters.timing("cross_label"):
                 figures["cross_label_pairs"] = self._write_cross_label()
+        if self.remaining.is_outdated:  # all that another policy has decoded was read again
+            fingerprint = self.terms["fingerprint"] | {"decode_policy": DECODE_POLICY}
+            self.folder.plan.write(self.plan.rows, self.terms | {"fingerprint": fingerprint})
+            self.summary["decode_policy"] = DECODE_POLICY
         counters.timings["total_seconds"] = time.time() - counters.started
         self.folder.write_summary(self.summary | figures | counters.figures() | {"status": "done"})
         return executor.left_out if isinstance(executor, Dispatch) else ()
@@ -138,6 +147,13 @@ class Run:
             counters.done = {index: tallies[name] for index, name in folder.parts.done().items()}
         folder.lists.write_reduced(job.id_column, job.label_column, job.format, counters.unit)
         figures = outcome(plan, folder)
+        if like := figures["labels_of_one_hash"]:
+            log.warning(
+                "in %d labels most photos have the same hash (%s): they are copies, or pictures that this hash "
+                "does not tell apart, such as plain scans; among those the order of their ids decides",
+                len(like),
+                ", ".join(map(repr, like[:EXAMPLES])) + (", ..." if len(like) > EXAMPLES else ""),
+            )
         if plan.shards is not None:
             figures["shards"] = shard_figures(plan, folder)
         return figures

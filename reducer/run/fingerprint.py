@@ -8,11 +8,15 @@ import logging
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from reducer.config.checks import flag
 from reducer.config.job import Job
 from reducer.config.resolved import ResolvedJob
 from reducer.config.settings import STORAGE_OPTIONS
 from reducer.errors import InputError
+from reducer.photos.seen import DECODE_POLICY, SAME_BY_ALL_POLICIES
 from reducer.run.tasks.environment import Environment, compare_with
 from reducer.run.tasks.vector_files import find_vectors
 from reducer.storage.codecs import Hashes
@@ -59,12 +63,15 @@ class Fingerprint:
         SHA-256 of the hashes to avoid; None without any.
     environment : Environment
         Environment of the workers.
+    decode_policy : int
+        `DECODE_POLICY` of the version that began it.
     """
 
     settings: dict[str, Any]
     manifest: str | None
     avoid: str | None
     environment: Environment
+    decode_policy: int = 1
 
     @classmethod
     def of(cls, job: ResolvedJob, avoid: Hashes | None, environment: Environment) -> Fingerprint:
@@ -75,15 +82,23 @@ class Fingerprint:
         InputError
             If the manifest cannot be read.
         """
-        return cls(settings_of(job), manifest_digest(job), avoid_digest(avoid), environment)
+        return cls(settings_of(job), manifest_digest(job), avoid_digest(avoid), environment, DECODE_POLICY)
 
     @property
     def digest(self) -> str:
         """Digest of the fingerprint, 16 hexadecimal digits."""
         content = json.dumps(
-            [self.settings, self.manifest, self.avoid, self.environment.digest, _version(self.environment)]
+            [
+                *(self.settings, self.manifest, self.avoid, self.environment.digest),
+                *(_version(self.environment), self.decode_policy),
+            ]
         )
         return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether photos may be hashed otherwise now: by another decode policy."""
+        return is_outdated(self.decode_policy, self.settings["decode"])
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fingerprint as JSON has it; `from_dict` reads it."""
@@ -139,6 +154,17 @@ class Fingerprint:
         differs = compare_with(self.environment, now, "this computer or cluster now", where)
         if differs is not None:
             raise InputError(f"{differs}. {_advice(job)}")
+
+
+def is_outdated(decode_policy: int, decode: str) -> bool:
+    """Tell whether hashes of a decode policy may be others now; those that were decoded exactly are not."""
+    return decode_policy != DECODE_POLICY and decode != "exact"
+
+
+def hashed_otherwise(rows: pa.Table) -> pa.ChunkedArray:
+    """Tell which rows, with ``hash`` and ``format``, have a hash that another decode policy may make otherwise."""
+    is_same = pc.is_in(rows["format"], value_set=pa.array(SAME_BY_ALL_POLICIES))
+    return pc.and_not(pc.is_valid(rows["hash"]), is_same)
 
 
 def _changed(name: str, job: Job, before: object, now: object) -> str:

@@ -15,7 +15,7 @@ from reducer.config.checks import flag
 from reducer.config.job import Job, member_keys_by, path_rule
 from reducer.config.resolved import ResolvedJob
 from reducer.errors import InputError
-from reducer.run.fingerprint import EMBED_SETTINGS, Fingerprint, settings_of
+from reducer.run.fingerprint import EMBED_SETTINGS, Fingerprint, hashed_otherwise, is_outdated, settings_of
 from reducer.run.folder import RunFolder
 from reducer.run.plan.keep_avoid import no_column_hint, read_column_or_lines
 from reducer.run.tasks.environment import Environment, compare_with, without_model
@@ -130,6 +130,12 @@ class Reuse:
             # Photos that are always kept were not asked whether they are flat.
             always = plan.filter(plan["always_keep"])["row"].to_numpy()
             ledger = ledger.filter(pa.array(~np.isin(ledger["row"].to_numpy(), always)))
+        if self.fingerprint.is_outdated:
+            is_other = hashed_otherwise(ledger)
+            log.info(
+                "%s: %d photos were decoded otherwise, they are read again", self._where, pc.sum(is_other).as_py() or 0
+            )
+            ledger = ledger.filter(pc.invert(is_other))
         return ledger
 
     def pieces(self, shards: Sequence[Shard], keys: MemberKeys) -> dict[int, tuple[pa.Table, PieceReport]]:
@@ -159,7 +165,8 @@ class Reuse:
             is_unchecked = shard.md5 is None  # then it does not matter against what it was checked before
             if replace(then, number=shard.number, md5=None if is_unchecked else then.md5) != shard:
                 continue
-            rows = _with_ledger(self.folder.pieces.read(then.number)[0], ranged, self.spool)
+            rows = self.folder.pieces.read(then.number)[0]
+            rows = _with_ledger(without_outdated(rows) if self.fingerprint.is_outdated else rows, ranged, self.spool)
             if keys is not MemberKeys.SAMPLE:
                 paths = rows["path"].to_pylist()
                 key = paths if keys is MemberKeys.PATH else list(map(stem_of, paths))
@@ -201,6 +208,14 @@ class Reuse:
         differs = compare_with(then, now, "this computer or cluster now", self._where)
         if differs is not None:
             raise InputError(f"{differs}, or leave --reuse out")
+
+
+def without_outdated(rows: pa.Table) -> pa.Table:
+    """Take what was decoded by another policy out of the rows of shards and pieces, so that it is read again."""
+    is_other = hashed_otherwise(rows)
+    for name in ("width", "height", "format", "hash", "vector"):
+        rows = with_column(rows, name, pc.if_else(is_other, pa.scalar(None, rows[name].type), rows[name]))
+    return with_column(rows, "flat", pc.if_else(is_other, pa.scalar(False), rows["flat"]))
 
 
 def _with_ledger(rows: pa.Table, ledger: pa.Table, spool: VectorSpool) -> pa.Table:
@@ -364,4 +379,17 @@ def _check_settings(where: str, run: RunFolder, job: Job) -> None:
                 f"{where}: that run's {flag(name)} is {before}, this one's {now}: their hashes do not compare"
             )
     if theirs["decode"] != job.decode:
-        log.warning("%s was hashed with --decode %s: hashes may differ by a bit", where, theirs["decode"])
+        log.warning(
+            "%s was hashed with --decode %s: hashes may differ by a bit, those of transparent and of 16-bit pictures "
+            "by many",
+            where,
+            theirs["decode"],
+        )
+    if is_outdated(summary.get("decode_policy", 1), theirs["decode"]):
+        others = pc.sum(hashed_otherwise(run.parts.ledger(["hash", "format"]))).as_py()
+        if others:
+            raise InputError(
+                f"{where}: {others} photos of that run (no JPEGs) may have other hashes now, since transparency and "
+                "levels of 16 bits are hashed as they are seen. Run its command again with another --output and "
+                f"--reuse {run.path}, and give that one"
+            )

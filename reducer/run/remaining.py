@@ -12,10 +12,11 @@ import pyarrow.compute as pc
 
 from reducer.config.job import member_keys, path_rule
 from reducer.errors import InputError, ListingError
+from reducer.run.fingerprint import hashed_otherwise
 from reducer.run.folder import RunFolder
 from reducer.run.folder.files import ROW_GROUP
 from reducer.run.join import join_plan, missing_error, unread_rows, with_results, without_errors
-from reducer.run.known import Reuse, as_known, join_known
+from reducer.run.known import Reuse, as_known, join_known, without_outdated
 from reducer.run.plan.manifest import samples
 from reducer.run.plan.plan import Plan, as_unread, plan_of
 from reducer.run.tasks.given_vectors import GivenVectors
@@ -53,6 +54,8 @@ class Remaining:
         Whether the content of the folder is of this run, or of an earlier one that is still to be removed.
     vectors : VectorFiles or None
         The given vectors.
+    is_outdated : bool
+        Whether what is in the folder was decoded by another policy: photos of which that may matter are read again.
     """
 
     plan: Plan
@@ -64,6 +67,7 @@ class Remaining:
     again: frozenset[int] = frozenset()
     is_begun: bool = True
     vectors: VectorFiles | None = None
+    is_outdated: bool = False
 
     @cached_property
     def spool(self) -> VectorSpool:
@@ -131,6 +135,8 @@ class Remaining:
         """Read the rows (`SPOOLED_SCHEMA`) of all shards and pieces, of this run and reused, in their order."""
         done = self.folder.pieces.done() if self.is_begun else frozenset()
         tables = [self.folder.pieces.read_all(self.spool)] if done else [SPOOLED_SCHEMA.empty_table()]
+        if self.is_outdated:
+            tables = list(map(without_outdated, tables))
         tables += [spooled(self.reused[number][0], self.spool) for number in self.spared - done]
         rows = pa.concat_tables(tables)
         if len(tables) == 1:
@@ -185,12 +191,16 @@ class Remaining:
         vector_parts = self.folder.vectors.names() if numbers and plan.job.embed is not None else []
         for number in numbers:
             ledger, _ = self.folder.parts.read(names[number])
-            labels = pc.unique(ledger.filter(pc.equal(ledger["reason"], FAILED))["label"])
+            again = pc.equal(ledger["reason"], FAILED)
+            if self.is_outdated:
+                again = pc.or_(again, hashed_otherwise(ledger))
+            labels = pc.unique(ledger.filter(again)["label"])
             rows = partitions[number]
             rows = rows.filter(pc.is_in(rows["label"], value_set=labels))
             if plan.job.embed is not None:
                 vectors = self.folder.vectors.read(names[number], ledger.num_rows, vector_parts)
                 ledger = ledger.append_column("vector", self.spool.put(vectors))
+            ledger = ledger.filter(pc.invert(again))
             known = join_known(rows.select(TASK_SCHEMA.names), as_known(ledger), plan.job)
             rows = rows if plan.shards is not None else rows.select(TASK_SCHEMA.names)
             retried[number] = _with_known(rows, known, pc.is_valid(known["known_hash"]))

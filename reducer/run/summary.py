@@ -25,6 +25,9 @@ from reducer.storage.location import absolute
 from reducer.storage.schemas import FAILED, KEPT, KEPT_SMALL_LABEL, NOT_SAMPLED
 from reducer.storage.tables import counts
 
+#: So many photos of a label with one hash are worth a word, where they are most of the label.
+LIKE_PHOTOS = 3
+
 
 def opening(plan: Plan, spec: ClusterSpec, fingerprint: Fingerprint, started: float) -> dict[str, Any]:
     """Return the figures that are known of a run before it begins.
@@ -50,6 +53,7 @@ def opening(plan: Plan, spec: ClusterSpec, fingerprint: Fingerprint, started: fl
         "versions": fingerprint.environment.versions,
         "environment": fingerprint.environment.digest,
         "digest": fingerprint.digest,
+        "decode_policy": fingerprint.decode_policy,
         **plan_figures(plan),
     }
 
@@ -145,7 +149,7 @@ def cluster_figures(spec: ClusterSpec) -> dict[str, Any]:
 
 def outcome(plan: Plan, folder: RunFolder) -> dict[str, Any]:
     """Return the figures of the finished ledger."""
-    ledger = folder.parts.ledger(["row", "id", "label", "rank", "kept", "bytes", "reason", "error"])
+    ledger = folder.parts.ledger(["row", "id", "label", "rank", "kept", "bytes", "reason", "error", "hash"])
     with_photo = set(pc.unique(ledger.filter(ledger["kept"])["label"]).to_pylist())
     left_out = ledger.filter(pc.invert(ledger["kept"]))["bytes"]
     reasons = counts(ledger["reason"])
@@ -154,6 +158,7 @@ def outcome(plan: Plan, folder: RunFolder) -> dict[str, Any]:
         "labels_ranked": len(np.unique(plan.read_label)),
         "labels_without_photos": [name for name in plan.labels.names if name not in with_photo],
         "labels_short": _labels_short(plan.job, ledger),
+        "labels_of_one_hash": _labels_of_one_hash(ledger),
         "labels_partitioned": _labels_partitioned(plan.job, ledger),
         "always_keep_failed": _always_keep_failed(plan, ledger),
         "reasons": reasons,
@@ -179,6 +184,19 @@ def _labels_short(job: ResolvedJob, ledger: pa.Table) -> list[str]:
     labels = rows.group_by("label").aggregate([("kept", "sum"), ("not_drawn", "sum")])
     short = pc.and_(pc.less(labels["kept_sum"], job.keep), pc.greater(labels["not_drawn_sum"], 0))
     return sorted(labels.filter(short)["label"].to_pylist())
+
+
+def _labels_of_one_hash(ledger: pa.Table) -> list[str]:
+    """Find labels of which most photos that were hashed, and at least `LIKE_PHOTOS`, have the same hash."""
+    hashed = ledger.select(["label", "hash"]).filter(pc.is_valid(ledger["hash"]))
+    of_hash = pc.value_counts(hashed["hash"])
+    common = of_hash.field("values").filter(pc.greater_equal(of_hash.field("counts"), LIKE_PHOTOS))
+    like = hashed.filter(pc.is_in(hashed["hash"], value_set=common)).group_by(["label", "hash"])
+    most: dict[str, int] = {}
+    for row in like.aggregate([([], "count_all")]).to_pylist():
+        most[row["label"]] = max(row["count_all"], most.get(row["label"], 0))
+    sizes = counts(hashed["label"].filter(pc.is_in(hashed["label"], value_set=pa.array(most, pa.string()))))
+    return sorted(label for label, count in most.items() if count >= LIKE_PHOTOS and 2 * count > sizes[label])
 
 
 def _labels_partitioned(job: ResolvedJob, ledger: pa.Table) -> list[str]:

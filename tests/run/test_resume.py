@@ -274,11 +274,13 @@ def test_a_manifest_that_has_changed_is_refused_and_one_that_is_gone_is_not_need
 @pytest.mark.parametrize("package", ["pillow", "imagehash", "numpy", "reducer", "probes"])
 def test_other_versions_are_refused_by_name(half: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     now = reducer.run.tasks.environment.environment(resolve(job_on(half, half)).photo_settings)
-    probes = now.probes | ({"palette.png": "0" * 16} if package == "probes" else {})
+    probes = now.probes | ({"transparent.png": "0" * 16} if package == "probes" else {})
     other = Environment(now.versions | ({} if package == "probes" else {package: "1.2.3"}), probes)
     monkeypatch.setattr("reducer.run.tasks.serial.environment", lambda settings: other)
     title = {"pillow": "has Pillow 1.2.3", "imagehash": "imagehash 1.2.3", "numpy": "numpy 1.2.3"}.get(package)
-    title = title or {"reducer": "this is 1.2.3: install that version", "probes": "hash the probe palette.png"}[package]
+    title = (
+        title or {"reducer": "this is 1.2.3: install that version", "probes": "hash the probe transparent.png"}[package]
+    )
     with pytest.raises(InputError, match=title):
         resume(half, SERIAL, progress=False)
     assert len(parts(half)) == 2

@@ -56,8 +56,12 @@ def remarks(summary: dict[str, Any], output: str) -> list[str]:
         ("To be kept always, but failed", "always_keep_failed"),
         ("Labels left with no photo", "labels_without_photos"),
         ("Labels with fewer than --keep photos though some were not drawn (raise --candidates)", "labels_short"),
+        (
+            "Labels of which most photos have one hash (copies, or all alike to it)",
+            "labels_of_one_hash",
+        ),
     ):
-        if names := summary[name]:
+        if names := summary.get(name):
             lines.append(f"{what}: {len(names):,}: {', '.join(names[:5])}{' ...' if names[5:] else ''}")
     if "cross_label_pairs" in summary:
         lines.append(

@@ -6,7 +6,8 @@ a hash hang on a level or two, and a decoder, a colour conversion or a resampler
 - ``large.jpg`` (1056 x 1056, 4:2:0), which `fast` decodes at a fraction of its size;
 - ``large-progressive.jpg``, the same picture, of which `fastest` decodes the first scan only;
 - ``lossy.webp``, which a Pillow without WebP cannot decode;
-- ``palette.png``, with transparent and half transparent colours.
+- ``transparent.png``, a palette with transparent and half transparent colours (called ``palette.png`` before policy 2
+  of `reducer.photos.seen`, which hashes it otherwise).
 
 There are no hashes to expect: only the processes of one run are compared, with each other.
 """

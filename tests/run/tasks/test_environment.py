@@ -57,8 +57,8 @@ def test_probes_are_few_small_and_of_all_kinds() -> None:
     for image in opened.values():
         image.load()
     assert {image.format for image in opened.values()} == {"JPEG", "PNG", "WEBP"}
-    assert opened["palette.png"].mode == "P"
-    assert "transparency" in opened["palette.png"].info
+    assert opened["transparent.png"].mode == "P"
+    assert "transparency" in opened["transparent.png"].info
     assert opened["large-progressive.jpg"].info["progressive"]
     assert "progressive" not in opened["large.jpg"].info
     assert [layer[1:3] for layer in opened["large.jpg"].layer] == [(2, 2), (1, 1), (1, 1)]
@@ -169,7 +169,7 @@ def test_the_digest_is_of_what_must_be_equal() -> None:
         here(pillow="99.0.0"),
         here(imagehash="99.0"),
         here(numpy=f"{major + 1}.0.0"),
-        here({"palette.png": "0" * 16}),
+        here({"transparent.png": "0" * 16}),
     ]
     assert len({own.digest, *(other.digest for other in others)}) == 5
 
@@ -191,7 +191,7 @@ def test_alike_is_neither_error_nor_warning() -> None:
 def test_another_version_that_decides_is_an_error(package: str, title: str, advice: str) -> None:
     own = here()
     # Its hashes differ too; that is the same fault.
-    other = here({"palette.png": "0" * 16}, **{package: "99.1.2"})
+    other = here({"transparent.png": "0" * 16}, **{package: "99.1.2"})
     line = (
         f"worker A has {title} {own.versions[package]}, worker B has {title} 99.1.2: photos may not be hashed alike; "
         f"install {advice} on all"
@@ -210,7 +210,7 @@ def test_several_errors_are_told_in_one_line_to_one_that_joins() -> None:
 
 def test_another_hash_of_a_probe_is_an_error() -> None:
     own = here()
-    other = here({"palette.png": "0" * 16, "lossy.webp": "broken: OSError: no"}, libjpeg_turbo="1.0")
+    other = here({"transparent.png": "0" * 16, "lossy.webp": "broken: OSError: no"}, libjpeg_turbo="1.0")
     errors, warnings = differences({"worker A": own, "worker B": other})
     had = own.versions
     assert errors == [
@@ -236,15 +236,15 @@ def test_runs_of_older_versions_had_more_probes() -> None:
 
 def test_hashes_are_compared_among_those_of_one_version_too() -> None:
     """Who has mended the versions is not to find the next fault only then."""
-    found = differences({"A": here(), "B": here(pillow="99.0"), "C": here({"palette.png": "0" * 16}), "D": here()})
+    found = differences({"A": here(), "B": here(pillow="99.0"), "C": here({"transparent.png": "0" * 16}), "D": here()})
     assert found[1] == []
     assert len(found[0]) == 2
     assert found[0][0].startswith(f"A and 2 more have Pillow {PIL.__version__}, B has Pillow 99.0: ")
-    assert found[0][1].startswith("A and 1 more and C hash the probe palette.png differently ")
+    assert found[0][1].startswith("A and 1 more and C hash the probe transparent.png differently ")
 
 
 def test_long_hashes_are_shown_in_part() -> None:
-    told = compare_with(here({"palette.png": "a" * 300}), here({"palette.png": "b" * 300}), "worker B")
+    told = compare_with(here({"transparent.png": "a" * 300}), here({"transparent.png": "b" * 300}), "worker B")
     assert told is not None
     assert f"({'a' * 32}…{'a' * 32}, {'b' * 32}…{'b' * 32})" in told
 
@@ -271,7 +271,7 @@ def test_other_versions_are_warnings() -> None:
 def test_messages_on_hundreds_of_workers_stay_short() -> None:
     workers = {
         f"worker tcp://10.0.{i // 250}.{i % 250}:40000": here(
-            {"palette.png": f"{i % 7:016x}"}, pillow=f"9{i % 11}.0.0", python=f"3.{i % 30}.0"
+            {"transparent.png": f"{i % 7:016x}"}, pillow=f"9{i % 11}.0.0", python=f"3.{i % 30}.0"
         )
         for i in range(1000)
     }
