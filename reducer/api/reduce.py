@@ -20,6 +20,7 @@ from reducer.run.dask.connect import refuse_import_of_main
 from reducer.run.execute import recording_stop
 from reducer.run.folder import RunFolder
 from reducer.run.prepare import Inputs, Prepared, read_inputs, start_workers
+from reducer.run.presence import looks_elsewhere
 from reducer.run.remaining import Remaining
 from reducer.run.summary import check_storage_options
 from reducer.storage.schemas import FAILED
@@ -80,7 +81,7 @@ def _prepare(
     inputs: Inputs, folder: RunFolder, spec: ClusterSpec, counters: Counters, open_cluster: ExitStack
 ) -> Prepared:
     plan = inputs.plan
-    needed = bool(plan.is_read.any()) or plan.shards is not None
+    needed = bool(plan.is_read.any()) or plan.shards is not None or looks_elsewhere(plan, spec)
     pool = start_workers(plan.job, spec, counters, open_cluster, needed=needed)
     remaining = Remaining(
         plan.numbered(pool.threads),
@@ -147,17 +148,19 @@ def finish(folder: RunFolder, job: ResolvedJob, counters: Counters) -> Result:
         If more than ``job.max_failures`` of the photos have failed.
     """
     total, summary = counters.total, folder.read_summary()
-    failed = summary["reasons"].get(FAILED, 0)
-    tried = total.tried
-    if "shards" in summary and failed > total.failed:  # photos of labels that are kept whole were looked for too
-        failed, tried = max(
-            ((failed, summary["photos"]), (total.failed, tried)), key=lambda pair: pair[0] / max(1, pair[1])
-        )
+    failed, looked_for = summary["reasons"].get(FAILED, 0), summary.get("photos_looked_for", 0)
+    # Photos that are kept without being read are tried too, and do not hide that those which are read fail.
+    shares = [(total.failed, total.tried, "read")]
+    if "shards" in summary and failed > total.failed:
+        shares.append((failed, summary["photos"], "read"))
+    elif looked_for:
+        shares.append((failed, total.tried + looked_for, "read or looked for"))
+    failed, tried, how = max(shares, key=lambda share: (share[0] / max(1, share[1]), share[0]))
     if failed > job.max_failures * tried:
         ledger = folder.parts.ledger(["path", "error", "reason"])
         first = ledger.filter(pc.equal(ledger["reason"], FAILED)).slice(0, 1).to_pylist()[0]
         raise TooManyFailuresError(
-            f"{failed} of {tried} photos read have failed, over --max-failures {job.max_failures:g}. "
+            f"{failed} of {tried} photos {how} have failed, over --max-failures {job.max_failures:g}. "
             f"Everything is written to {job.output}; the column error of images/ says why. The first: "
             f"{first['path']}: {first['error']}"
         )

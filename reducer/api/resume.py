@@ -22,11 +22,13 @@ from reducer.run.dask.connect import refuse_import_of_main
 from reducer.run.execute import recording_stop
 from reducer.run.fingerprint import Fingerprint, hashed_otherwise
 from reducer.run.folder import REPORT, RunFolder
+from reducer.run.folder.parts import UNREAD
 from reducer.run.known import Reuse, without_outdated
 from reducer.run.plan.listing import check_images
 from reducer.run.plan.plan import Plan
 from reducer.run.plan.shards import find_shards
 from reducer.run.prepare import Prepared, check_vectors, plan_terms, start_workers
+from reducer.run.presence import is_looked_for, looks_elsewhere
 from reducer.run.remaining import Remaining
 from reducer.run.summary import check_storage_options, cluster_figures, job_figures, job_of, plan_figures
 from reducer.run.tasks.messages import PieceReport
@@ -50,6 +52,7 @@ def resume(
     output_storage_options: Mapping[str, Any] | None = None,
     reader: str | None = None,
     read_ahead: int | None = None,
+    check: bool | None = None,
     max_failures: float | None = None,
     report: bool | None = None,
     progress: bool = True,
@@ -67,7 +70,7 @@ def resume(
         labels anew.
     break_lock
         As for `Job`.
-    reader, read_ahead, max_failures, report
+    reader, read_ahead, check, max_failures, report
         As for `Job`; None leaves the value that the run began with.
     storage_options, manifest_storage_options, output_storage_options
         As for `Job`: a run folder does not keep them.
@@ -96,6 +99,7 @@ def resume(
         "output_storage_options": output_storage_options,
         "reader": reader,
         "read_ahead": read_ahead,
+        "check": check,
         "max_failures": max_failures,
         "report": report,
     }
@@ -217,7 +221,12 @@ def _read(
         check_storage_options(summary, job)
         plan, again = _compare_shards(plan, reports, retry=retry_failed, ranges=grows)
     needed = needed or bool(again)
-    is_done = not needed and is_whole and summary["status"] == "done"
+    looks_again = (
+        retry_failed
+        and plan.shards is None
+        and any(tally.failed for name, (_, tally) in footers.items() if name.startswith(UNREAD))
+    )
+    is_done = not needed and not looks_again and is_whole and summary["status"] == "done"
     return _StoppedRun(
         folder, summary, plan, fingerprint, avoid, counters, grows, failed, again, needed=needed, is_done=is_done
     )
@@ -231,11 +240,13 @@ def _prepare(stopped: _StoppedRun, spec: ClusterSpec, open_cluster: ExitStack) -
         check_storage_options(summary, plan.job)
         if plan.shards is None:
             check_images(plan.job)
+    elif is_looked_for(plan).any():
+        check_storage_options(summary, plan.job)
     plan = replace(plan, job=plan.job.with_model())
     if stopped.needed:
         reuse = None if plan.job.reuse is None else _reuse_again(plan.job)
         vectors = check_vectors(plan.job)
-    pool = start_workers(plan.job, spec, counters, open_cluster, needed=stopped.needed)
+    pool = start_workers(plan.job, spec, counters, open_cluster, needed=stopped.needed or looks_elsewhere(plan, spec))
     if stopped.grows:
         plan = plan.with_all_ranked(pool.threads)
     counters.pieced = plan.pieced if plan.is_listed else None

@@ -198,10 +198,15 @@ def main() -> None:
 @click.option("--partition-images", type=int, metavar="N", help="Photos per partition.  [default: 500 to 2000]")
 @click.option("--max-pixels", default=200_000_000, show_default=True, help="Photos that declare more pixels fail.")
 @click.option(
+    "--check/--no-check",
+    default=True,
+    help="Look whether photos that are kept unread are there: a request each, or listings, where IMAGES is a URL.",
+)
+@click.option(
     "--max-failures",
     default=0.1,
     show_default=True,
-    help="Exit 3 when more than this share of the photos read have failed.",
+    help="Exit 3 when more than this share of the photos read or looked for have failed.",
 )
 @click.option(
     "--format",
@@ -363,6 +368,7 @@ def embed(
 @run_storage_options
 @click.option("--reader", type=click.Choice(READER_NAMES), help="As for `reducer run`.  [default: that of the run]")
 @click.option("--read-ahead", type=int, help="As for `reducer run`.  [default: that of the run]")
+@click.option("--check/--no-check", default=None, help="As for `reducer run`.  [default: that of the run]")
 @click.option("--max-failures", type=float, help="As for `reducer run`.  [default: that of the run]")
 @click.option("--report/--no-report", default=None, help="As for `reducer run`.  [default: that of the run]")
 @click.option("--break-lock", is_flag=True, help="Take RUN from a run that seems to be at work on it.")

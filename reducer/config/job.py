@@ -141,8 +141,11 @@ class Job:
         its ``.cls``.
     max_pixels : int
         Photos that declare more pixels fail.
+    check : bool
+        Whether photos that are kept without being read are looked for (a stat each, or a listing): those that are not
+        there, and empty files, fail. Photos in shards always are.
     max_failures : float
-        Share of the photos read that may fail, 0 to 1.
+        Share of the photos read or looked for that may fail, 0 to 1.
     format : {"csv", "parquet", "both"}
         Reduced lists to write.
     report : bool
@@ -207,6 +210,7 @@ class Job:
     md5_warn: bool = False
     label_field: str | None = None
     max_pixels: int = 200_000_000
+    check: bool = True
     max_failures: float = 0.1
     format: str = "both"
     report: bool = True

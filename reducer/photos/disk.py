@@ -32,6 +32,22 @@ def too_large(size: int, max_pixels: int) -> PhotoError | None:
     return PhotoError("too large", f"{size} bytes, over what --max-pixels {max_pixels} can need")
 
 
+def check_file(path: str) -> os.stat_result:
+    """Return the state of a local file.
+
+    Raises
+    ------
+    PhotoError
+        When it is missing, no regular file, or its folder cannot be used.
+    """
+    with _disk_failures():
+        status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a directory" if stat.S_ISDIR(status.st_mode) else "no regular file"
+        raise PhotoError("not a file", f"the path is {kind}")
+    return status
+
+
 def read_photo(ref: PhotoRef, *, max_pixels: int) -> PhotoFile:
     """Read one local photo whole.
 
@@ -48,12 +64,9 @@ def read_photo(ref: PhotoRef, *, max_pixels: int) -> PhotoFile:
         When the file is missing, no regular file, or cannot be read.
     """
     path = file_of(ref)
+    # Before the file is opened: opening a named pipe would wait for ever.
+    status = check_file(path)
     with _disk_failures():
-        # Before the file is opened: opening a named pipe would wait for ever.
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            kind = "a directory" if stat.S_ISDIR(status.st_mode) else "no regular file"
-            raise PhotoError("not a file", f"the path is {kind}")
         size = status.st_size if isinstance(ref, str) else ref.bytes
         if error := too_large(size, max_pixels):
             raise error

@@ -49,6 +49,8 @@ HASHES = {
 }
 #: Kind of the failure of a photo that takes more memory than there is.
 OUT_OF_MEMORY = "out of memory"
+#: Failure of a file without a byte.
+EMPTY = ("empty", "the file has 0 bytes")
 #: `fast` never decodes a JPEG to fewer pixels than this many times the grid, in each direction.
 DRAFT_FLOOR = 16
 JPEG_FORMATS = ("JPEG", "MPO")
@@ -308,7 +310,7 @@ def opened_photo(
         For anything that Pillow or the limit refuses, `MemoryError` included.
     """
     if not content:
-        raise PhotoError("empty", "the file has 0 bytes")
+        raise PhotoError(*EMPTY)
     with _photo_failures(max_pixels), Image.open(io.BytesIO(content), formats=readable_formats()) as image:
         width, height = image.size
         for columns, rows in ((width, height), _tile_size(image)):

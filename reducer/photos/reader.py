@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Sequence
 from concurrent.futures import Future
 from functools import lru_cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from reducer.config.settings import Source
 from reducer.photos.disk import changed, disk_blocks, read_photo, state_on_disk, too_large
@@ -161,8 +161,8 @@ def _read_ahead(
             if not is_url(file_of(ref)):
                 return await asyncio.to_thread(read_photo, ref, max_pixels=max_pixels)
             if enough is not None and isinstance(ref, str) and Location(ref).on_s3:
-                return await _persistently(lambda: starts.fetch(ref, source, room, enough))
-            file = await _persistently(lambda: fetch(ref, source, room))
+                return await persistently(lambda: starts.fetch(ref, source, room, enough))
+            file = await persistently(lambda: fetch(ref, source, room))
             if isinstance(ref, ByteRange) and ref.etag is not None and file.etag not in (None, ref.etag):
                 raise changed(ref.path)
             return file
@@ -310,13 +310,13 @@ def states_of(paths: Sequence[str], source: Source) -> list[FileState | None]:
                 if not is_url(path):
                     return await asyncio.to_thread(state_on_disk, path)
                 try:
-                    return await _persistently(lambda: state_of(path, source))
+                    return await persistently(lambda: state_of(path, source))
                 except PhotoError:
                     return None
 
         return await asyncio.gather(*map(ask, paths))
 
-    return asyncio.run_coroutine_threadsafe(ask_all(), _shared().loop).result()
+    return in_reading_loop(ask_all())
 
 
 def copy_in_store(
@@ -351,7 +351,7 @@ def copy_in_store(
             nonlocal can
             async with gate:
                 try:
-                    return await _persistently(lambda: copy_object(path, target, state, source)) if can else None
+                    return await persistently(lambda: copy_object(path, target, state, source)) if can else None
                 except PhotoError as error:
                     return error
                 except CannotCopy:
@@ -360,10 +360,15 @@ def copy_in_store(
 
         return await asyncio.gather(*map(copy, paths, targets, states))
 
-    return asyncio.run_coroutine_threadsafe(copy_all(), _shared().loop).result()
+    return in_reading_loop(copy_all())
 
 
-async def _persistently(request: Callable[[], Awaitable[T]]) -> T:
+def in_reading_loop(work: Coroutine[Any, Any, T]) -> T:
+    """Wait for a coroutine, in the event loop that all reading shares."""
+    return asyncio.run_coroutine_threadsafe(work, _shared().loop).result()
+
+
+async def persistently(request: Callable[[], Awaitable[T]]) -> T:
     """Make a request with retries; the photo fails when they end."""
     try:
         return await with_async_retries(request)

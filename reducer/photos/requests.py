@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 FIRST_BYTES = 2**15
 #: HTTP status of an answer to a request for bytes behind the end of an object.
 NO_SUCH_PART = 416
+#: Failure of a photo whose object is not in its store.
+NO_OBJECT = ("missing", "no such object")
 
 #: Waits until there is room for a number of bytes of a photo; room that was taken for it before is given back.
 Room = Callable[[int], Awaitable[None]]
@@ -79,6 +81,25 @@ class FileState:
         """Tell whether the file is unchanged: equal size, and equal etag of an object, or else time of change."""
         same = self.mtime_ns == before.mtime_ns if before.etag is None else self.etag == before.etag
         return same and self.bytes == before.bytes
+
+
+@dataclass(frozen=True)
+class ObjectPage:
+    """A page of a listing of S3.
+
+    Attributes
+    ----------
+    root : str
+        URL of the bucket.
+    sizes : dict of str to int
+        Bytes of the objects by their URLs.
+    last : str or None
+        URL of the last of them; None where no more follow.
+    """
+
+    root: str
+    sizes: dict[str, int]
+    last: str | None
 
 
 class NoSuchPart(PhotoError):
@@ -142,6 +163,15 @@ class _FsspecClient:
     async def head(self, location: Location) -> FileState | None:
         return None
 
+    async def size(self, location: Location) -> int | None:
+        """Return the bytes of a file, where the server tells them."""
+        system, path = self.open(location)
+        info = await system._info(path) if system.async_impl else await asyncio.to_thread(system.info, path)
+        if info["type"] == "directory":
+            raise PhotoError("not a file", "the path is a directory")
+        size: int | None = info["size"]
+        return size
+
     def translated(self, error: Exception, location: Location) -> Exception:
         return error
 
@@ -179,6 +209,15 @@ class _S3fsClient(_FsspecClient):
     async def head(self, location: Location) -> FileState:
         client, request = await self._client(location)
         return self._state(await client.head_object(**request))
+
+    async def page(self, location: Location) -> ObjectPage:
+        """List a page of objects from one on, in the order of their keys, which is that of their URLs."""
+        client, request = await self._client(location)
+        root = location.path.removesuffix(request["Key"])
+        # Behind the key without its end, since what is named comes not with the answer itself.
+        answer = await client.list_objects_v2(Bucket=request["Bucket"], StartAfter=request["Key"][:-1])
+        sizes = {root + found["Key"]: found["Size"] for found in answer.get("Contents", ())}
+        return ObjectPage(root, sizes, max(sizes) if answer["IsTruncated"] and sizes else None)
 
     async def copy(self, location: Location, target: Location, etag: str | None) -> None:
         """Let the store copy an object, if it still has the etag: none of its bytes comes here."""
@@ -269,7 +308,7 @@ def _client_of(location: Location, reader: str) -> Iterator[StoreClient]:
         if isinstance(error, PhotoError | Transient):
             raise error from None
         if isinstance(error, FileNotFoundError):
-            raise PhotoError("missing", "no such object") from None
+            raise PhotoError(*NO_OBJECT) from None
         if isinstance(error, MemoryError):
             raise PhotoError(OUT_OF_MEMORY, "reading it takes more than there is") from None
         if is_access_refused(error):
@@ -337,6 +376,24 @@ async def state_of(path: str, source: Source) -> FileState | None:
     location = Location(path, source.options)
     with _client_of(location, source.reader) as client:
         return await client.head(location)
+
+
+async def size_of(path: str, source: Source) -> int | None:
+    """Make one attempt to ask a server for the bytes of a file; None where it does not tell."""
+    location = Location(path, source.options)
+    with _client_of(location, source.reader) as client:
+        if isinstance(client, _FsspecClient) and not location.on_s3:
+            return await client.size(location)
+        state = await client.head(location)
+        return None if state is None else state.bytes
+
+
+async def page_from(path: str, source: Source) -> ObjectPage:
+    """Make one attempt to list a page of objects of S3, from one on; s3fs's client does it for every reader."""
+    location = Location(path, source.options)
+    with _client_of(location, "s3fs") as client:
+        assert isinstance(client, _S3fsClient)
+        return await client.page(location)
 
 
 async def copy_object(path: str, target: Location, state: FileState, source: Source) -> int:

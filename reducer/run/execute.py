@@ -9,6 +9,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pyarrow as pa
+
 from reducer.errors import BudgetError, ListingError, LostLockError, ReducerError, TooManyFailuresError
 from reducer.photos.seen import DECODE_POLICY
 from reducer.run.apply_rules import apply_filters
@@ -18,12 +20,14 @@ from reducer.run.dask.workers import Workers
 from reducer.run.folder import RunFolder
 from reducer.run.monitor import Monitor
 from reducer.run.plan.plan import Plan
+from reducer.run.presence import find_absent
 from reducer.run.remaining import Remaining
 from reducer.run.summary import outcome, plan_figures, shard_figures
 from reducer.run.tasks.serial import InProcess
 from reducer.run.tasks.tasks import PartitionTasks, ShardTasks
 from reducer.run.write_results import write_partitions, write_pieces
 from reducer.selection.cross_label import cross_label_table
+from reducer.storage.schemas import FAILED
 from reducer.storage.tables import EXAMPLES
 
 log = logging.getLogger("reducer")
@@ -84,11 +88,14 @@ class Run:
         self._write_reused_shards()
         with counters.timing("hash"):
             executor = self._hash_and_rank(executor)
+        left_out = executor.left_out if isinstance(executor, Dispatch) else ()
+        with counters.timing("look"):
+            absent = find_absent(self.plan, self.workers, left_out, progress=counters.progress)
         if not self.plan.job.report:  # the rest needs no workers
             with counters.timing("cluster_close"):
                 open_cluster.close()
         with counters.timing("write"):
-            figures = self._write_lists()
+            figures = self._write_lists(absent)
         if self.plan.job.cross_label:
             with counters.timing("cross_label"):
                 figures["cross_label_pairs"] = self._write_cross_label()
@@ -97,8 +104,14 @@ class Run:
             self.folder.plan.write(self.plan.rows, self.terms | {"fingerprint": fingerprint})
             self.summary["decode_policy"] = DECODE_POLICY
         counters.timings["total_seconds"] = time.time() - counters.started
-        self.folder.write_summary(self.summary | figures | counters.figures() | {"status": "done"})
-        return executor.left_out if isinstance(executor, Dispatch) else ()
+        self.folder.write_summary(
+            self.summary
+            | figures
+            | counters.figures()
+            | {"status": "done"}
+            | {"photos_failed": figures["reasons"].get(FAILED, 0)}
+        )
+        return left_out
 
     def run_hash_stage(self, executor: InProcess | Dispatch) -> None:
         """Hash shards and pieces, and write what is found in each as it comes."""
@@ -137,11 +150,11 @@ class Run:
         tasks: PartitionTasks = self.remaining.partitions()
         return self.workers.take(tasks, before) if tasks.rows else InProcess(tasks)
 
-    def _write_lists(self) -> dict[str, Any]:
+    def _write_lists(self, absent: pa.Table) -> dict[str, Any]:
         """Complete the ledger, apply filters and budget, write the reduced list; return figures of all photos."""
         plan, folder, counters = self.plan, self.folder, self.counters
         job = plan.job
-        folder.parts.write_unread(self.remaining.unread(), counters.unit)
+        folder.parts.write_unread(self.remaining.unread(absent), counters.unit)
         if job.has_filters:
             tallies, self.summary["effective_distance_reached"] = apply_filters(folder, plan)
             counters.done = {index: tallies[name] for index, name in folder.parts.done().items()}

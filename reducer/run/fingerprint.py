@@ -33,6 +33,7 @@ INDIFFERENT = (
     "rank_all",
     "partition_images",
     "md5",  # in the shards
+    "check",
     "max_failures",
     "format",
     "report",

@@ -125,11 +125,24 @@ def unread_rows(plan: Plan, joined: pa.Table, missing: str) -> pa.Table:
     rows = as_unread(plan.unread)
     known = joined.filter(pa.array(~plan.is_read))
     error = pc.if_else(pc.is_null(known["key"]), pa.scalar(missing, pa.string()), known["error"])
+    columns = {name: known[name] for name in (*SHARD_POSITION_SCHEMA.names, "bytes", "mtime", "etag")}
+    columns |= {"path": pc.coalesce(known["path"], rows["path"])}
+    return with_failures(as_ledger(rows, pa.table(columns)), error)
+
+
+def with_failures(rows: pa.Table, error: pa.Array | pa.ChunkedArray) -> pa.Table:
+    """Return rows of the ledger of photos that are not read, of which some have failed.
+
+    Parameters
+    ----------
+    rows : pyarrow.Table
+        `LEDGER_SCHEMA`.
+    error : pyarrow.Array of string, shape (rows,)
+        Failures; null for photos that are there.
+    """
     failed = pc.is_valid(error)
     no_text = pa.scalar(None, pa.string())
-    columns = {name: known[name] for name in (*SHARD_POSITION_SCHEMA.names, "bytes", "mtime", "etag")}
-    columns |= {
-        "path": pc.coalesce(known["path"], rows["path"]),
+    columns = {
         "kept": pc.and_(rows["kept"], pc.invert(failed)),
         "nearest_kept": pc.if_else(failed, no_text, rows["nearest_kept"]),
         "reason": pc.if_else(failed, FAILED, rows["reason"]),

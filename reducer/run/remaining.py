@@ -15,7 +15,7 @@ from reducer.errors import InputError, ListingError
 from reducer.run.fingerprint import hashed_otherwise
 from reducer.run.folder import RunFolder
 from reducer.run.folder.files import ROW_GROUP
-from reducer.run.join import join_plan, missing_error, unread_rows, with_results, without_errors
+from reducer.run.join import join_plan, missing_error, unread_rows, with_failures, with_results, without_errors
 from reducer.run.known import Reuse, as_known, join_known, without_outdated
 from reducer.run.plan.manifest import samples
 from reducer.run.plan.plan import Plan, as_unread, plan_of
@@ -228,13 +228,24 @@ class Remaining:
         """Error of photos that no shard holds."""
         return missing_error(self.folder.pieces.reports() if self.is_begun else {})
 
-    def unread(self) -> Iterator[pa.Table]:
-        """Yield `LEDGER_SCHEMA` rows of the photos that are not read, those of one part file at a time."""
+    def unread(self, absent: pa.Table) -> Iterator[pa.Table]:
+        """Yield `LEDGER_SCHEMA` rows of the photos that are not read, those of one part file at a time.
+
+        Parameters
+        ----------
+        absent : pyarrow.Table
+            ``row`` and ``error`` of single files that are not there.
+        """
         plan, in_shards = self.plan, self.plan.shards is not None
         rows = unread_rows(plan, self._joined, self.missing) if in_shards else plan.unread
         for start in range(0, rows.num_rows, ROW_GROUP):
             part = rows.slice(start, ROW_GROUP)
-            yield part if in_shards else as_unread(with_paths(path_rule(plan.job), part))
+            if not in_shards:
+                part = as_unread(with_paths(path_rule(plan.job), part))
+                if absent.num_rows:
+                    error = absent["error"].take(pc.index_in(part["row"], value_set=absent["row"].combine_chunks()))
+                    part = with_failures(part, error)
+            yield part
 
 
 def _with_known(rows: pa.Table, known: pa.Table, where: pa.ChunkedArray) -> pa.Table:

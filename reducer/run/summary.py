@@ -155,6 +155,7 @@ def outcome(plan: Plan, folder: RunFolder) -> dict[str, Any]:
     reasons = counts(ledger["reason"])
     return {
         "photos_kept": reasons.get(KEPT, 0) + reasons.get(KEPT_SMALL_LABEL, 0),
+        "photos_looked_for": int(plan.small.sum()) if plan.checks_unread else 0,
         "labels_ranked": len(np.unique(plan.read_label)),
         "labels_without_photos": [name for name in plan.labels.names if name not in with_photo],
         "labels_short": _labels_short(plan.job, ledger),

@@ -89,6 +89,8 @@ def command_of(job: Mapping[str, Any]) -> list[str]:
             continue
         if value is True:
             parts.append([flag(field.name)])
+        elif value is False:
+            parts.append([flag(field.name).replace("--", "--no-", 1)])
         else:
             several = isinstance(value, list | tuple)
             shown = format_labels(value) if several else "all" if value is None else str(value)

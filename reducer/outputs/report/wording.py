@@ -20,6 +20,10 @@ def remarks(summary: dict[str, Any], output: str) -> list[str]:
     lines = []
     if summary["photos_reused"]:
         lines.append(f"Not read again, since they are as they were: {summary['photos_reused']:,} photos")
+    unread = summary["reasons"].get("kept-small-label", 0)
+    if unread and summary.get("photos_looked_for") == 0:
+        why = "ranked by vectors, no photo is read" if summary["job"]["check"] else "--no-check"
+        lines.append(f"Kept unread, and not looked for ({why}): {unread:,} photos")
     left_out = {
         "min-distance": "too near to others (--min-distance)",
         "budget": "beyond the budget",

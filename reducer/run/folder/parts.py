@@ -13,7 +13,7 @@ import pyarrow.dataset
 from reducer.run.folder.files import IMAGES, READ_AT_A_TIME, RunFiles, note_of, part_name, part_number
 from reducer.run.folder.vectors import VectorParts
 from reducer.run.tasks.messages import Tally
-from reducer.storage.schemas import LEDGER_SCHEMA, with_distance_unit
+from reducer.storage.schemas import FAILED, LEDGER_SCHEMA, with_distance_unit
 
 #: Beginning of the names of the part files of photos that are not read; they are made anew from the plan.
 UNREAD = "part-unread-"
@@ -69,7 +69,8 @@ class LedgerParts:
     def write_unread(self, ledgers: Iterable[pa.Table], unit: str) -> None:
         """Write the ledger rows of the photos that are not read, each table to a part file of its own."""
         for number, ledger in enumerate(ledgers):
-            self.replace(f"{UNREAD}{number:05d}.parquet", ledger, Tally(), unit)
+            failed = pc.sum(pc.equal(ledger["reason"], FAILED)).as_py()
+            self.replace(f"{UNREAD}{number:05d}.parquet", ledger, Tally(failed=failed or 0), unit)
 
     def replace(
         self,

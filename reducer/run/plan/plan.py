@@ -75,6 +75,11 @@ class Plan:
         mask: NDArray[np.bool_] = pc.fill_null(pc.equal(self.rows["reason"], KEPT_SMALL_LABEL), False).to_numpy()
         return mask
 
+    @property
+    def checks_unread(self) -> bool:
+        """True if it is looked whether photos that are kept unread are there; shards tell it in any case."""
+        return self.shards is not None or (self.job.check and self.job.hashes_photos)
+
     @cached_property
     def read(self) -> pa.Table:
         """`TASK_SCHEMA` rows to read."""
