@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from reducer.api.embed import EmbedResult, embed
     from reducer.api.explain import Story, explain
     from reducer.api.reduce import reduce_images
-    from reducer.api.result import Result
+    from reducer.api.result import Result, open_run
     from reducer.api.resume import resume
     from reducer.api.status import Status, status
     from reducer.outputs.export.export import ExportResult, export
@@ -33,6 +33,7 @@ _LATER = {
     "embed": "api.embed",
     "explain": "api.explain",
     "export": "outputs.export.export",
+    "open_run": "api.result",
     "reduce_images": "api.reduce",
     "resume": "api.resume",
     "status": "api.status",
@@ -59,6 +60,7 @@ __all__ = [
     "embed",
     "explain",
     "export",
+    "open_run",
     "reduce_images",
     "resume",
     "status",

@@ -1,38 +1,46 @@
-"""A new run, from its plan to its results."""
+"""`reduce_images`: a new run, or the run that RUN holds already when the same is asked for again."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
-from contextlib import ExitStack
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
+from reducer.api.new_run import begin
 from reducer.api.result import Result
+from reducer.api.resume import resume_run
+from reducer.config.checks import flag
 from reducer.config.cluster import ClusterSpec
 from reducer.config.job import Job
 from reducer.config.resolved import ResolvedJob, resolve
-from reducer.errors import LostLockError, TooManyFailuresError
-from reducer.run.counters import Counters
+from reducer.errors import InputError
 from reducer.run.dask.connect import refuse_import_of_main
-from reducer.run.execute import recording_stop
+from reducer.run.fingerprint import avoid_digest, settings_of
 from reducer.run.folder import RunFolder
-from reducer.run.prepare import Inputs, Prepared, read_inputs, start_workers
-from reducer.run.presence import looks_elsewhere
-from reducer.run.remaining import Remaining
-from reducer.run.summary import check_storage_options
+from reducer.run.known import read_avoided
+from reducer.run.plan.plan import Plan, make_plan
 from reducer.storage.schemas import FAILED
 
-if TYPE_CHECKING:
-    from reducer.run.dask.connect import Client
-
 log = logging.getLogger("reducer")
+
+#: Settings by which `reducer cut` chooses anew from the ranks of a run.
+CUT_SETTINGS = ("keep", "min_distance", "total", "max_bytes", "min_per_label")
+#: Settings that decide neither hash nor rank, but which files a run writes.
+FILE_SETTINGS = ("format", "cross_label")
+#: Fields of a job that may differ when it goes on, and hold from then on.
+CHANGEABLE = ("reader", "read_ahead", "check", "max_failures", "report", "break_lock")
+STORAGE = ("storage_options", "manifest_storage_options", "output_storage_options")
 
 
 def reduce_images(job: Job, cluster: ClusterSpec | None = None, *, progress: bool = True) -> Result:
     """Rank the photos of every label and keep the first K.
+
+    Where ``job.output`` holds this very run already, unfinished, it goes on, as `resume` does; finished, its results
+    are returned. An unfinished run that has hashed nothing yet, and one of which all photos have failed, is replaced.
 
     Parameters
     ----------
@@ -51,7 +59,7 @@ def reduce_images(job: Job, cluster: ClusterSpec | None = None, *, progress: boo
     Raises
     ------
     InputError
-        If anything is found wrong before the first photo is hashed.
+        If anything is found wrong before the first photo is hashed, or ``job.output`` holds another run.
     TooManyFailuresError
         If more than ``job.max_failures`` of the photos have failed (everything is written), or the first 200 have all
         failed (the run is given up).
@@ -65,103 +73,139 @@ def reduce_images(job: Job, cluster: ClusterSpec | None = None, *, progress: boo
     >>> result.reduced  # doctest: +SKIP
     """
     refuse_import_of_main()
-    resolved = resolve(job)
-    counters = Counters(resolved.hash_size**2, resolved.settings_without_model.unit, progress)
+    resolved, spec = resolve(job), cluster or ClusterSpec()
     folder = RunFolder(resolved.output_location)
-    folder.check_free(overwrite=job.overwrite, break_lock=job.break_lock)
-    with counters.timing("plan"):
-        inputs = read_inputs(resolved)
-    with ExitStack() as open_cluster:
-        prepared = _prepare(inputs, folder, cluster or ClusterSpec(), counters, open_cluster)
-        _execute(prepared, resolved)
-    return finish(folder, resolved, counters)
+    if not job.overwrite:
+        folder.check_free(overwrite=True, break_lock=job.break_lock)
+        if folder.is_run():
+            summary = folder.summary()
+            if _is_worth_keeping(folder, summary):
+                return _go_on(resolved, folder, summary, spec, progress)
+            resolved = replace(resolved, overwrite=True)
+    return begin(resolved, spec, progress=progress)
 
 
-def _prepare(
-    inputs: Inputs, folder: RunFolder, spec: ClusterSpec, counters: Counters, open_cluster: ExitStack
-) -> Prepared:
-    plan = inputs.plan
-    needed = bool(plan.is_read.any()) or plan.shards is not None or looks_elsewhere(plan, spec)
-    pool = start_workers(plan.job, spec, counters, open_cluster, needed=needed)
-    remaining = Remaining(
-        plan.numbered(pool.threads),
-        folder,
-        pool.threads,
-        inputs.avoid,
-        inputs.reuse,
-        is_begun=False,
-        vectors=inputs.vectors,
-    )
-    return Prepared.new(remaining, counters, pool, pool.workers.take(remaining.first()))
+def _is_worth_keeping(folder: RunFolder, summary: Mapping[str, Any]) -> bool:
+    """Tell whether a run has hashed, ranked or kept any photo."""
+    if summary["status"] == "done" and summary["reasons"].keys() - {FAILED}:
+        return True
+    tallies = [tally for _, tally in folder.parts.footers().values()]
+    tallies += [report.tally for report in folder.pieces.reports().values()]
+    return any(tally.tried > tally.failed for tally in tallies)
 
 
-def _execute(prepared: Prepared, job: ResolvedJob) -> None:
-    folder = prepared.folder
-    folder.make()
-    with folder.locked(break_lock=job.break_lock):
-        folder.check_free(overwrite=job.overwrite, break_lock=True)  # another run may have come and gone meanwhile
-        folder.start(prepared.summary)
-        with recording_stop(folder, prepared.summary, prepared.counters):
-            prepared.write_plan()
-            left_out = prepared.execute()
-        draw_report_of(folder, job, prepared.counters, prepared.pool.client, left_out)
-
-
-def draw_report_of(
-    folder: RunFolder, job: ResolvedJob, counters: Counters, client: Client | None = None, avoid: Collection[str] = ()
-) -> None:
-    """Draw the report of a run that is done, if the job asks for it; an error in it does not undo the run.
-
-    Parameters
-    ----------
-    folder : RunFolder
-        The run folder, locked by this process.
-    job : ResolvedJob
-        The job, with the storage options that open its photos.
-    counters : Counters
-        Tells whether to show a progress bar.
-    client : distributed.Client, optional
-        Client of the cluster on which photos are read; None for this process.
-    avoid : collection of str
-        Addresses of workers that read none.
-    """
-    if not job.report:
-        return
-    try:
-        from reducer.outputs.report.page import draw_report  # which imports matplotlib
-
-        check_storage_options(folder.summary(), job)
-        draw_report(folder, job, client=client, avoid=avoid, progress=counters.progress)
-    except LostLockError:
-        raise
-    except Exception as error:
-        log.debug("the report", exc_info=True)
-        log.warning("the report was not drawn: %s. To try again: reducer report %s", error, folder.path)
-
-
-def finish(folder: RunFolder, job: ResolvedJob, counters: Counters) -> Result:
-    """Return the results of a run that is done.
+def _go_on(
+    job: ResolvedJob,
+    folder: RunFolder,
+    summary: Mapping[str, Any],
+    spec: ClusterSpec,
+    progress: bool,
+) -> Result:
+    """Go on with a run, or return its results, where the job is the one that it was begun with.
 
     Raises
     ------
-    TooManyFailuresError
-        If more than ``job.max_failures`` of the photos have failed.
+    InputError
+        If the job is another one, or its photos are others by now.
     """
-    total, summary = counters.total, folder.read_summary()
-    failed, looked_for = summary["reasons"].get(FAILED, 0), summary.get("photos_looked_for", 0)
-    # Photos that are kept without being read are tried too, and do not hide that those which are read fail.
-    shares = [(total.failed, total.tried, "read")]
-    if "shards" in summary and failed > total.failed:
-        shares.append((failed, summary["photos"], "read"))
-    elif looked_for:
-        shares.append((failed, total.tried + looked_for, "read or looked for"))
-    failed, tried, how = max(shares, key=lambda share: (share[0] / max(1, share[1]), share[0]))
-    if failed > job.max_failures * tried:
-        ledger = folder.parts.ledger(["path", "error", "reason"])
-        first = ledger.filter(pc.equal(ledger["reason"], FAILED)).slice(0, 1).to_pylist()[0]
-        raise TooManyFailuresError(
-            f"{failed} of {tried} photos {how} have failed, over --max-failures {job.max_failures:g}. "
-            f"Everything is written to {job.output}; the column error of images/ says why. The first: "
-            f"{first['path']}: {first['error']}"
+    saved = folder.plan.read()
+    if saved is None:  # `resume` tells how that can be
+        return resume_run(folder, spec, {"output": job.output}, progress=progress)
+    rows, terms = saved
+    _check_settings(job, summary, terms)
+    before = Plan(job, rows, terms["manifest"], folder.plan.read_shards(), terms["is_listed"])
+    _check_photos(job, before, make_plan(job))
+    state = "finished: these are its results" if summary["status"] == "done" else "unfinished: it goes on"
+    log.warning("%s holds this run already, %s (--overwrite begins anew)", job.output, state)
+    changes = {name: getattr(job, name) for name in (*CHANGEABLE, *STORAGE, "output")}
+    return resume_run(folder, spec, changes, rank_all=job.rank_all, progress=progress)
+
+
+class _Difference(NamedTuple):
+    name: str
+    before: object
+    now: object
+
+    def __str__(self) -> str:
+        if self.name in ("vectors", "embed", "avoid") and None not in (self.before, self.now):  # digests
+            return f"{flag(self.name)} has another content"
+        return f"{'IMAGES' if self.name == 'images' else flag(self.name)} was {self.before} and is {self.now}"
+
+
+def _check_settings(job: ResolvedJob, summary: Mapping[str, Any], terms: Mapping[str, Any]) -> None:
+    """Refuse other settings than those of a run, but for defaults that have changed since: the run's own hold."""
+    run = job.output
+    before = terms["fingerprint"]["settings"] | {"avoid": terms["fingerprint"]["avoid"]}
+    now = settings_of(job.with_model()) | {"avoid": avoid_digest(read_avoided(job))}
+    for name in FILE_SETTINGS:
+        before[name], now[name] = summary["job"].get(name), getattr(job, name)
+    differ = [
+        _Difference(name, before.get(name), now.get(name))
+        for name in {**before, **now}
+        if before.get(name) != now.get(name)
+    ]
+    own = [each for each in differ if each.name not in job.given and each.name not in summary.get("given", before)]
+    if own:
+        log.warning("%s keeps settings of its own, which are no defaults any more: %s", run, "; ".join(map(str, own)))
+    others = [each for each in differ if each not in own]
+    if not others:
+        return
+    if all(each.name in CUT_SETTINGS for each in others):
+        rules = " ".join(f"{flag(name)} {value}" for name in CUT_SETTINGS if (value := getattr(job, name)) is not None)
+        first = "" if summary["status"] == "done" else f"reducer resume {run}, then "
+        raise InputError(
+            f"--output {run} holds a run that differs in {', '.join(flag(each.name) for each in others)} alone, for "
+            f"which no photo has to be read again: {first}reducer cut {run} {rules} --output FILE.csv. Or give another "
+            "folder, or --overwrite to replace it"
         )
-    return Result(job.output if job.output_location.remote else Path(job.output), summary, folder, job)
+    raise InputError(
+        f"--output {run} holds a run with other settings: {'; '.join(map(str, others))}. To go on with that one: "
+        f"reducer resume {run}. For a new one give another folder, or --overwrite to replace it"
+    )
+
+
+def _check_photos(job: ResolvedJob, before: Plan, now: Plan) -> None:
+    """Refuse photos or shards that are new, gone or changed since a run began."""
+    counts = _shard_changes(before, now)
+    if now.is_listed and before.is_listed:
+        counts = [sum(pair) for pair in zip(counts, _row_changes(before.rows, now.rows), strict=True)]
+    if any(counts):
+        what = "photos" if now.shards is None else "photos or shards"
+        changes = ", ".join(f"{count:,} {how}" for count, how in zip(counts, ("new", "gone", "changed"), strict=True))
+        raise InputError(
+            f"--output {job.output} holds a run of other {what}: {changes} since it began. Give another folder, with "
+            f"--reuse {job.output}: then only those are read. To go on with that one: reducer resume {job.output}"
+        )
+    if now.is_listed and before.is_listed and not now.rows["always_keep"].equals(before.rows["always_keep"]):
+        raise InputError(
+            f"--output {job.output} holds a run with other photos in --always-keep: give another folder, with --reuse "
+            f"{job.output}, or --overwrite to replace it"
+        )
+
+
+def _shard_changes(before: Plan, now: Plan) -> list[int]:
+    """Count shards that are new, gone and changed."""
+    states = [
+        {shard.path: (shard.bytes, shard.mtime_ns, shard.etag) for shard in plan.shards or ()} for plan in (before, now)
+    ]
+    changed = sum(states[0][path] != states[1][path] for path in states[0].keys() & states[1])
+    return [len(states[1].keys() - states[0]), len(states[0].keys() - states[1]), changed]
+
+
+def _row_changes(before: pa.Table, now: pa.Table) -> list[int]:
+    """Count photos that are new, gone and changed, by their ids and labels; changed are other paths or sizes."""
+    names = ["id", "label", "path", "bytes"]
+    if before.select(names).equals(now.select(names)):
+        return [0, 0, 0]
+    separator = pa.scalar("\0", pa.large_string())
+    keys = [
+        pc.binary_join_element_wise(*(rows[name].cast(pa.large_string()) for name in ("label", "id")), separator)
+        for rows in (before, now)
+    ]
+    place = pc.index_in(keys[1], value_set=keys[0].combine_chunks())
+    both, old = now.filter(pc.is_valid(place)), before.take(place.drop_null())
+    is_same = pc.and_(
+        pc.equal(pc.fill_null(both["path"], ""), pc.fill_null(old["path"], "")),
+        pc.equal(pc.fill_null(both["bytes"], -1), pc.fill_null(old["bytes"], -1)),
+    )
+    return [place.null_count, before.num_rows - both.num_rows, both.num_rows - (pc.sum(is_same).as_py() or 0)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +14,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from reducer.config.resolved import ResolvedJob
+from reducer.config.resolved import ResolvedJob, resolve
 from reducer.errors import InputError, nearest
 from reducer.formatting import clip, format_distance
 from reducer.run.folder import REPORT, RunFolder
+from reducer.storage.location import Location
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -180,6 +181,40 @@ class Result:
 
         report = self._folder.report if self._folder.has(REPORT) else None
         return as_html("result.html", summary=self.summary, run=str(self.output), report=report)
+
+
+def open_run(
+    run: Path | str,
+    *,
+    storage_options: Mapping[str, Any] | None = None,
+    output_storage_options: Mapping[str, Any] | None = None,
+) -> Result:
+    """Open the results of a run that is finished; reads no photo.
+
+    Parameters
+    ----------
+    run : path
+        The run folder, a local path or a URL.
+    storage_options, output_storage_options : mapping, optional
+        As for `Job`: a run folder does not keep them.
+
+    Raises
+    ------
+    InputError
+        If it is no run folder, or the run is not finished.
+
+    Examples
+    --------
+    >>> from reducer import open_run
+    >>> open_run("run").show("6044")  # doctest: +SKIP
+    """
+    from reducer.run.summary import job_of
+
+    folder = RunFolder(Location(str(run), output_storage_options or {}))
+    summary = folder.finished()
+    options = {"storage_options": storage_options or {}, "output_storage_options": output_storage_options or {}}
+    job = resolve(job_of(summary, {"output": str(run), **options}))
+    return Result(job.output if job.output_location.remote else Path(job.output), summary, folder, job)
 
 
 def _caption(row: dict[str, Any], unit: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from reducer.api.reduce import draw_report_of, finish, reduce_images
+from reducer.api.new_run import begin, draw_report_of, finish
 from reducer.api.result import Result
 from reducer.config.cluster import ClusterSpec
 from reducer.config.resolved import ResolvedJob, resolve
@@ -106,13 +106,28 @@ def resume(
     changes = {name: value for name, value in options.items() if value is not None}
     changes |= {"output": str(run), "break_lock": break_lock}
     folder = RunFolder(Location(str(run), output_storage_options or {}))
+    return resume_run(
+        *(folder, cluster or ClusterSpec(), changes), rank_all=rank_all, retry_failed=retry_failed, progress=progress
+    )
+
+
+def resume_run(
+    folder: RunFolder,
+    cluster: ClusterSpec,
+    changes: Mapping[str, Any],
+    *,
+    rank_all: bool = False,
+    retry_failed: bool = False,
+    progress: bool = True,
+) -> Result:
+    """Continue a run as `resume` does, with some fields of its job changed."""
     summary = folder.summary()
     if _is_planned(folder, summary):
-        return _resume(folder, cluster or ClusterSpec(), changes, rank_all, retry_failed, progress)
+        return _resume(folder, cluster, changes, rank_all, retry_failed, progress)
     # It was stopped before it had a plan, so before the first photo.
     job = job_of(summary, changes)
     job = replace(job, rank_all=job.rank_all or rank_all, overwrite=True)
-    return reduce_images(job, cluster, progress=progress)
+    return begin(resolve(job), cluster, progress=progress)
 
 
 def _resume(
@@ -123,7 +138,7 @@ def _resume(
     retry_failed: bool,
     progress: bool,
 ) -> Result:
-    with folder.locked(break_lock=changes["break_lock"]), ExitStack() as open_cluster:
+    with folder.locked(break_lock=changes.get("break_lock", False)), ExitStack() as open_cluster:
         stopped = _read(folder, changes, rank_all, retry_failed, progress)
         job, counters = stopped.plan.job, stopped.counters
         if stopped.is_done:

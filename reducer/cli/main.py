@@ -256,7 +256,8 @@ def run(
 
     IMAGES is the folder of the photos, or a URL such as s3://bucket/photos; or tar shards: a folder of nothing else, or
     a glob such as 's3://google-landmark/train/images_*.tar'. RUN gets reduced.csv (drops in for the
-    manifest), reduced.parquet, the ledger images/, summary.json and report.html.
+    manifest), reduced.parquet, the ledger images/, summary.json and report.html. Given again, the command goes on where
+    it was stopped, or shows the results that are there.
 
     Exit codes: 0 done; 2 something is wrong with the input; 3 too many photos failed; 129 SIGHUP; 130 Ctrl-C;
     143 SIGTERM; 1 anything else.

@@ -17,6 +17,7 @@ from reducer.config.settings import (
     FORMATS,
     HASH_NAMES,
     READER_NAMES,
+    STORAGE_OPTIONS,
     STRATEGY_NAMES,
     Source,
 )
@@ -284,6 +285,15 @@ class Job:
     def source(self) -> Source:
         """Settings with which workers read the photos."""
         return Source(self.storage_options, self.reader, self.read_ahead)
+
+
+def given_fields(job: Job) -> tuple[str, ...]:
+    """Return the names of the fields of a job that have another value than their defaults: those that were given."""
+    return tuple(
+        field.name
+        for field in fields(Job)
+        if field.name not in STORAGE_OPTIONS and getattr(job, field.name) != field.default
+    )
 
 
 def path_rule(job: Job) -> PathRule | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from reducer.config.checks import file_digest
 from reducer.config.cut_rules import CutRules
-from reducer.config.job import Job, rules_of
+from reducer.config.job import Job, given_fields, rules_of
 from reducer.config.settings import STRATEGY_NAMES, EmbedSettings, PhotoSettings, default_strategy, near_copy_bits
 
 
@@ -30,11 +30,14 @@ class ResolvedJob(Job):
         Whether labels with no more than ``keep`` photos are ranked too: always with a filter or a budget.
     model : EmbedSettings or None
         How the model of ``embed`` is used, its digest included; None without one, and before `with_model`.
+    given : tuple of str
+        Names of the fields of `Job` that have not their default values there.
     """
 
     strategy: str = STRATEGY_NAMES[0]
     max_bytes: int | None = None
     model: EmbedSettings | None = None
+    given: tuple[str, ...] = ()
 
     def with_model(self) -> ResolvedJob:
         """Return the job with the digest of its model; the only step that reads a file.
@@ -114,5 +117,6 @@ def resolve(job: Job) -> ResolvedJob:
         "max_bytes": rules.max_bytes,
         "strategy": default_strategy(job.by_vectors) if job.strategy is None else job.strategy,
         "rank_all": job.rank_all or rules.needs_all_ranks,
+        "given": job.given if isinstance(job, ResolvedJob) else given_fields(job),
     }
     return ResolvedJob(**asked | in_force)

@@ -48,6 +48,7 @@ def opening(plan: Plan, spec: ClusterSpec, fingerprint: Fingerprint, started: fl
         "run": uuid.uuid4().hex,
         "resumed": 0,
         "job": job_figures(plan.job),
+        "given": sorted(plan.job.given),
         "cluster": cluster_figures(spec),
         "started": pd.Timestamp(started, unit="s", tz="UTC").isoformat(timespec="seconds"),
         "versions": fingerprint.environment.versions,

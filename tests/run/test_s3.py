@@ -625,8 +625,9 @@ def test_a_run_in_a_bucket_is_replaced_only_when_asked(s3: S3Server, bucket: str
     client.put_object(Bucket=bucket, Key="run/images/notes.txt", Body=b"mine")
     client.put_object(Bucket=bucket, Key="run2/notes.txt", Body=b"a neighbour")
     before = stored_in(s3, bucket, "")
-    with pytest.raises(InputError, match=f"--output {output} holds a run already.*--overwrite"):
-        s3_run(s3, output, **given)
+    with pytest.raises(InputError, match=f"--output {output} holds a run with other settings: --seed.*--overwrite"):
+        s3_run(s3, output, seed=1, **given)
+    s3_run(s3, output, **given)  # the same again shows what is there
     assert stored_in(s3, bucket, "") == before
     s3_run(s3, output, keep=2, format="csv", overwrite=True, **{**given, "limit_labels": 2})
     after = stored_in(s3, bucket, "")

@@ -87,7 +87,9 @@ class RunFolder(RunFiles):
                 )
             check_unlocked(self.location, break_lock=break_lock)
             if not overwrite:
-                raise InputError(f"--output {self.path} holds a run already: give another folder, or --overwrite")
+                raise InputError(
+                    f"--output {self.path} holds a run already: give another folder, or --overwrite to replace it"
+                )
 
     def is_run(self) -> bool:
         """Tell whether this is a folder that a run has written, finished or not."""
