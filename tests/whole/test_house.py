@@ -16,7 +16,7 @@ import reducer
 PUBLIC = {
     *("TLS", "ClusterError", "ClusterSpec", "CutResult", "EmbedResult", "ExportResult", "InputError", "Job"),
     *("ReducerError", "Result", "Status", "Story", "TooManyFailuresError", "WorkerRules", "__version__"),
-    *("cut", "embed", "explain", "export", "reduce_images", "resume", "status", "write_report"),
+    *("cut", "embed", "explain", "export", "open_run", "reduce_images", "resume", "status", "write_report"),
 }
 
 
