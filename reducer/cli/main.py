@@ -82,6 +82,13 @@ def main() -> None:
 @cluster_options
 @click.option("--id-column", default="id", show_default=True, help="The manifest's column of photo ids.")
 @click.option("--label-column", default="landmark_id", show_default=True, help="The manifest's column of labels.")
+@click.option(
+    "--exclude",
+    multiple=True,
+    metavar="PATTERN",
+    help="Leave out files and folders below IMAGES, by a pattern as in .gitignore; repeatable. For IMAGES without a "
+    "manifest.",
+)
 @click.option("--path-column", metavar="COL", help="The manifest's column of paths, relative to IMAGES or absolute.")
 @click.option(
     "--path-template",
@@ -301,6 +308,7 @@ def run(
 @cluster_options
 @click.option("--id-column", default="id", show_default=True, help="The manifest's column of photo ids.")
 @click.option("--label-column", default="landmark_id", show_default=True, help="The manifest's column of labels.")
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="As for `reducer run`; repeatable.")
 @click.option("--path-column", metavar="COL", help="As for `reducer run`.")
 @click.option("--path-template", metavar="TEXT", help="As for `reducer run`.")
 @click.option("--exif-orientation", is_flag=True, help="Turn photos upright, as EXIF says.")

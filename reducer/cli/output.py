@@ -11,7 +11,14 @@ from reducer.config.cut_rules import CutRules
 from reducer.config.job import Job
 from reducer.errors import TooManyFailuresError
 from reducer.formatting import clip, format_bytes, format_distance, format_duration
-from reducer.outputs.report.wording import certificate_line, quality_rows, quality_title, remarks
+from reducer.outputs.report.wording import (
+    certificate_line,
+    quality_rows,
+    quality_title,
+    remarks,
+    skipped_lines,
+    skips_many,
+)
 from reducer.storage.location import Location
 
 if TYPE_CHECKING:
@@ -89,6 +96,9 @@ def print_result(location: Location, quiet: bool) -> None:
     lists = {"csv": "reduced.csv", "parquet": "reduced.parquet", "both": "reduced.csv and reduced.parquet"}[
         summary["job"]["format"]
     ]
+    if skips_many(summary):
+        for line in skipped_lines(summary):
+            click.echo(line)
     click.echo(
         f"Kept {summary['photos_kept']:,} of {summary['photos']:,} photos, {summary['labels']:,} labels "
         f"({summary['labels_ranked']:,} ranked, the others are kept whole)"

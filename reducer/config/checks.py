@@ -137,17 +137,17 @@ def check_hash(name: str, size: object) -> None:
         raise InputError(f"--hash-size is {size}: whash needs a power of two (2, 4, 8, 16 or 32)")
 
 
-def label_names(labels: Iterable[object]) -> tuple[str, ...]:
-    """Return the labels of a trial run as text.
+def texts(name: str, values: Iterable[object]) -> tuple[str, ...]:
+    """Return the values of a field that takes several as text, such as labels.
 
     Raises
     ------
     InputError
         If they are one text instead of a list.
     """
-    if isinstance(labels, str):
-        raise InputError("labels: give a list of labels, not one text")
-    return tuple(str(label) for label in labels)
+    if isinstance(values, str):
+        raise InputError(f"{name}: give a list of {'labels' if name == 'labels' else 'patterns'}, not one text")
+    return tuple(map(str, values))
 
 
 def flag(name: str) -> str:

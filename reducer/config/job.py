@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from reducer.config.checks import channels, check_bits, check_count, check_hash, choose, flag, label_names
+from reducer.config.checks import channels, check_bits, check_count, check_hash, choose, flag, texts
 from reducer.config.cut_rules import CutRules
 from reducer.config.settings import (
     DECODE_NAMES,
@@ -69,6 +69,8 @@ class Job:
         CSV or Parquet file with one row per photo, a local path or a URL. Without a manifest every photo file below
         ``images`` is taken, its folder is its label and its relative path its id; in tar shards every sample of
         WebDataset's.
+    exclude : tuple of str, optional
+        Files and folders below ``images`` that are left out where it is listed, as patterns of gitignore.
     id_column, label_column : str
         Columns of photo ids and labels, in the manifest and in the reduced list.
     path_column : str, optional
@@ -173,6 +175,7 @@ class Job:
     images: str
     output: str
     manifest: str | None = None
+    exclude: tuple[str, ...] | None = None
     id_column: str = "id"
     label_column: str = "landmark_id"
     path_column: str | None = None
@@ -228,7 +231,9 @@ class Job:
             name: str(path) for name in PATH_FIELDS if (path := getattr(self, name)) is not None
         }
         if self.labels is not None:
-            values["labels"] = label_names(self.labels)
+            values["labels"] = texts("labels", self.labels)
+        if self.exclude is not None:
+            values["exclude"] = texts("exclude", self.exclude) or None
         values |= {name: channels(name, getattr(self, name)) for name in ("embed_mean", "embed_std")}
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -440,6 +445,10 @@ def _check_photos(job: Job) -> None:
         raise InputError("--path-column and --path-template exclude each other: give one")
     if job.manifest is None and (job.path_column or job.path_template):
         raise InputError("--path-column and --path-template say where a manifest's photos lie: give --manifest")
+    if job.exclude is not None and job.manifest is not None:
+        raise InputError("--exclude leaves out what a listing finds, and a manifest names its photos: leave it out")
+    if job.exclude is not None and "" in job.exclude:
+        raise InputError("--exclude is empty: give a pattern, or leave it out")
     if job.reuse is not None and absolute(job.reuse) == absolute(job.output):
         raise InputError(
             f"--reuse and --output are both {job.reuse}: give another --output, or go on with reducer resume"

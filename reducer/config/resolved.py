@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from reducer.config.checks import file_digest
@@ -37,7 +37,7 @@ class ResolvedJob(Job):
     strategy: str = STRATEGY_NAMES[0]
     max_bytes: int | None = None
     model: EmbedSettings | None = None
-    given: tuple[str, ...] = ()
+    given: tuple[str, ...] = field(default=(), compare=False)
 
     def with_model(self) -> ResolvedJob:
         """Return the job with the digest of its model; the only step that reads a file.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+from contextlib import suppress
+from functools import cache
 
 from PIL import Image
 
@@ -15,6 +18,23 @@ PHOTO_FORMATS = (
 )
 #: Formats that are opened as another one.
 OPENED_AS = {"MPO": "JPEG"}
+#: Packages that teach Pillow a format where they are installed, and the functions that do it.
+PLUGINS = {"pillow_heif": "register_heif_opener"}
+#: What makes files readable that Pillow cannot decode by itself, by their extensions.
+REMEDIES = {
+    **dict.fromkeys((".heic", ".heics", ".heif", ".heifs", ".hif"), "pip install pillow-heif reads it"),
+    ".avif": "a Pillow with AVIF reads it",
+    **dict.fromkeys(
+        (".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2"), "a camera's raw file: export it as JPEG"
+    ),
+}
+
+
+@cache
+def _load_plugins() -> None:
+    for name, function in PLUGINS.items():
+        with suppress(ImportError):
+            getattr(importlib.import_module(name), function)()
 
 
 def is_photo(name: str) -> bool:
@@ -24,6 +44,7 @@ def is_photo(name: str) -> bool:
 
 def is_extension(extension: str) -> bool:
     """Tell whether an extension, with its dot, is one of a format of photos that can be decoded here."""
+    _load_plugins()
     form = Image.registered_extensions().get(extension.lower(), "")
     form = OPENED_AS.get(form, form)
     return form in PHOTO_FORMATS and form in Image.OPEN
@@ -31,5 +52,6 @@ def is_extension(extension: str) -> bool:
 
 def readable_formats() -> list[str]:
     """Return those of `PHOTO_FORMATS` that can be decoded here, for ``Image.open(..., formats=...)``."""
+    _load_plugins()
     Image.init()
     return [form for form in PHOTO_FORMATS if form in Image.OPEN]

@@ -68,6 +68,16 @@ def test_photos_by_name() -> None:
     assert not any(map(is_photo, ("a.pdf", "b.h5", "c.mpg", "d.eps", "e.ps", "f.wmf", "g.txt", "jpg", ".jpg", "h")))
 
 
+def test_heic_is_read_where_its_package_is_installed() -> None:
+    pillow_heif = pytest.importorskip("pillow_heif")
+    file = io.BytesIO()
+    pillow_heif.from_pillow(PHOTO).save(file, quality=95)
+    assert is_photo("IMG_1.HEIC")
+    found = hashed(file.getvalue())
+    assert found.format == "HEIF"
+    assert bits_apart(found.bits, hashed(saved("PNG", "RGB", {})).bits) <= 4
+
+
 def test_at_least_twelve_formats() -> None:
     assert len({kind for kind, _, _ in FORMATS}) >= 12
 

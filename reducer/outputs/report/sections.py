@@ -91,6 +91,8 @@ def command_of(job: Mapping[str, Any]) -> list[str]:
             parts.append([flag(field.name)])
         elif value is False:
             parts.append([flag(field.name).replace("--", "--no-", 1)])
+        elif field.name == "exclude":
+            parts += [[flag(field.name), pattern] for pattern in value]
         else:
             several = isinstance(value, list | tuple)
             shown = format_labels(value) if several else "all" if value is None else str(value)

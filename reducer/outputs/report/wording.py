@@ -6,6 +6,9 @@ from typing import Any
 
 from reducer.formatting import format_duration
 
+#: Beginning of the reasons for which files are skipped that may be photos; more than one file in `MANY` is many.
+BY_EXTENSION, MANY = "file ending in ", 10
+
 
 def remarks(summary: dict[str, Any], output: str) -> list[str]:
     """Return remarks on a run that its figures do not tell, one line each.
@@ -52,8 +55,8 @@ def remarks(summary: dict[str, Any], output: str) -> list[str]:
         lines.append(
             f"Ids under more than one label (kept under each): {manifest['ids_under_several_labels']:,}: {shown}"
         )
-    for why, count in manifest["skipped_files"].items():
-        lines.append(f"Skipped in IMAGES: {count:,} x {why}")
+    if not skips_many(summary):
+        lines += skipped_lines(summary)
     if "shards" in summary:
         lines += _shard_remarks(summary["shards"], output)
     for what, name in (
@@ -73,6 +76,19 @@ def remarks(summary: dict[str, Any], output: str) -> list[str]:
             f"{format_duration(summary['timings']['cross_label_seconds'])}"
         )
     return lines
+
+
+def skips_many(summary: dict[str, Any]) -> bool:
+    """Tell whether so many files of IMAGES are skipped for their extensions that it should be said first."""
+    skipped: int = sum(
+        count for why, count in summary["manifest"]["skipped_files"].items() if why.startswith(BY_EXTENSION)
+    )
+    return bool(skipped * MANY > summary["photos"] + skipped)
+
+
+def skipped_lines(summary: dict[str, Any]) -> list[str]:
+    """Return a line for each reason for which files of IMAGES are skipped."""
+    return [f"Skipped in IMAGES: {count:,} x {why}" for why, count in summary["manifest"]["skipped_files"].items()]
 
 
 def _shard_remarks(shards: dict[str, Any], output: str) -> list[str]:

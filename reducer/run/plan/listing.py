@@ -5,14 +5,40 @@ from __future__ import annotations
 import os
 import stat
 from collections import Counter
+from collections.abc import Callable
 
 import pyarrow as pa
 
 from reducer.config.job import Job
 from reducer.errors import InputError
-from reducer.photos.formats import is_photo
+from reducer.photos.formats import REMEDIES, is_photo
 from reducer.storage.location import Location, explaining_errors
 from reducer.storage.schemas import MANIFEST_SCHEMA
+
+#: Folders that systems and network disks make for themselves, with thumbnails, copies and what was deleted.
+SYSTEM_FOLDERS = (
+    *("__macosx", "@eadir", "@recently-snapshot", "@recycle", "@tmp", "#recycle", "#snapshot", "$recycle.bin"),
+    *("found.000", "lost+found", "recycler", "system volume information", "__pycache__"),
+)
+#: Files that systems keep in folders of photos.
+SYSTEM_FILES = ("desktop.ini", "ehthumbs.db", "thumbs.db")
+EXCLUDED = "left out by --exclude"
+
+
+def _why_skipped(name: str, *, is_folder: bool = False) -> str | None:
+    """Return why a file or folder of a name is no photo and no label; None where it may be."""
+    kind = "folder" if is_folder else "file"
+    if name.startswith("."):
+        return f"hidden {kind}"
+    if name.lower() in (SYSTEM_FOLDERS if is_folder else SYSTEM_FILES):
+        return f"{kind} of a system"
+    if is_folder or is_photo(name):
+        return None
+    extension = os.path.splitext(name)[1].lower()
+    if not extension:
+        return "file without an extension"
+    remedy = f" ({REMEDIES[extension]})" if extension in REMEDIES else ""
+    return f"file ending in {extension}{remedy}"
 
 
 def check_images(job: Job) -> None:
@@ -47,8 +73,15 @@ def _check_remote(location: Location) -> None:
             raise InputError(f"IMAGES {location.path} holds nothing: give the folder that holds the photos")
 
 
-def list_remote(location: Location) -> tuple[pa.Table, dict[str, int]]:
+def list_remote(location: Location, is_excluded: Callable[[str], bool]) -> tuple[pa.Table, dict[str, int]]:
     """List every photo file below a URL, by the extensions that Pillow knows.
+
+    Parameters
+    ----------
+    location : Location
+        The URL.
+    is_excluded : callable
+        Tells whether a file, or a folder whose name ends in ``/``, is left out, by its path below the URL.
 
     Returns
     -------
@@ -70,17 +103,21 @@ def list_remote(location: Location) -> tuple[pa.Table, dict[str, int]]:
     skipped: Counter[str] = Counter()
     for path, details in files.items():
         name = path[start:]
-        if any(part.startswith(".") for part in name.split("/")):
-            skipped["hidden file"] += 1
-        elif not is_photo(name):
-            skipped["file without a photo's extension"] += 1
+        *folders, file = name.split("/")
+        if is_excluded(name):
+            why: str | None = EXCLUDED
+        else:
+            reasons = [_why_skipped(part, is_folder=True) for part in folders]
+            why = next(filter(None, [*reasons, _why_skipped(file)]), None)
+        if why is not None:
+            skipped[why] += 1
         else:
             photos[name] = details.get("size")
     return _photos_below(location.path, location.path.rstrip("/"), photos, skipped)
 
 
-def list_folder(images: str) -> tuple[pa.Table, dict[str, int]]:
-    """List every photo file below a local folder; returns and raises as `list_remote` does."""
+def list_folder(images: str, is_excluded: Callable[[str], bool]) -> tuple[pa.Table, dict[str, int]]:
+    """List every photo file below a local folder; parameters, results and errors as for `list_remote`."""
     root = os.path.abspath(images)
     photos: dict[str, int | None] = {}
     skipped: Counter[str] = Counter()
@@ -89,25 +126,24 @@ def list_folder(images: str) -> tuple[pa.Table, dict[str, int]]:
         try:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError as error:
-            raise InputError(f"IMAGES: the folder {folder} cannot be listed: {error.strerror}") from None
+            leave_out = f"; to leave it out: --exclude '/{prefix}'" if prefix else ""
+            raise InputError(f"IMAGES: the folder {folder} cannot be listed: {error.strerror}{leave_out}") from None
         for entry in entries:
             try:
                 state = entry.stat()
             except OSError:
                 state = None  # such as a link to nowhere or to itself: it fails when it is read
-            if state is not None and stat.S_ISDIR(state.st_mode):
-                if entry.name.startswith("."):
-                    skipped["hidden folder"] += 1
-                elif (state.st_dev, state.st_ino) in above:
-                    skipped["folder link that leads back"] += 1
-                else:
-                    walk(entry.path, f"{prefix}{entry.name}/", above | {(state.st_dev, state.st_ino)})
-            elif entry.name.startswith("."):
-                skipped["hidden file"] += 1
-            elif not is_photo(entry.name):
-                skipped["file without a photo's extension"] += 1
+            is_folder = state is not None and stat.S_ISDIR(state.st_mode)
+            name = f"{prefix}{entry.name}{'/' if is_folder else ''}"
+            why = EXCLUDED if is_excluded(name) else _why_skipped(entry.name, is_folder=is_folder)
+            if why is not None:
+                skipped[why] += 1
+            elif state is None or not is_folder:
+                photos[name] = None if state is None else state.st_size
+            elif (state.st_dev, state.st_ino) in above:
+                skipped["folder link that leads back"] += 1
             else:
-                photos[prefix + entry.name] = None if state is None else state.st_size
+                walk(entry.path, name, above | {(state.st_dev, state.st_ino)})
 
     top = os.stat(root)
     walk(root, "", frozenset([(top.st_dev, top.st_ino)]))

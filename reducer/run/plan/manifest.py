@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
+from pathspec import GitIgnoreSpec
 
 from reducer.config.job import Job, path_rule
 from reducer.errors import InputError
@@ -79,7 +81,20 @@ def read_manifest(job: Job, keys: MemberKeys | None = None) -> Manifest:
         check_images(job)
     if job.manifest is not None:
         return check(_read_table(job, keys), {}, f"--manifest {job.manifest}", job.path_column)
-    return check(*(list_remote(job.images_location) if job.images_location.remote else list_folder(job.images)))
+    is_excluded = _excluding(job.exclude)
+    if job.images_location.remote:
+        return check(*list_remote(job.images_location, is_excluded))
+    return check(*list_folder(job.images, is_excluded))
+
+
+def _excluding(patterns: tuple[str, ...] | None) -> Callable[[str], bool]:
+    """Return what tells whether a path is left out by patterns of gitignore."""
+    if patterns is None:
+        return lambda name: False
+    try:
+        return GitIgnoreSpec.from_lines(patterns).match_file
+    except ValueError as error:
+        raise InputError(f"--exclude {' '.join(patterns)} is no pattern as gitignore has them: {error}") from None
 
 
 def check(

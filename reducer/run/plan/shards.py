@@ -63,6 +63,8 @@ def find_shards(job: Job) -> list[Shard] | None:
                     "files: leave it out, or give a glob such as 'DIR/*.tar'"
                 )
         return None
+    if job.exclude is not None:
+        raise InputError(f"--exclude goes with single files, and IMAGES {job.images} is tar shards: leave it out")
     shards = [replace(shard, number=number) for number, shard in enumerate(sorted(files, key=lambda file: file.path))]
     return shards if job.md5 is None else _with_sums(job, shards)
 

@@ -32,6 +32,7 @@ from PIL import features
 from reducer._version import __version__
 from reducer.config.settings import PhotoSettings
 from reducer.formatting import clip
+from reducer.photos.formats import PLUGINS
 from reducer.photos.hashing import PhotoError, hash_photo, pillow_settings
 from reducer.photos.model import probe_digest
 from reducer.storage.codecs import to_hex
@@ -45,7 +46,7 @@ FIRST_SCAN_PROBE = "large-progressive.jpg"
 #: The probe that a model is tried with, and what its name ends in then.
 VECTOR_PROBE, WITH_MODEL = "large.jpg", " with --embed"
 #: Packages of whose versions hashes depend; of numpy only the major version counts.
-DECISIVE = ("pillow", "imagehash", "numpy")
+DECISIVE = ("pillow", "imagehash", "numpy", *PLUGINS)
 #: A message tells of this many different versions; of more only that there are more.
 SHOWN_VERSIONS = 4
 #: Characters of a probe's hash that a message shows.
@@ -97,7 +98,7 @@ def versions() -> dict[str, str]:
         "imagehash": imagehash.__version__,
         "numpy": np.__version__,
     }
-    for name in ("scipy", "PyWavelets", "pyarrow", "pandas", "dask", "distributed", "onnxruntime"):
+    for name in ("scipy", "PyWavelets", "pyarrow", "pandas", "dask", "distributed", "onnxruntime", *PLUGINS):
         known[name.lower()] = _installed(name)
     known["libjpeg_turbo"] = features.version_feature("libjpeg_turbo")
     known["zlib"] = features.version_codec("zlib")

@@ -109,6 +109,7 @@ def test_hashes_that_are_none(tmp_path: Path, content: str, message: str) -> Non
 def test_hashes_of_another_run(collection: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     other = tmp_path / "other"
     ledger = run_on(collection, other, rank_all=True, keep=100).images
+    caplog.clear()
     for path in (other, other / "images"):
         found = avoided(path)
         assert {row.tobytes().hex() for row in found} == set(ledger["hash"])

@@ -5,6 +5,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,7 +15,9 @@ from hypothesis import strategies as st
 
 from reducer import InputError, Job
 from reducer.config.job import path_rule
+from reducer.run.plan import listing
 from reducer.run.plan.manifest import Manifest, read_manifest
+from reducer.run.plan.shards import find_shards
 from reducer.storage.paths import with_paths
 from reducer.storage.schemas import MANIFEST_SCHEMA
 from reducer.storage.sorting import text_order
@@ -270,14 +273,103 @@ def test_a_folder_is_its_own_manifest(tmp_path: Path) -> None:
     assert found.skipped_files == {
         "hidden folder": 1,
         "hidden file": 1,
-        "file without a photo's extension": 3,  # one of them seen through the link as well
+        "file ending in .txt": 1,
+        "file without an extension": 2,  # one of them seen through the link as well
         "folder link that leads back": 2,
     }
 
 
+def test_what_systems_leave_among_photos_is_no_label(tmp_path: Path) -> None:
+    names = ["church/1.jpg", "church/@eaDir/1.jpg/SYNOPHOTO_THUMB_M.jpg", "#recycle/2.jpg", "$RECYCLE.BIN/S-1/3.jpg"]
+    names += ["__MACOSX/church/._1.jpg", "church/._1.jpg", "lost+found/4.jpg", "System Volume Information/5.png"]
+    names += ["church/Thumbs.db", "Desktop.ini", "@recycle bin/6.jpg"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"12345")
+    memory = fsspec.filesystem("memory")
+    memory.put(str(tmp_path), "/system", recursive=True)
+    for images in (str(tmp_path), "memory://system"):
+        found = read_manifest(Job(images, "run"))
+        assert found.table["id"].to_pylist() == ["@recycle bin/6.jpg", "church/1.jpg"]
+        # A folder is not looked into; a store lists what is in it.
+        assert found.skipped_files == {"folder of a system": 6, "hidden file": 1, "file of a system": 2}
+
+
+def test_files_are_skipped_by_extension_with_what_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listing, "is_photo", lambda name: name.endswith(".jpg"))
+    for name in ("a/1.jpg", "a/2.HEIC", "a/3.heic", "a/4.cr2", "a/5.mp4", "a/LICENSE"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"12345")
+    assert read_manifest(Job(str(tmp_path), "run")).skipped_files == {
+        "file ending in .heic (pip install pillow-heif reads it)": 2,
+        "file ending in .cr2 (a camera's raw file: export it as JPEG)": 1,
+        "file ending in .mp4": 1,
+        "file without an extension": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("patterns", "left"),
+    [
+        (["drafts/"], ["a/1.jpg", "a/old/2.jpg", "b/3.png"]),
+        (["/a/"], ["b/3.png", "b/drafts/4.jpg"]),
+        (["*.jpg", "!a/1.jpg"], ["a/1.jpg", "b/3.png"]),
+        (["a/**/2.*", "drafts"], ["a/1.jpg", "b/3.png"]),
+    ],
+    ids=str,
+)
+def test_patterns_leave_files_and_folders_out(tmp_path: Path, patterns: list[str], left: list[str]) -> None:
+    for name in ("a/1.jpg", "a/old/2.jpg", "b/3.png", "b/drafts/4.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"12345")
+    memory = fsspec.filesystem("memory")
+    memory.put(str(tmp_path), f"/{tmp_path.name}", recursive=True)
+    for images in (str(tmp_path), f"memory://{tmp_path.name}"):
+        found = read_manifest(Job(images, "run", exclude=tuple(patterns)))
+        assert found.table["id"].to_pylist() == left
+        assert found.skipped_files.keys() == {"left out by --exclude"}
+
+
+def test_a_folder_that_is_left_out_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a/1.jpg", "private/2.jpg"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(b"12345")
+    scan = os.scandir
+
+    def refusing(path: str) -> object:  # as for anybody but root
+        if path.endswith("private"):
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(
+        InputError, match="private cannot be listed: Permission denied; to leave it out: --exclude '/priv"
+    ):
+        read_manifest(Job(str(tmp_path), "run"))
+    assert read_manifest(Job(str(tmp_path), "run", exclude=("/private/",))).table["id"].to_pylist() == ["a/1.jpg"]
+
+
+def test_patterns_that_leave_nothing_out_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(b"x" * 1024)
+    for options, message in [
+        (
+            {"manifest": "list.csv", "exclude": ("a",)},
+            "--exclude leaves out what a listing finds, and a manifest names",
+        ),
+        ({"exclude": ("",)}, "--exclude is empty"),
+        ({"exclude": "a"}, "exclude: give a list of patterns, not one text"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            Job("photos", "run", **options)
+    with pytest.raises(InputError, match="--exclude ! is no pattern"):
+        read_manifest(Job(str(tmp_path), "run", exclude=("!",)))
+    with pytest.raises(InputError, match=r"--exclude goes with single files, and IMAGES .* is tar shards"):
+        find_shards(Job(str(tmp_path), "run", exclude=("a",)))
+
+
 def test_a_folder_without_photos_or_with_names_that_are_no_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(InputError, match="holds no photo; found 1 x file without a photo's extension"):
+    with pytest.raises(InputError, match=r"holds no photo; found 1 x file ending in \.txt"):
         read_manifest(Job(str(tmp_path), "run"))
     with pytest.raises(InputError, match="File name too long"):
         read_manifest(Job(str(tmp_path / ("x" * 300)), "run"))
