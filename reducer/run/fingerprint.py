@@ -21,6 +21,7 @@ from reducer.run.tasks.environment import Environment, compare_with
 from reducer.run.tasks.vector_files import find_vectors
 from reducer.storage.codecs import Hashes
 from reducer.storage.location import absolute, explaining_errors
+from reducer.storage.tables import parts_of
 
 log = logging.getLogger("reducer")
 
@@ -205,13 +206,12 @@ def manifest_digest(job: Job) -> str | None:
     """
     if job.manifest is None:
         return None
-    digest = hashlib.sha256()
-    with (
-        explaining_errors(job.manifest_location, f"--manifest {job.manifest}"),
-        job.manifest_location.open_file() as file,
-    ):
-        while block := file.read(BLOCK):
-            digest.update(block)
+    digest, where = hashlib.sha256(), f"--manifest {job.manifest}"
+    with explaining_errors(job.manifest_location, where):
+        for part in parts_of(where, job.manifest_location) or [job.manifest_location]:
+            with part.open_file() as file:
+                while block := file.read(BLOCK):
+                    digest.update(block)
     return digest.hexdigest()
 
 

@@ -5,14 +5,17 @@ Options may hold secrets: they are never shown and never stored.
 
 from __future__ import annotations
 
+import io
 import os
 import posixpath
 import re
+import stat
 import string
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import lru_cache
 from typing import IO, TYPE_CHECKING, Any
 
 from reducer.errors import InputError
@@ -106,9 +109,10 @@ class Location:
         return bool(answer.get("Contents"))
 
     def open_file(self) -> IO[bytes]:
-        """Open the file for reading."""
+        """Open the file for reading; what a pipe holds is read once."""
         if not self.remote:
-            return open(self.path, "rb")
+            status = os.stat(self.path)
+            return _opened_pipe(self.path, status.st_ino) if stat.S_ISFIFO(status.st_mode) else open(self.path, "rb")
         system, path = self.open()
         file: IO[bytes] = system.open(path, "rb")
         return file
@@ -120,6 +124,17 @@ class Location:
         for secret in secret_values(self.options):
             line = line.replace(secret, "***")
         return line[:300]
+
+
+def _opened_pipe(path: str, inode: int) -> IO[bytes]:
+    return io.BytesIO(_content_of_pipe(path, inode))
+
+
+@lru_cache(maxsize=4)
+def _content_of_pipe(path: str, inode: int) -> bytes:
+    """Read a pipe, such as a shell's ``<(...)``, to its end; each only once."""
+    with open(path, "rb") as file:
+        return file.read()
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,29 +2,68 @@
 
 from __future__ import annotations
 
+import bz2
+import codecs
 import csv
 import gzip
 import io
+import itertools
+import json
+import lzma
+import os
+import posixpath
+import re
+import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import IO, cast
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import IO, Any, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
+from pyarrow import feather
 
 from reducer.errors import InputError, nearest
 from reducer.storage.location import Location, explaining_errors
 
 #: How many rows or ids an error message or a report names.
 EXAMPLES = 5
-PARQUET_MAGIC, GZIP_MAGIC = b"PAR1", b"\x1f\x8b"
+CSV, PARQUET, FEATHER, JSON_LINES = "CSV", "Parquet", "Feather", "JSON lines"
+#: Kinds of files, by how they begin; what is none of them is CSV.
+KINDS = {
+    b"PAR1": PARQUET,
+    b"ARROW1": FEATHER,
+    b"FEA1": "Feather of version 1",
+    b"{": JSON_LINES,
+    b"[": "a JSON array",
+    b"<": "HTML or XML",
+    b"ORC": "an ORC file",
+    b"SQLite format 3": "an SQLite database",
+    b"\xd0\xcf\x11\xe0": "an Excel workbook",
+    b"\x89HDF": "an HDF5 file",
+    b"\x93NUMPY": "an array of numpy",
+    **dict.fromkeys((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"), "a Python pickle"),
+    b"%PDF": "a PDF",
+    b"7z\xbc\xaf": "a 7z archive",
+    b"Rar!": "a RAR archive",
+}
+LONGEST_MAGIC = max(map(len, KINDS))
+#: What unpacks files that begin so.
+COMPRESSED: dict[bytes, Callable[[IO[bytes]], Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\0": lzma.open,
+}
+ZIP_MAGIC, EXCEL_MEMBER = b"PK\x03\x04", "[Content_Types].xml"
+UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+#: Separators of cells.
+SEPARATORS = (",", ";", "\t", "|")
+EXPECTED = "give CSV, JSON lines, Parquet or Feather"
 #: A row must fit into a block: one of train_clean.csv holds all ids of a label.
 CSV_BLOCKS = pa.csv.ReadOptions(block_size=2**26)
-CSV_FORM = pa.csv.ParseOptions(newlines_in_values=True)
 
 
 def column_names(where: str, location: Location) -> list[str]:
@@ -35,21 +74,26 @@ def column_names(where: str, location: Location) -> list[str]:
     where : str
         What error messages call the file, such as ``--manifest train.csv``.
     location : Location
-        A CSV file with a header, gzipped or not, or a Parquet file, whatever its name.
+        A file, whatever its name: CSV with a header (separated by ``,``, ``;``, TAB or ``|``; UTF-8 or UTF-16) or JSON
+        lines, both also compressed by gzip, bz2, xz or as the one file of a zip archive; Parquet or Feather; or a
+        folder of Parquet files.
 
     Raises
     ------
     InputError
         If it cannot be read.
     """
-    with _opened(where, location) as (file, parquet):
-        if parquet:
+    parts = parts_of(where, location)
+    with _opened(where, location if parts is None else parts[0]) as (file, kind):
+        _readable(where, kind)
+        if kind == PARQUET:
             names: list[str] = pq.read_schema(file).names
+        elif kind == FEATHER:
+            names = feather.read_table(file, memory_map=False).column_names
+        elif kind == JSON_LINES:
+            names = list(next(_json_rows(where, file), {}))
         else:
-            # Not Arrow, which refuses a file of one line without a line break.
-            text = io.TextIOWrapper(cast(IO[bytes], file), "utf-8-sig", errors="replace", newline="")
-            names = next((row for row in csv.reader(text) if row), [])
-            text.detach()
+            names, _ = _first_row(where, file)
     return names
 
 
@@ -78,12 +122,57 @@ def read_columns(where: str, location: Location, wanted: Sequence[str], hint: st
         if name not in names:
             known = ", ".join(map(repr, names))
             raise InputError(f"{where} has no column {name!r}{nearest(name, names)}; it has {known}. {hint}")
-    with _opened(where, location) as (file, parquet):
-        table = pq.read_table(file, columns=wanted) if parquet else _read_csv(file, wanted)
+    parts = parts_of(where, location)
+    if parts is None:
+        table = _read(where, location, wanted)
+    else:
+        try:
+            table = pa.concat_tables([_read(where, part, wanted) for part in parts], promote_options="permissive")
+        except pa.ArrowTypeError as error:
+            raise InputError(f"{where}: its parts have different columns: {error}") from None
     columns = {name: _as_text(where, name, table[name]) for name in wanted}
     for name, column in columns.items():
         refuse_empty(where, name, column)
     return pa.table(columns)
+
+
+def _read(where: str, location: Location, wanted: list[str]) -> pa.Table:
+    """Read columns of one file."""
+    with _opened(where, location) as (file, kind):
+        _readable(where, kind)
+        if kind == PARQUET:
+            return pq.read_table(file, columns=wanted)
+        if kind == FEATHER:
+            return feather.read_table(file, columns=wanted, memory_map=False)
+        if kind == JSON_LINES:
+            return _read_json(where, file, wanted)
+        _, separator = _first_row(where, file)
+        file.seek(0)
+        return _read_csv(file, wanted, separator)
+
+
+def parts_of(where: str, location: Location) -> list[Location] | None:
+    """Return the Parquet files of a folder, in the order of their names; None for a single file.
+
+    Raises
+    ------
+    InputError
+        If it is a folder without any, or cannot be listed.
+    """
+    with explaining_errors(location, where):
+        if location.remote:
+            system, path = location.open()
+            is_folder = (location.on_s3 or path.endswith("/")) and system.isdir(path)
+            names = [posixpath.basename(file) for file in system.ls(path, detail=False)] if is_folder else []
+        else:
+            is_folder = os.path.isdir(location.path)
+            names = os.listdir(location.path) if is_folder else []
+    if not is_folder:
+        return None
+    parts = sorted(name for name in names if name.endswith(".parquet") and not name.startswith((".", "_")))
+    if not parts:
+        raise InputError(f"{where} is a folder without Parquet files: {EXPECTED}")
+    return [location.below(name) for name in parts]
 
 
 class _Rows(io.StringIO):
@@ -109,8 +198,8 @@ def csv_file(table: pa.Table) -> bytes:
 
 def is_parquet(where: str, location: Location) -> bool:
     """Return whether a file begins as Parquet files do."""
-    with _opened(where, location) as (_, parquet):
-        return parquet
+    with _opened(where, location) as (_, kind):
+        return kind == PARQUET
 
 
 def read_lines(where: str, location: Location) -> list[str]:
@@ -130,32 +219,106 @@ def read_lines(where: str, location: Location) -> list[str]:
 
 
 @contextmanager
-def _opened(where: str, location: Location) -> Iterator[tuple[IO[bytes] | gzip.GzipFile, bool]]:
-    """The file, unzipped, and whether it is a Parquet file; whatever is wrong with it names it."""
+def _opened(where: str, location: Location) -> Iterator[tuple[IO[bytes], str]]:
+    """Open a file, unpacked and in UTF-8 if it is text, and name its kind; whatever is wrong with it names it."""
     try:
-        with explaining_errors(location, where), location.open_file() as raw:
-            start = raw.read(len(PARQUET_MAGIC))
-            raw.seek(0)
+        with explaining_errors(location, where), ExitStack() as opened:
+            file = _unpacked(where, opened.enter_context(location.open_file()), opened)
+            start = _start_of(file)
+            if start[:2] in UTF16_MARKS:
+                file = io.BytesIO(file.read().decode("utf-16").encode())
+                start = _start_of(file)
             if not start:
                 raise InputError(f"{where} is empty: expected a CSV or Parquet file")
-            if start.startswith(GZIP_MAGIC):
-                with gzip.open(raw) as unzipped:
-                    yield unzipped, False
-            else:
-                yield raw, start == PARQUET_MAGIC
-    except (EOFError, zlib.error) as error:
+            kind = next((kind for magic, kind in KINDS.items() if start.startswith(magic)), CSV)
+            if kind in (PARQUET, FEATHER) and not file.seekable():
+                file = io.BytesIO(file.read())
+            yield file, kind
+    except (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, UnicodeDecodeError) as error:
         raise InputError(f"{where} cannot be read: {error}") from None
     except (pa.ArrowInvalid, csv.Error) as error:
         raise InputError(f"{where} cannot be read: {' '.join(str(error).split())[:300]}") from None
 
 
-def _read_csv(file: IO[bytes] | gzip.GzipFile, wanted: list[str]) -> pa.Table:
+def _start_of(file: IO[bytes]) -> bytes:
+    """Return the first bytes of a file, which stays at its beginning."""
+    start = file.read(LONGEST_MAGIC)
+    file.seek(0)
+    return start
+
+
+def _unpacked(where: str, file: IO[bytes], opened: ExitStack) -> IO[bytes]:
+    """Return what is in a compressed file, or the file itself."""
+    start = _start_of(file)
+    for magic, unpack in COMPRESSED.items():
+        if start.startswith(magic):
+            return cast(IO[bytes], opened.enter_context(unpack(file)))
+    if not start.startswith(ZIP_MAGIC):
+        return file
+    archive = opened.enter_context(zipfile.ZipFile(file))
+    names = [name for name in archive.namelist() if not name.endswith("/") and not name.startswith("__MACOSX/")]
+    if EXCEL_MEMBER in names:
+        raise InputError(f"{where} is an Excel workbook: {EXPECTED}")
+    if len(names) != 1:
+        raise InputError(
+            f"{where} is a zip archive of {len(names)} files ({', '.join(names[:EXAMPLES])}): unpack it and give "
+            "the one that is meant"
+        )
+    return opened.enter_context(archive.open(names[0]))
+
+
+def _readable(where: str, kind: str) -> None:
+    """Refuse kinds of files that hold no table, or one that is not read here."""
+    if kind not in (CSV, PARQUET, FEATHER, JSON_LINES):
+        raise InputError(f"{where} is {kind}: {EXPECTED}")
+
+
+def _first_row(where: str, file: IO[bytes]) -> tuple[list[str], str]:
+    """Return the first row of a CSV file that is not empty, and its separator: what stands most often in the header."""
+    # Not Arrow, which refuses a file of one line without a line break.
+    text = io.TextIOWrapper(file, "utf-8-sig", errors="replace", newline="")
+    lines = (line for line in text if line.strip())
+    header = next(lines, "")
+    separator = max(SEPARATORS, key=re.sub(r'"[^"]*"', "", header).count)
+    names = next(csv.reader(itertools.chain([header], lines), delimiter=separator), [])
+    text.detach()
+    return names, separator
+
+
+def _json_rows(where: str, file: IO[bytes]) -> Iterator[dict[str, Any]]:
+    """Yield the objects of JSON lines."""
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise InputError(
+                f"{where}: line {number} is no JSON object ({error}): expected JSON lines, one object a row"
+            ) from None
+        if not isinstance(row, dict):
+            raise InputError(f"{where}: line {number} is no JSON object: expected JSON lines, one object a row")
+        yield row
+
+
+def _read_json(where: str, file: IO[bytes], wanted: Sequence[str]) -> pa.Table:
+    columns: dict[str, list[Any]] = {name: [] for name in wanted}
+    for row in _json_rows(where, file):
+        for name, column in columns.items():
+            column.append(row.get(name))
+    try:
+        return pa.table({name: pa.array(column) for name, column in columns.items()})
+    except pa.ArrowTypeError as error:
+        raise InputError(f"{where}: the values of a column are of several types: {error}") from None
+
+
+def _read_csv(file: IO[bytes], wanted: list[str], separator: str) -> pa.Table:
     text = {name: pa.string() for name in wanted}
     try:
         return pa.csv.read_csv(
             file,
             read_options=CSV_BLOCKS,
-            parse_options=CSV_FORM,
+            parse_options=pa.csv.ParseOptions(delimiter=separator, newlines_in_values=True),
             convert_options=pa.csv.ConvertOptions(
                 include_columns=wanted,
                 column_types=text,

@@ -1,7 +1,15 @@
 from __future__ import annotations
 
+import bz2
 import gzip
+import io
+import json
+import lzma
 import os
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +20,8 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jobs import reduced_files
+from pyarrow import feather
 
 from reducer import InputError, Job
 from reducer.config.job import path_rule
@@ -234,6 +244,103 @@ def test_paths_by_template_and_by_column(tmp_path: Path) -> None:
         manifest_of(tmp_path, "id,landmark_id\nxy,1\n", vectors="v.parquet", path_template="{id[2]}/{id}")
     with pytest.raises(InputError, match=r"train.csv: id 'xy' of photo 2 \(label '1'\) is too short for"):
         manifest_of(tmp_path, "id,landmark_id\nabc,1\nxy,1\n", path_template="{id[2]}/{id}")
+
+
+LIST = "id,landmark_id\n0007,x\n08,y;z\n09,NA\n"
+ROWS = [("0007", "x"), ("08", "y;z"), ("09", "NA")]
+TABLE = pa.table({"id": [row[0] for row in ROWS], "landmark_id": [row[1] for row in ROWS]})
+
+
+def zipped(*names: str) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in names:
+            archive.writestr(name, LIST)
+    return file.getvalue()
+
+
+def written(write: Callable[[io.BytesIO], object]) -> bytes:
+    file = io.BytesIO()
+    write(file)
+    return file.getvalue()
+
+
+def separated(separator: str) -> str:
+    return "".join(separator.join(f'"{cell}"' for cell in line.split(",")) + "\n" for line in LIST.splitlines())
+
+
+KINDS_OF_MANIFEST = {
+    "gzip": gzip.compress(LIST.encode()),
+    "bz2": bz2.compress(LIST.encode()),
+    "xz": lzma.compress(LIST.encode()),
+    "zip": zipped("train.csv"),
+    "zip of a Mac": zipped("a/train.csv", "__MACOSX/._train.csv"),
+    "semicolon": separated(";").encode(),
+    "tab": separated("\t").encode(),
+    "bar": separated("|").encode(),
+    "UTF-16": b"\xff\xfe" + LIST.encode("utf-16-le"),
+    "UTF-16 of Excel": b"\xff\xfe" + separated("\t").replace("\n", "\r\n").encode("utf-16-le"),
+    "UTF-16, big-endian": b"\xfe\xff" + LIST.encode("utf-16-be"),
+    "JSON lines": "".join(json.dumps({"landmark_id": row[1], "id": row[0]}) + "\n" for row in ROWS).encode(),
+    "JSON lines, gzip": gzip.compress(
+        b"".join(json.dumps({"id": a, "landmark_id": b}).encode() + b"\n" for a, b in ROWS)
+    ),
+    "Feather": written(lambda file: feather.write_feather(TABLE, file)),
+    "Parquet": written(lambda file: pq.write_table(TABLE, file)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_MANIFEST)
+def test_manifests_of_many_kinds_are_read_whatever_their_name(kind: str, tmp_path: Path) -> None:
+    found = manifest_of(tmp_path, KINDS_OF_MANIFEST[kind], path_template="{id}.jpg")
+    assert [row[1:] for row in rows(found)] == [(photo, label) for photo, label in sorted(ROWS, key=lambda row: row[1])]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (zipped("a.csv", "b.csv"), r"is a zip archive of 2 files \(a.csv, b.csv\): unpack it and give the one"),
+        (zipped("[Content_Types].xml", "xl/workbook.xml"), "is an Excel workbook: give CSV, JSON lines, Parquet"),
+        (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "is an Excel workbook"),
+        (b"<!DOCTYPE html><html>Sign in", "is HTML or XML"),
+        (b"SQLite format 3\0", "is an SQLite database"),
+        (b"[{}]", "is a JSON array"),
+        (b"FEA1", "is Feather of version 1"),
+        (b"\x80\x04\x95", "is a Python pickle"),
+        (b'{\n  "id": 1\n}\n', "line 1 is no JSON object .*: expected JSON lines"),
+        (b'{"id": 1, "landmark_id": 2}\n[]\n', "line 2 is no JSON object"),
+        (b'{"id": 1, "landmark_id": 2}\n{"id": "b", "landmark_id": 2}\n', "cannot be read|several types"),
+        (b'{"id": 1, "landmark_id": 2}\n{"id": 2}\n', "column 'landmark_id' is empty in row 2"),
+        (b"PK\x03\x04 no archive", "cannot be read: File is not a zip file"),
+        (b"BZh9 no bz2", "."),
+    ],
+)
+def test_what_is_no_table_is_named_in_one_line(content: bytes, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        manifest_of(tmp_path, content)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_of_parquet_parts_is_a_manifest(tmp_path: Path) -> None:
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    for number in range(3):
+        pq.write_table(TABLE.slice(number, 1), folder / f"part.{number}.parquet")
+    (folder / "_SUCCESS").touch()
+    (tmp_path / "train").mkdir()
+    found = read_manifest(Job(str(tmp_path / "train"), "run", manifest=str(folder), path_template="{id}"))
+    assert sorted(row[1:] for row in rows(found)) == ROWS
+    (tmp_path / "none").mkdir()
+    with pytest.raises(InputError, match="none is a folder without Parquet files: give CSV"):
+        read_manifest(Job(str(tmp_path / "train"), "run", manifest=str(tmp_path / "none")))
+
+
+def test_a_pipe_is_read_once(collection: Path, tmp_path: Path) -> None:
+    command = f"cat {collection}/train.csv"
+    run = f"{sys.executable} -m reducer run {collection}/train --workers 0 --keep 8 --no-report --quiet"
+    script = f"{run} --manifest <({command}) --output {tmp_path}/piped && {run} --manifest {collection}/train.csv"
+    subprocess.run(["bash", "-euc", f"{script} --output {tmp_path}/plain"], check=True, timeout=120)
+    assert reduced_files(tmp_path / "piped") == reduced_files(tmp_path / "plain")
 
 
 def test_a_folder_is_its_own_manifest(tmp_path: Path) -> None:
