@@ -18,11 +18,10 @@ from reducer.config.job import check_no_input
 from reducer.config.settings import unit_of
 from reducer.errors import InputError
 from reducer.run.folder import RunFolder
-from reducer.run.folder.lists import as_reduced, reduced_file
+from reducer.run.folder.lists import LIST_COLUMNS
 from reducer.selection.rules import DECIDING, NeedsRanksError, Selection, select
-from reducer.storage.atomic import write_file
 from reducer.storage.location import Location
-from reducer.storage.schemas import REDUCED_COLUMNS, with_distance_unit
+from reducer.storage.schemas import ListForm
 from reducer.storage.tables import counts
 
 #: Format of a reduced list by the ending of its name.
@@ -62,17 +61,14 @@ class CutResult:
     reached: float | None
     unit: str
     _rows: pa.Table = field(repr=False)
-    _columns: tuple[str, str] = field(repr=False)
+    _form: ListForm = field(repr=False)
+    _folder: RunFolder = field(repr=False)
 
     @property
     def reduced(self) -> pd.DataFrame:
         """The rows of the list, in the columns of ``reduced.parquet``."""
-        frame: pd.DataFrame = self._table.to_pandas()
+        frame: pd.DataFrame = self._folder.lists.in_columns(self._rows, self._form).to_pandas()
         return frame
-
-    @property
-    def _table(self) -> pa.Table:
-        return as_reduced(self._rows, *self._columns)
 
 
 def cut(
@@ -115,7 +111,7 @@ def cut(
     rules.check_scale(unit_of(summary["job"]), summary["job"]["hash_size"] ** 2)
     target = None if output is None else _target(summary, Location(str(output), storage_options or {}))
 
-    ledger = folder.whole_ledger(summary, ["row", "id", *REDUCED_COLUMNS, *DECIDING])
+    ledger = folder.whole_ledger(summary, [*LIST_COLUMNS, *DECIDING])
     try:
         selection = select(ledger, rules, _always_kept(folder, summary["job"], ledger["row"]))
     except NeedsRanksError as error:
@@ -123,14 +119,16 @@ def cut(
             f"{error}, which this cut needs. First: reducer resume {folder.path} --rank-all (it ranks the "
             f"{error.unranked.unread:,} photos of labels that were kept whole, and looks at no other)"
         ) from None
-    result = _result(ledger.filter(pa.array(selection.kept)), rules, selection, summary["job"])
+    rows, form = ledger.filter(pa.array(selection.kept)), ListForm.of(summary)
+    result = _result(rows, rules, selection, form, folder, unit_of(summary["job"]))
     if target is not None:
-        table = with_distance_unit(result._table, result.unit)
-        write_file(target, reduced_file(table, KINDS[Path(target.path).suffix]))
+        folder.lists.write_list(target, rows, form, KINDS[Path(target.path).suffix], result.unit)
     return result
 
 
-def _result(rows: pa.Table, rules: CutRules, selection: Selection, job: Mapping[str, Any]) -> CutResult:
+def _result(
+    rows: pa.Table, rules: CutRules, selection: Selection, form: ListForm, folder: RunFolder, unit: str
+) -> CutResult:
     """Return the figures of a list, from its rows of the ledger."""
     return CutResult(
         rules=rules,
@@ -141,9 +139,10 @@ def _result(rows: pa.Table, rules: CutRules, selection: Selection, job: Mapping[
         reasons=counts(selection.reason),
         smallest_distance=pc.min(rows["insertion_distance"]).as_py(),
         reached=selection.reached,
-        unit=unit_of(job),
+        unit=unit,
         _rows=rows,
-        _columns=(job["id_column"], job["label_column"]),
+        _form=form,
+        _folder=folder,
     )
 
 

@@ -30,7 +30,7 @@ log = logging.getLogger("reducer")
 #: Settings by which `reducer cut` chooses anew from the ranks of a run.
 CUT_SETTINGS = ("keep", "min_distance", "total", "max_bytes", "min_per_label")
 #: Settings that decide neither hash nor rank, but which files a run writes.
-FILE_SETTINGS = ("format", "cross_label")
+FILE_SETTINGS = ("format", "extra_columns", "cross_label")
 #: Fields of a job that may differ when it goes on, and hold from then on.
 CHANGEABLE = ("reader", "read_ahead", "check", "max_failures", "report", "break_lock")
 STORAGE = ("storage_options", "manifest_storage_options", "output_storage_options")
@@ -138,7 +138,7 @@ def _check_settings(job: ResolvedJob, summary: Mapping[str, Any], terms: Mapping
     before = terms["fingerprint"]["settings"] | {"avoid": terms["fingerprint"]["avoid"]}
     now = settings_of(job.with_model()) | {"avoid": avoid_digest(read_avoided(job))}
     for name in FILE_SETTINGS:
-        before[name], now[name] = summary["job"].get(name), getattr(job, name)
+        before[name], now[name] = summary["job"].get(name, getattr(job, name)), getattr(job, name)
     differ = [
         _Difference(name, before.get(name), now.get(name))
         for name in {**before, **now}

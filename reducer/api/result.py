@@ -19,6 +19,7 @@ from reducer.errors import InputError, nearest
 from reducer.formatting import clip, format_distance
 from reducer.run.folder import REPORT, RunFolder
 from reducer.storage.location import Location
+from reducer.storage.schemas import ListForm
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,7 +54,7 @@ class Result:
     @property
     def reduced(self) -> pd.DataFrame:
         """The reduced list: the rows and columns of ``reduced.parquet``."""
-        frame: pd.DataFrame = self._folder.lists.reduced(self._job.id_column, self._job.label_column).to_pandas()
+        frame: pd.DataFrame = self._folder.lists.reduced(ListForm.of(self.summary)).to_pandas()
         return frame
 
     @property

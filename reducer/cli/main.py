@@ -223,6 +223,11 @@ def main() -> None:
     help="Reduced lists to write.",
 )
 @click.option(
+    "--extra-columns/--no-extra-columns",
+    default=True,
+    help="Let the other columns of the manifest travel along into the reduced lists.",
+)
+@click.option(
     "--report/--no-report", default=True, help="Draw report.html at the end, or leave that to `reducer report RUN`."
 )
 @photo_storage_options

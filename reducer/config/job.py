@@ -151,6 +151,8 @@ class Job:
         Share of the photos read or looked for that may fail, 0 to 1.
     format : {"csv", "parquet", "both"}
         Reduced lists to write.
+    extra_columns : bool
+        Whether the other columns of the manifest travel along into the reduced lists.
     report : bool
         Draw ``report.html`` at the end.
     overwrite : bool
@@ -217,6 +219,7 @@ class Job:
     check: bool = True
     max_failures: float = 0.1
     format: str = "both"
+    extra_columns: bool = True
     report: bool = True
     overwrite: bool = False
     break_lock: bool = False

@@ -27,7 +27,7 @@ from reducer.run.tasks.serial import InProcess
 from reducer.run.tasks.tasks import PartitionTasks, ShardTasks
 from reducer.run.write_results import write_partitions, write_pieces
 from reducer.selection.cross_label import cross_label_table
-from reducer.storage.schemas import FAILED
+from reducer.storage.schemas import FAILED, ListForm
 from reducer.storage.tables import EXAMPLES
 
 log = logging.getLogger("reducer")
@@ -158,7 +158,7 @@ class Run:
         if job.has_filters:
             tallies, self.summary["effective_distance_reached"] = apply_filters(folder, plan)
             counters.done = {index: tallies[name] for index, name in folder.parts.done().items()}
-        folder.lists.write_reduced(job.id_column, job.label_column, job.format, counters.unit)
+        folder.lists.write_reduced(ListForm.of(self.summary), job.format, counters.unit)
         figures = outcome(plan, folder)
         if like := figures["labels_of_one_hash"]:
             log.warning(

@@ -37,6 +37,7 @@ INDIFFERENT = (
     "check",
     "max_failures",
     "format",
+    "extra_columns",
     "report",
     "reuse",
     "cross_label",

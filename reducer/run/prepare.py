@@ -33,6 +33,8 @@ from reducer.run.summary import opening
 from reducer.run.tasks.serial import InProcess
 from reducer.run.tasks.vector_files import VectorFiles, find_vectors
 from reducer.storage.codecs import Hashes
+from reducer.storage.schemas import ListForm
+from reducer.storage.tables import read_others
 
 if TYPE_CHECKING:
     from reducer.run.dask.connect import Client
@@ -216,6 +218,10 @@ class Prepared:
         plan = self.remaining.plan
         if plan.shards is not None:
             self.folder.plan.write_shards(plan.shards)
+        if others := ListForm.of(self.summary).others:
+            self.folder.manifest.write(
+                read_others(f"--manifest {plan.job.manifest}", plan.job.manifest_location, others)
+            )
         self.folder.plan.write(plan.rows, self.terms, self.remaining.avoid)
         self.remaining = replace(self.remaining, is_begun=True)
 

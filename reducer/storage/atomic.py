@@ -85,6 +85,13 @@ class Files:
         for name in names:
             system.rm_file(f"{root}/{name}")
 
+    @contextmanager
+    def writing(self, name: str) -> Iterator[IO[bytes]]:
+        """Open a file of any size to write; it shows once it is whole. Errors as of `write_file`."""
+        self.check_ours()
+        with writing(self.location.below(name)) as file:
+            yield file
+
     def _write(self, name: str, content: bytes) -> None:
         """Write a file so that it is whole or absent, whenever this is cut off."""
         self.check_ours()
@@ -109,6 +116,23 @@ def write_file(location: Location, content: bytes) -> None:
                 file.write(content)
     except Exception as error:
         reason = location.safe(error) if location.remote else getattr(error, "strerror", None) or error
+        raise ReducerError(f"{location.path} cannot be written: {reason}") from None
+
+
+@contextmanager
+def writing(location: Location) -> Iterator[IO[bytes]]:
+    """Open a file or object of any size to write, which shows once it is whole.
+
+    Raises
+    ------
+    ReducerError
+        If it cannot be written.
+    """
+    try:
+        with whole_object(location) if location.remote else whole_file(Path(location.path)) as file:
+            yield file
+    except OSError as error:
+        reason = location.safe(error) if location.remote else error.strerror or error
         raise ReducerError(f"{location.path} cannot be written: {reason}") from None
 
 

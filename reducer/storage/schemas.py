@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import pyarrow as pa
 
 
@@ -197,25 +201,64 @@ FAILED = "failed"
 REDUCED_COLUMNS = ("rank", "insertion_distance", "hash", "path", "bytes", "width", "height")
 
 
-def reduced_schema(id_column: str, label_column: str) -> pa.Schema:
-    """Schema of `reduced.parquet`: the manifest's own two columns, then `REDUCED_COLUMNS`.
+@dataclass(frozen=True)
+class ListForm:
+    """Form of a reduced list: that of the manifest.
 
-    One of the latter whose name the manifest uses for its id or label gets the prefix ``photo_``.
-
-    Parameters
+    Attributes
     ----------
     id_column, label_column : str
         What the manifest calls them.
+    id_type, label_type : str
+        Arrow's names of their types.
+    columns : tuple of str
+        All columns of the manifest that travel along, ids and labels among them, in its order; none where there are no
+        others.
     """
-    own = (id_column, label_column)
-    extra = [LEDGER_SCHEMA.field(name) for name in REDUCED_COLUMNS]
-    return pa.schema(
-        [
-            LEDGER_SCHEMA.field("id").with_name(id_column),
-            LEDGER_SCHEMA.field("label").with_name(label_column),
-            *(field.with_name(f"photo_{field.name}") if field.name in own else field for field in extra),
-        ]
-    )
+
+    id_column: str
+    label_column: str
+    id_type: str = "string"
+    label_type: str = "string"
+    columns: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, summary: Mapping[str, Any]) -> ListForm:
+        """Return the form of the lists of a run, from its summary."""
+        job, manifest = summary["job"], summary["manifest"]
+        types, columns = manifest.get("types", {}), manifest.get("columns", ())
+        return cls(job["id_column"], job["label_column"], **types, columns=tuple(columns))
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """Columns of the manifest beside ids and labels."""
+        return tuple(name for name in self.columns if name not in (self.id_column, self.label_column))
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Schema of `reduced.parquet`: the manifest's own two columns, then `REDUCED_COLUMNS`.
+
+        One of the latter whose name the manifest uses for its id or label gets the prefix ``photo_``.
+        """
+        own = (self.id_column, self.label_column)
+        extra = [LEDGER_SCHEMA.field(name) for name in REDUCED_COLUMNS]
+        return pa.schema(
+            [
+                LEDGER_SCHEMA.field("id").with_name(self.id_column).with_type(pa.type_for_alias(self.id_type)),
+                LEDGER_SCHEMA.field("label").with_name(self.label_column).with_type(pa.type_for_alias(self.label_type)),
+                *(field.with_name(f"photo_{field.name}") if field.name in own else field for field in extra),
+            ]
+        )
+
+    @property
+    def names_of_others(self) -> list[str]:
+        """Names of the other columns in `reduced.parquet`: ``manifest_NAME`` where a name is taken."""
+        names: list[str] = self.schema.names
+        for name in self.others:
+            while name in names:
+                name = f"manifest_{name}"  # noqa: PLW2901
+            names.append(name)
+        return names[-len(self.others) :]
 
 
 def with_distance_unit(table: pa.Table, unit: str) -> pa.Table:

@@ -151,6 +151,99 @@ def _read(where: str, location: Location, wanted: list[str]) -> pa.Table:
         return _read_csv(file, wanted, separator)
 
 
+def column_types(where: str, location: Location, names: Sequence[str]) -> dict[str, str]:
+    """Return Arrow's names of the types of columns, those that hold no text; parameters as for `read_columns`."""
+    types = _types_of(where, location)
+    types = {name: kind.value_type if pa.types.is_dictionary(kind) else kind for name, kind in types.items()}
+    return {name: str(types[name]) for name in names if name in types and pa.types.is_integer(types[name])}
+
+
+def bytes_columns(where: str, location: Location) -> set[str]:
+    """Return the names of columns of bytes, such as pictures, or of structs that hold some."""
+    return {name for name, kind in _types_of(where, location).items() if _holds_bytes(kind)}
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind):
+        return True
+    return any(_holds_bytes(kind.field(place).type) for place in range(kind.num_fields))
+
+
+def _types_of(where: str, location: Location) -> dict[str, pa.DataType]:
+    """Return the types of the columns of a file; none for CSV, which holds text."""
+    parts = parts_of(where, location)
+    with _opened(where, location if parts is None else parts[0]) as (file, kind):
+        if kind == PARQUET:
+            schema = pq.read_schema(file)
+        elif kind == FEATHER:
+            schema = pa.ipc.open_file(file).schema
+        elif kind == JSON_LINES:
+            schema = pa.Table.from_pylist([next(_json_rows(where, file), {})]).schema
+        else:
+            return {}
+    return dict(zip(schema.names, schema.types, strict=True))
+
+
+def read_others(where: str, location: Location, names: Sequence[str]) -> Iterator[pa.Table]:
+    """Read columns of a file as they are, some rows at a time; those of CSV as text, character for character.
+
+    Parameters
+    ----------
+    where, location
+        As for `column_names`.
+    names : sequence of str
+        Which; there are some.
+
+    Yields
+    ------
+    pyarrow.Table
+        Rows in their order, all with the same schema.
+
+    Raises
+    ------
+    InputError
+        As for `read_columns`.
+    """
+    wanted, schema = list(names), None
+    for part in parts_of(where, location) or [location]:
+        with _opened(where, part) as (file, kind):
+            for table in _tables(where, file, kind, wanted):
+                schema = schema or table.schema
+                yield table.cast(schema)
+
+
+def _tables(where: str, file: IO[bytes], kind: str, wanted: list[str]) -> Iterator[pa.Table]:
+    """Yield columns of one file, some rows at a time."""
+    if kind == PARQUET:
+        for batch in pq.ParquetFile(file).iter_batches(columns=wanted):
+            yield pa.Table.from_batches([batch]).select(wanted)
+    elif kind == FEATHER:
+        yield feather.read_table(file, columns=wanted, memory_map=False).select(wanted)
+    elif kind == JSON_LINES:
+        rows = list(_json_rows(where, file))
+        try:
+            yield pa.table({name: pa.array([row.get(name) for row in rows]) for name in wanted})
+        except (pa.ArrowInvalid, pa.ArrowTypeError):  # values of several types
+            texts = {name: [json.dumps(row.get(name), ensure_ascii=False) for row in rows] for name in wanted}
+            yield pa.table(texts)
+    else:
+        _, separator = _first_row(where, file)
+        file.seek(0)
+        convert = pa.csv.ConvertOptions(include_columns=wanted, column_types=dict.fromkeys(wanted, pa.binary()))
+        form = pa.csv.ParseOptions(delimiter=separator, newlines_in_values=True)
+        with pa.csv.open_csv(file, CSV_BLOCKS, form, convert) as batches:
+            for batch in batches:
+                yield pa.table({name: _decoded(batch[name]) for name in wanted})
+
+
+def _decoded(column: pa.Array) -> pa.Array:
+    """Return bytes as text; what is no UTF-8 is replaced (U+FFFD)."""
+    try:
+        return column.cast(pa.string())
+    except pa.ArrowInvalid:
+        return pa.array([cell.decode(errors="replace") for cell in column.to_pylist()], pa.string())
+
+
 def parts_of(where: str, location: Location) -> list[Location] | None:
     """Return the Parquet files of a folder, in the order of their names; None for a single file.
 
@@ -182,16 +275,16 @@ class _Rows(io.StringIO):
         return super().write(row.removesuffix("\r\n") + "\n")
 
 
-def csv_file(table: pa.Table) -> bytes:
+def csv_file(table: pa.Table, *, header: bool = True) -> bytes:
     """Return a table as the bytes of a CSV file (RFC 4180, but with line feeds), the same on every Python.
 
     A lone CR is quoted too, which Python's own module does not do before 3.11.9 and 3.12.3 where rows end with LF.
     """
     frame = table.to_pandas()
-    text: str = frame.to_csv(index=False, lineterminator="\n")
+    text: str = frame.to_csv(index=False, header=header, lineterminator="\n")
     if "\r" in text:  # slower by half, so only then
         rows = _Rows()
-        frame.to_csv(rows, index=False, lineterminator="\r\n")
+        frame.to_csv(rows, index=False, header=header, lineterminator="\r\n")
         text = rows.getvalue()
     return text.encode()
 

@@ -10,7 +10,7 @@ import pytest
 from reducer import InputError, ReducerError
 from reducer.run.folder import RunFolder
 from reducer.run.tasks.messages import Tally
-from reducer.storage.schemas import LEDGER_SCHEMA, REDUCED_COLUMNS, from_ipc, reduced_schema, to_ipc
+from reducer.storage.schemas import LEDGER_SCHEMA, REDUCED_COLUMNS, ListForm, from_ipc, to_ipc
 
 
 def ledger(*rows: dict[str, object]) -> pa.Table:
@@ -40,7 +40,7 @@ def test_a_run_is_replaced_only_when_asked_and_nothing_else_in_its_folder(tmp_pa
     folder.check_free(overwrite=False)
     folder.start({"status": "running"})
     folder.parts.write(3, ledger(row(0)), Tally(), "bits")
-    folder.lists.write_reduced("id", "label", "both", "bits")
+    folder.lists.write_reduced(ListForm("id", "label"), "both", "bits")
     (tmp_path / "deep" / "run" / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="--overwrite"):
         folder.check_free(overwrite=False)
@@ -55,10 +55,10 @@ def test_reduced_lists_are_in_manifest_order_and_text_stays_text(tmp_path: Path)
     folder.start({})
     folder.parts.write(1, ledger(row(3, id="NA", label="007"), row(0, id='a,"b', label="1e5")), Tally(), "bits")
     folder.parts.write(0, ledger(row(2, kept=False), row(1, id="#", label="x\ny", rank=2, bytes=7)), Tally(), "bits")
-    folder.lists.write_reduced("photo", "class", "both", "bits")
+    folder.lists.write_reduced(ListForm("photo", "class"), "both", "bits")
     assert (tmp_path / "reduced.csv").read_bytes() == b'photo,class\n"a,""b",1e5\n#,"x\ny"\nNA,007\n'
     table = pq.read_table(tmp_path / "reduced.parquet")
-    assert table.schema.equals(reduced_schema("photo", "class"), check_metadata=True)
+    assert table.schema.equals(ListForm("photo", "class").schema, check_metadata=True)
     assert table.column_names == ["photo", "class", *REDUCED_COLUMNS]
     assert table["photo"].to_pylist() == ['a,"b', "#", "NA"]
     assert table["rank"].to_pylist() == [None, 2, None]
@@ -69,19 +69,19 @@ def test_reduced_lists_are_in_manifest_order_and_text_stays_text(tmp_path: Path)
 def test_only_the_formats_asked_for(tmp_path: Path, formats: str, names: list[str]) -> None:
     folder = RunFolder(str(tmp_path))
     folder.start({})
-    folder.lists.write_reduced("id", "label", formats, "bits")
+    folder.lists.write_reduced(ListForm("id", "label"), formats, "bits")
     assert [path.name for path in tmp_path.glob("reduced.*")] == names
 
 
 def test_a_manifest_whose_id_is_called_path(tmp_path: Path) -> None:
-    schema = reduced_schema("path", "hash")
+    schema = ListForm("path", "hash").schema
     assert len(set(schema.names)) == len(schema.names) == 9
     assert schema.names[:2] == ["path", "hash"]
     assert {"photo_path", "photo_hash"} < set(schema.names)
     folder = RunFolder(str(tmp_path))
     folder.start({})
     folder.parts.write(0, ledger(row(0)), Tally(), "bits")
-    folder.lists.write_reduced("path", "hash", "both", "bits")
+    folder.lists.write_reduced(ListForm("path", "hash"), "both", "bits")
     assert pq.read_table(tmp_path / "reduced.parquet").to_pylist()[0]["photo_path"] == "/p0"
 
 

@@ -38,6 +38,7 @@ from reducer.run.plan.plan import make_plan
 from reducer.run.tasks.tasks import PartitionTasks
 from reducer.storage.location import Location
 from reducer.storage.remote import parse_options
+from reducer.storage.schemas import ListForm
 
 #: Files that name the run or its times; columns in which the same photo differs on a disk and in a bucket.
 OF_THE_RUN = {"summary.json", "plan.parquet"}
@@ -61,7 +62,7 @@ def s3_run(s3: S3Server, output: Path | str, endpoint: str | None = None, **othe
 def same_but_for_the_place(run: Path | Location, reference: Path | Location) -> bool:
     same = ledger(run).drop_columns(OF_THE_PLACE).equals(ledger(reference).drop_columns(OF_THE_PLACE))
     folders = [RunFolder(place if isinstance(place, Location) else str(place)) for place in (run, reference)]
-    lists = [folder.lists.reduced("id", "landmark_id").drop_columns(["path"]) for folder in folders]
+    lists = [folder.lists.reduced(ListForm("id", "landmark_id")).drop_columns(["path"]) for folder in folders]
     return same and lists[0].equals(lists[1])
 
 

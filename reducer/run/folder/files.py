@@ -18,9 +18,9 @@ SUMMARY, CSV, PARQUET = "summary.json", "reduced.csv", "reduced.parquet"
 #: Folders of part files: the ledger, hashes that are not ranked yet, and vectors.
 IMAGES, HASHES, VECTORS = "images", "hashes", "vectors"
 PLAN, SHARDS, AVOID, CROSS_LABEL = "plan.parquet", "shards.parquet", "avoid.parquet", "cross_label.parquet"
-REPORT = "report.html"
+MANIFEST, REPORT = "manifest.parquet", "report.html"
 #: Files that a run writes beside its summary and its part files.
-OWN_FILES = (PLAN, SHARDS, AVOID, CSV, PARQUET, CROSS_LABEL, REPORT)
+OWN_FILES = (PLAN, SHARDS, AVOID, MANIFEST, CSV, PARQUET, CROSS_LABEL, REPORT)
 #: Rows of a Parquet row group; fixed, so that the bytes of a file depend on its rows only.
 ROW_GROUP = 100_000
 #: Files that are read at the same time: on S3 each takes some requests.

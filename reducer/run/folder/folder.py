@@ -13,6 +13,7 @@ import pyarrow as pa
 from reducer.errors import InputError, ReducerError
 from reducer.run.folder.files import HASHES, IMAGES, OWN_FILES, REPORT, SUMMARY, VECTORS, RunFiles
 from reducer.run.folder.lists import ListFiles
+from reducer.run.folder.manifest_columns import ManifestColumns
 from reducer.run.folder.parts import LedgerParts
 from reducer.run.folder.pieces import PieceFiles
 from reducer.run.folder.plan import PlanFiles
@@ -56,7 +57,8 @@ class RunFolder(RunFiles):
         self.pieces = PieceFiles(self)
         self.vectors = VectorParts(self)
         self.parts = LedgerParts(self, self.vectors)
-        self.lists = ListFiles(self, self.parts)
+        self.manifest = ManifestColumns(self)
+        self.lists = ListFiles(self, self.parts, self.manifest)
         self.images = self.location.below(IMAGES).path
         self.report = self.location.below(REPORT).path
 

@@ -8,9 +8,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from reducer.run.folder.files import CROSS_LABEL, CSV, PARQUET, REPORT, RunFiles, parquet_file
+from reducer.run.folder.manifest_columns import ManifestColumns, as_texts, write_tables
 from reducer.run.folder.parts import LedgerParts
-from reducer.storage.schemas import REDUCED_COLUMNS, reduced_schema, with_distance_unit
+from reducer.storage.atomic import write_file, writing
+from reducer.storage.location import Location
+from reducer.storage.schemas import REDUCED_COLUMNS, ListForm, with_distance_unit
 from reducer.storage.tables import csv_file
+
+#: Columns of the ledger that a list is made of.
+LIST_COLUMNS = ("row", "id", "label", *REDUCED_COLUMNS)
 
 
 class ListFiles:
@@ -22,32 +28,81 @@ class ListFiles:
         The run folder.
     parts : LedgerParts
         The ledger.
+    columns : ManifestColumns
+        The other columns of the manifest.
     """
 
-    def __init__(self, files: RunFiles, parts: LedgerParts) -> None:
-        self._files, self._parts = files, parts
+    def __init__(self, files: RunFiles, parts: LedgerParts, columns: ManifestColumns) -> None:
+        self._files, self._parts, self._columns = files, parts, columns
 
-    def reduced(self, id_column: str, label_column: str) -> pa.Table:
-        """Return the kept rows of the ledger, in manifest order, in the columns of `reduced_schema`."""
-        ledger = self._parts.ledger(["id", "label", *REDUCED_COLUMNS, "kept"])
-        return as_reduced(ledger.filter(ledger["kept"]), id_column, label_column)
+    def reduced(self, form: ListForm) -> pa.Table:
+        """Return the kept rows of the ledger, in manifest order, in the columns of ``reduced.parquet``."""
+        return self.in_columns(self._kept(), form)
 
-    def write_reduced(self, id_column: str, label_column: str, formats: str, unit: str) -> None:
+    def in_columns(self, rows: pa.Table, form: ListForm) -> pa.Table:
+        """Return rows of the ledger in the columns of ``reduced.parquet``.
+
+        Parameters
+        ----------
+        rows : pyarrow.Table
+            With `LIST_COLUMNS`, in manifest order.
+        form : ListForm
+            Form of the list.
+        """
+        if not form.others:
+            return as_reduced(rows, form)
+        return pa.concat_tables([_beside(part, others, form) for part, others in self._columns.of_rows(rows)])
+
+    def _kept(self) -> pa.Table:
+        ledger = self._parts.ledger([*LIST_COLUMNS, "kept"])
+        return ledger.filter(ledger["kept"])
+
+    def write_reduced(self, form: ListForm, formats: str, unit: str) -> None:
         """Write the reduced list from the ledger, in one pass.
 
         Parameters
         ----------
-        id_column, label_column : str
-            Names of these two columns in the manifest.
+        form : ListForm
+            Form of the list.
         formats : {"csv", "parquet", "both"}
             Which files.
         unit : {"bits", "cosine"}
             Unit of the distances.
         """
-        reduced = with_distance_unit(self.reduced(id_column, label_column), unit)
+        rows = self._kept()
         for kind, name in (("parquet", PARQUET), ("csv", CSV)):
             if formats in (kind, "both"):
-                self._files.write(name, reduced_file(reduced, kind))
+                self._files.check_ours()
+                self.write_list(self._files.location.below(name), rows, form, kind, unit)
+
+    def write_list(self, target: Location, rows: pa.Table, form: ListForm, kind: str, unit: str) -> None:
+        """Write a list so that it is whole or absent.
+
+        Parameters
+        ----------
+        target : Location
+            Where.
+        rows : pyarrow.Table
+            Rows of the ledger as for `in_columns`.
+        form : ListForm
+            Form of the list.
+        kind : {"csv", "parquet"}
+            CSV has the manifest's own columns only.
+        unit : {"bits", "cosine"}
+            Unit of the distances.
+        """
+        if not form.others:
+            reduced = with_distance_unit(as_reduced(rows, form), unit)
+            own = reduced.select(reduced.column_names[:2])
+            write_file(target, parquet_file(reduced) if kind == "parquet" else csv_file(own))
+            return
+        parts = self._columns.of_rows(rows)
+        with writing(target) as file:
+            if kind == "csv":
+                for number, (part, others) in enumerate(parts):
+                    file.write(csv_file(_as_in_the_manifest(part, others, form), header=number == 0))
+            else:
+                write_tables(file, (with_distance_unit(_beside(part, others, form), unit) for part, others in parts))
 
     def write_cross_label(self, pairs: pa.Table) -> None:
         """Write the near copies under different labels, the nearest first."""
@@ -97,22 +152,22 @@ class ListFiles:
             self._files.remove([REPORT])
 
 
-def as_reduced(rows: pa.Table, id_column: str, label_column: str) -> pa.Table:
-    """Return ledger rows in the columns of `reducer.storage.schemas.reduced_schema`."""
-    schema = reduced_schema(id_column, label_column)
+def as_reduced(rows: pa.Table, form: ListForm) -> pa.Table:
+    """Return ledger rows in the columns of `ListForm.schema`."""
+    schema = form.schema
     return rows.select(["id", "label", *REDUCED_COLUMNS]).rename_columns(schema.names).cast(schema)
 
 
-def reduced_file(reduced: pa.Table, kind: str) -> bytes:
-    """Return a reduced list as the bytes of a file.
+def _beside(rows: pa.Table, others: pa.Table, form: ListForm) -> pa.Table:
+    """Return rows of ``reduced.parquet`` with the other columns of the manifest behind them."""
+    reduced = as_reduced(rows, form)
+    for name, field, column in zip(form.names_of_others, others.schema, others.columns, strict=True):
+        reduced = reduced.append_column(field.with_name(name), column)
+    return reduced
 
-    Parameters
-    ----------
-    reduced : pyarrow.Table
-        From `as_reduced`.
-    kind : {"csv", "parquet"}
-        CSV has the manifest's own two columns only.
-    """
-    if kind == "parquet":
-        return parquet_file(reduced)
-    return csv_file(reduced.select(reduced.column_names[:2]))
+
+def _as_in_the_manifest(rows: pa.Table, others: pa.Table, form: ListForm) -> pa.Table:
+    """Return rows in the columns of the manifest, in its order."""
+    known = dict(zip(form.others, as_texts(others).columns, strict=True))
+    known |= {form.id_column: rows["id"], form.label_column: rows["label"]}
+    return pa.table([known[name] for name in form.columns], names=list(form.columns))

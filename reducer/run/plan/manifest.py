@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,17 @@ from reducer.storage.location import MemberKeys, PathRule, absolute, is_url, tem
 from reducer.storage.paths import paths_by_rule
 from reducer.storage.schemas import MANIFEST_SCHEMA
 from reducer.storage.sorting import in_groups, is_new, ranked, text_order, text_ranks
-from reducer.storage.tables import EXAMPLES, column_names, read_columns, refuse_empty, release_unused
+from reducer.storage.tables import (
+    EXAMPLES,
+    bytes_columns,
+    column_names,
+    column_types,
+    read_columns,
+    refuse_empty,
+    release_unused,
+)
+
+log = logging.getLogger("reducer")
 
 #: The column of GLDv2's train_clean.csv that lists the ids of a label.
 ID_LISTS = "images"
@@ -43,6 +54,10 @@ class Manifest:
         The first few of these ids.
     skipped_files : mapping of str to int
         Files of a folder that were not taken, counted by reason.
+    types : mapping of str to str
+        Arrow's types of ids and labels (``id_type``, ``label_type``), where the manifest holds no text.
+    columns : tuple of str
+        All columns of the manifest that travel along into the reduced lists, where it has others than ids and labels.
     """
 
     table: pa.Table
@@ -50,6 +65,8 @@ class Manifest:
     shared_ids: int = 0
     shared_examples: tuple[str, ...] = ()
     skipped_files: dict[str, int] = field(default_factory=dict)
+    types: dict[str, str] = field(default_factory=dict)
+    columns: tuple[str, ...] = ()
 
     def figures(self) -> dict[str, Any]:
         """Return the figures for ``summary.json``."""
@@ -59,6 +76,8 @@ class Manifest:
             "ids_under_several_labels": self.shared_ids,
             "ids_under_several_labels_examples": list(self.shared_examples),
             "skipped_files": self.skipped_files,
+            **({"types": self.types} if self.types else {}),
+            **({"columns": list(self.columns)} if self.columns else {}),
         }
 
 
@@ -80,11 +99,37 @@ def read_manifest(job: Job, keys: MemberKeys | None = None) -> Manifest:
     if keys is None:
         check_images(job)
     if job.manifest is not None:
-        return check(_read_table(job, keys), {}, f"--manifest {job.manifest}", job.path_column)
+        found = check(_read_table(job, keys), {}, f"--manifest {job.manifest}", job.path_column)
+        return replace(found, types=_types(job), columns=_travelling(job))
     is_excluded = _excluding(job.exclude)
     if job.images_location.remote:
         return check(*list_remote(job.images_location, is_excluded))
     return check(*list_folder(job.images, is_excluded))
+
+
+def _types(job: Job) -> dict[str, str]:
+    """Return Arrow's types of ids and labels of a manifest, where they are no text."""
+    where, columns = f"--manifest {job.manifest}", {"id_type": job.id_column, "label_type": job.label_column}
+    if job.id_column not in column_names(where, job.manifest_location):  # lists of ids
+        columns = {"label_type": job.label_column}
+    types = column_types(where, job.manifest_location, list(columns.values()))
+    return {name: types[column] for name, column in columns.items() if column in types}
+
+
+def _travelling(job: Job) -> tuple[str, ...]:
+    """Return the columns of a manifest, in its order, if any beside ids and labels travels along."""
+    where = f"--manifest {job.manifest}"
+    names = column_names(where, job.manifest_location)
+    if not job.extra_columns or job.id_column not in names:  # lists of ids have no others
+        return ()
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        log.warning("%s: columns of one name stay out of the reduced lists: %s", where, ", ".join(map(repr, twice)))
+    columns = [name for name in names if name not in twice]
+    if (content := bytes_columns(where, job.manifest_location)) & set(columns):
+        columns = [name for name in columns if name not in content]
+        log.warning("%s: columns of bytes stay out of the reduced lists: %s", where, ", ".join(sorted(content)))
+    return tuple(columns) if len(columns) > 2 else ()
 
 
 def _excluding(patterns: tuple[str, ...] | None) -> Callable[[str], bool]:
