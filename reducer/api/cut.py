@@ -20,7 +20,7 @@ from reducer.errors import InputError
 from reducer.run.folder import RunFolder
 from reducer.run.folder.lists import LIST_COLUMNS
 from reducer.selection.rules import DECIDING, NeedsRanksError, Selection, select
-from reducer.storage.location import Location
+from reducer.storage.location import Location, refuse_secret
 from reducer.storage.schemas import ListForm
 from reducer.storage.tables import counts
 
@@ -148,6 +148,7 @@ def _result(
 
 def _target(summary: dict[str, Any], output: Location) -> Location:
     """Return the file to write a list to, refusing one that cannot be written, or is an input or a file of a run."""
+    refuse_secret("--output", output.path, "what opens it by --output-storage-option KEY=VALUE")
     if Path(output.path).suffix not in KINDS:
         raise InputError(f"--output {output.path}: the name must end in .csv or .parquet, which says what is written")
     RunFolder.refuse_file(output)

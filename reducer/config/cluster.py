@@ -14,6 +14,7 @@ from reducer.config.job import Job
 from reducer.config.yaml_file import load_yaml
 from reducer.errors import InputError
 from reducer.formatting import parse_seconds
+from reducer.storage.location import refuse_secret
 
 SHIP_CODE_NAMES = ("auto", "never")
 #: Arguments of cluster classes that decide the number of workers, as `scale` and `adapt` do.
@@ -134,6 +135,8 @@ class ClusterSpec:
                 raise InputError(
                     f"the cluster's {name.removesuffix('_path')} is empty: give it a value or leave it out"
                 )
+        if self.address is not None:
+            refuse_secret("--address", self.address, "certificates under security: in cluster.yaml")
         if self.address is not None and self.class_path is not None:
             raise InputError("a cluster is an address or a class, not both")
         if (self.address or self.class_path) and (self.workers is not None or self.threads is not None):

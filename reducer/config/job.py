@@ -29,6 +29,7 @@ from reducer.storage.location import (
     absolute,
     is_url,
     lies_in,
+    refuse_secret,
     resolved,
     template_fields,
 )
@@ -397,6 +398,9 @@ def _check_texts(job: Job) -> None:
         where = "IMAGES" if name == "images" else flag(name)
         if not path:
             raise InputError(f"{where} is empty: give a path")
+        option = {"manifest": "--manifest-storage-option", "output": "--output-storage-option"}
+        given = option.get("output" if name == "reuse" else name, "--storage-option")
+        refuse_secret(where, path, f"what opens it by {given} KEY=VALUE")
         if is_url(path) and name in LOCAL_FIELDS:
             raise InputError(f"{where} {path} is a URL; it is read from local paths only")
     for name in TEXT_FIELDS:

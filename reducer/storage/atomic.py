@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from reducer.errors import InputError, ReducerError
-from reducer.storage.location import Location
+from reducer.storage.location import Location, refuse_secret
 from reducer.storage.remote import with_retries
 
 #: Bytes of a part of an object that is sent in parts; S3 takes 10,000 parts of 5 MiB or more.
@@ -30,6 +30,7 @@ class Files:
 
     def __init__(self, location: Location | str) -> None:
         self.location = Location(location) if isinstance(location, str) else location
+        refuse_secret("the folder", self.location.path, "what opens it by its storage options")
         #: Path or URL, to show.
         self.path = self.location.path
 

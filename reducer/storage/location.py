@@ -30,6 +30,37 @@ def is_url(path: str) -> bool:
     return "://" in path
 
 
+#: URLs that hold what nobody may read: a user or password before the host, or a signature or token behind ``?``.
+SECRET_URL = (
+    r"(?i)^[a-z][a-z0-9+.-]*://([^/?#]*@|.*[?&](x-amz-[a-z-]+|x-goog-[a-z-]+|sig|signature|token|access_token|expires|"
+    r"awsaccesskeyid|googleaccessid|key-pair-id|policy)=)"
+)
+
+
+def refuse_secret(what: str, url: str, remedy: str) -> None:
+    """Refuse a URL that holds a secret, which would stand in the ledger, in ``summary.json`` and in messages.
+
+    Parameters
+    ----------
+    what : str
+        What the message calls it; nothing of the URL is shown.
+    url : str
+        A URL, or a local path.
+    remedy : str
+        Where the secret belongs.
+
+    Raises
+    ------
+    InputError
+        If it does.
+    """
+    if re.match(SECRET_URL, url):
+        raise InputError(
+            f"{what} is a URL with a secret (a user or password before the host, or a signature or token behind the "
+            f"question mark), which would stand in the files of the run: give the plain URL, and {remedy}"
+        )
+
+
 def absolute(path: str) -> str:
     """Return a path that means the same from every working directory, as a URL does already."""
     return path.rstrip("/") if is_url(path) else os.path.abspath(path)

@@ -41,7 +41,7 @@ from reducer.outputs.export.write import PUTS, CopySettings
 from reducer.run.dask.connect import CPU_COUNT
 from reducer.run.folder import RunFolder
 from reducer.run.summary import check_storage_options, job_of
-from reducer.storage.location import Location, lies_in
+from reducer.storage.location import Location, lies_in, refuse_secret
 from reducer.storage.schemas import EXPORT_SCHEMA
 from reducer.storage.tables import EXAMPLES, csv_file, in_nanoseconds, read_columns
 
@@ -147,6 +147,7 @@ def export(
     >>> export("run", "photos", layout="by-label", resize=512)  # doctest: +SKIP
     """
     options = ExportOptions(layout, link, resize, shard_bytes)
+    refuse_secret("--list", str(list_file), "what opens it by --output-storage-option KEY=VALUE")
     run_folder = RunFolder(Location(str(run), output_storage_options or {}))
     summary = run_folder.finished()
     job = resolve(job_of(summary, {"output": str(run), "storage_options": storage_options or {}}))

@@ -17,7 +17,15 @@ from pathspec import GitIgnoreSpec
 from reducer.config.job import Job, path_rule
 from reducer.errors import InputError
 from reducer.run.plan.listing import check_images, list_folder, list_remote
-from reducer.storage.location import MemberKeys, PathRule, absolute, is_url, template_fields
+from reducer.storage.location import (
+    SECRET_URL,
+    MemberKeys,
+    PathRule,
+    absolute,
+    is_url,
+    refuse_secret,
+    template_fields,
+)
 from reducer.storage.paths import paths_by_rule
 from reducer.storage.schemas import MANIFEST_SCHEMA
 from reducer.storage.sorting import in_groups, is_new, ranked, text_order, text_ranks
@@ -251,6 +259,8 @@ def _read_table(job: Job, keys: MemberKeys | None) -> pa.Table:
     if keys is not None and rule is not None:
         rule = PathRule("", "{id}" if keys is MemberKeys.STEM else job.template)
     if rule is None:
+        if keys is None:
+            _check_urls(where, table[job.path_column])
         paths = table[job.path_column].to_pylist()
         if keys is None:
             root = absolute(job.images)
@@ -264,6 +274,18 @@ def _read_table(job: Job, keys: MemberKeys | None) -> pa.Table:
         if keys is not None:
             columns["path"] = paths_by_rule(rule, ids, labels)
     return pa.table(columns)
+
+
+def _check_urls(where: str, paths: pa.ChunkedArray) -> None:
+    """Refuse URLs that hold secrets."""
+    secret = pc.match_substring_regex(paths, SECRET_URL)
+    if count := pc.sum(secret).as_py():
+        first = pc.index(secret, True).as_py()
+        refuse_secret(
+            f"{where}: the path of {count:,} photos, first in row {first + 1},",
+            paths[first].as_py(),
+            "what opens them by --storage-option KEY=VALUE",
+        )
 
 
 def _one_row_per_photo(where: str, table: pa.Table, job: Job) -> pa.Table:
