@@ -42,6 +42,10 @@ class LostLockError(ReducerError):
     """Another run has taken the run folder: nothing may be written any more."""
 
 
+class StoreError(ReducerError):
+    """A store takes our credentials no more, or answers no request: no fault of the photos that were asked for."""
+
+
 class ClusterError(ReducerError):
     """The cluster failed in the middle of a job."""
 

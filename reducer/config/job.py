@@ -33,7 +33,7 @@ from reducer.storage.location import (
     resolved,
     template_fields,
 )
-from reducer.storage.remote import check_obstore
+from reducer.storage.remote import check_obstore, with_truths
 
 #: Where GLDv2 keeps a photo: the path template in force where a job names none.
 GLDV2_TEMPLATE = "{id[0]}/{id[1]}/{id[2]}/{id}.jpg"
@@ -437,8 +437,11 @@ def _check_storage_options(job: Job) -> None:
         ("--manifest", "--manifest-storage-option", job.manifest_location, ()),
         ("--output", "--output-storage-option", job.output_location, (job.reuse,)),
     ):
+        with_truths(location.options)
         remote = location.remote or any(path is not None and is_url(path) for path in others)
         if location.options and not remote:
+            if what == "IMAGES" and job.path_column is not None:  # which may name URLs
+                continue
             raise InputError(f"{option} says how a URL is opened, and {what} is none: leave it out")
     if job.reader == "obstore" and job.images_location.on_s3:
         check_obstore(job.storage_options)

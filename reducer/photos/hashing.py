@@ -76,6 +76,7 @@ class PhotoError(Exception):
     """One photo cannot be used; the message is one line, ``kind: what was found``."""
 
     def __init__(self, kind: str, detail: str) -> None:
+        self.kind = kind
         line = re.sub(r"\s+", " ", f"{kind}: {detail}").strip()
         # An object's address differs on every run; the ledger must not.
         line = re.sub(r"<[\w.]+(?: object)? at 0x[0-9a-f]+>", "the file", line)

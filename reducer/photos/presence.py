@@ -10,7 +10,7 @@ from contextlib import suppress
 from reducer.config.settings import Source
 from reducer.photos.disk import check_file
 from reducer.photos.hashing import EMPTY, PhotoError
-from reducer.photos.reader import in_reading_loop, persistently
+from reducer.photos.reader import from_store, in_reading_loop, persistently
 from reducer.photos.requests import NO_OBJECT, ObjectPage, page_from, size_of
 from reducer.storage.location import Location, is_url
 
@@ -63,7 +63,7 @@ async def _absences_of_urls(paths: Sequence[str], source: Source) -> list[str | 
                 found[path] = await asyncio.to_thread(_absence_on_disk, path)
                 return
             try:
-                found[path] = _empty(await persistently(lambda: size_of(path, source)))
+                found[path] = _empty(await from_store(path, source, lambda: size_of(path, source)))
             except PhotoError as error:
                 found[path] = str(error)
 

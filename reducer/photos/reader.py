@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import math
+import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterable, Sequence
 from concurrent.futures import Future
+from contextlib import asynccontextmanager
 from functools import lru_cache
 from typing import Any, TypeVar
 
 from reducer.config.settings import Source
+from reducer.errors import StoreError
 from reducer.photos.disk import changed, disk_blocks, read_photo, state_on_disk, too_large
 from reducer.photos.hashing import PhotoError
 from reducer.photos.requests import (
+    AccessRefused,
     CannotCopy,
     Enough,
     FileState,
     PhotoFile,
+    Unanswered,
     copy_object,
     fetch,
     fetch_start,
+    size_of,
     state_of,
 )
 from reducer.storage.location import ByteRange, Location, PhotoRef, Shard, file_of, is_url
@@ -34,6 +42,9 @@ STORE_BLOCK = 4 * 2**20
 #: Photos that one block of a store takes the place of in `Source.read_ahead`: by default 8 blocks are under way, enough
 #: that a round trip of 100 ms costs nothing at the speed of hashing.
 PHOTOS_PER_BLOCK = 4
+
+#: Attempts to find out whether a photo can still be read that was read before, and seconds that each may take.
+PROOFS, PROOF_SECONDS = 2, 10
 
 #: Reading the beginnings of objects first is worth it where at least one object in `WORTH_A_START` is not read whole;
 #: elsewhere one object in `STARTS_TO_TRY` is still read so.
@@ -116,6 +127,82 @@ class _Starts:
         return file
 
 
+class _Proof:
+    """What tells a store that lets nobody read from a photo that cannot be read, for one store in one process.
+
+    Used in the loop's thread only.
+    """
+
+    def __init__(self) -> None:
+        self.path: str | None = None  # of a photo that could be read
+        self.answered = False  # whether the store has let us read, or said that something is not there
+        self.under_way = self.waiting = 0
+        self.changed, self.trying = asyncio.Condition(), asyncio.Lock()
+        self.tried, self.can_be_read = -math.inf, False
+
+    @asynccontextmanager
+    async def request(self) -> AsyncIterator[None]:
+        """Count a request as long as it is under way."""
+        self.under_way += 1
+        try:
+            yield
+        finally:
+            self.under_way -= 1
+            await self._tell()
+
+    async def note(self, path: str | None) -> None:
+        """Note that a photo can be read, or that the store has said of one that it is not there (None)."""
+        self.path, self.answered = path or self.path, True
+        await self._tell()
+
+    async def _tell(self) -> None:
+        if self.waiting:
+            async with self.changed:
+                self.changed.notify_all()
+
+    async def require(self, source: Source, error: PhotoError) -> None:
+        """Find out whether others can be read where one is refused, or gets no answer.
+
+        Raises
+        ------
+        StoreError
+            If not.
+        """
+        now = time.monotonic()
+        async with self.changed:  # if none was read yet, perhaps one of those under way can be
+            self.waiting += 1
+            self.changed.notify_all()
+            try:
+                await self.changed.wait_for(lambda: self.answered or self.waiting >= self.under_way)
+            finally:
+                self.waiting -= 1
+        if self.path is not None:
+            async with self.trying:  # one attempt answers all that have failed before it
+                if self.tried < now:
+                    self.tried = time.monotonic()
+                    self.can_be_read = await _is_answered(self.path, source)
+            if self.can_be_read:
+                return
+        elif self.answered:
+            return
+        read_before = "" if self.path is None else ", not even one that was read before"
+        raise StoreError(f"the store gives no photo{read_before}: {error}")
+
+
+async def _is_answered(path: str, source: Source) -> bool:
+    """Tell whether a store tells of a photo that could be read before."""
+    for _ in range(PROOFS):
+        try:
+            await asyncio.wait_for(size_of(path, source), PROOF_SECONDS)
+        except (Transient, TimeoutError):
+            await asyncio.sleep(1)
+        except (PhotoError, StoreError):
+            return False
+        else:
+            return True
+    return False
+
+
 class _Shared:
     """Shared by all threads of a process that read: fsspec's event loop, in its own thread, and a budget of bytes."""
 
@@ -125,6 +212,12 @@ class _Shared:
         self.loop: asyncio.AbstractEventLoop = get_loop()
         self.budget = _Budget(READ_AHEAD_BYTES)
         self.starts = _Starts()
+        self.proofs: dict[str, _Proof] = {}
+
+    def proof_of(self, path: str, source: Source) -> _Proof:
+        """Return what is known of the store of a URL."""
+        store = "/".join(path.split("/", 3)[:3])
+        return self.proofs.setdefault(json.dumps([store, source.options], sort_keys=True, default=repr), _Proof())
 
 
 @lru_cache(maxsize=1)
@@ -135,7 +228,8 @@ def _shared() -> _Shared:
 def _read_ahead(
     refs: Iterable[PhotoRef], source: Source, max_pixels: int, under_way_at_most: int, enough: Enough | None = None
 ) -> Generator[PhotoFile | PhotoError]:
-    loop, budget, starts = _shared().loop, _shared().budget, _shared().starts
+    shared = _shared()
+    loop, budget, starts = shared.loop, shared.budget, shared.starts
     hashed = 0  # photos that the caller is done with
     held: dict[int, int] = {}  # bytes by number of the photo; in the loop's thread only
     under_way: deque[Future[PhotoFile | PhotoError]] = deque()
@@ -148,6 +242,7 @@ def _read_ahead(
 
     async def read(number: int, ref: PhotoRef) -> PhotoFile | PhotoError:
         async def room(size: int) -> None:
+            await shared.proof_of(file_of(ref), source).note(file_of(ref))
             if error := too_large(size, max_pixels):
                 raise error
             more = size - held.get(number, 0)
@@ -157,18 +252,28 @@ def _read_ahead(
                 await budget.take(more, lambda: number <= hashed)
             held[number] = size
 
-        try:
-            if not is_url(file_of(ref)):
+        if not is_url(file_of(ref)):
+            try:
                 return await asyncio.to_thread(read_photo, ref, max_pixels=max_pixels)
+            except PhotoError as error:
+                return error
+
+        def request() -> Awaitable[PhotoFile]:
             if enough is not None and isinstance(ref, str) and Location(ref).on_s3:
-                return await persistently(lambda: starts.fetch(ref, source, room, enough))
-            file = await persistently(lambda: fetch(ref, source, room))
+                return starts.fetch(ref, source, room, enough)
+            return fetch(ref, source, room)
+
+        try:
+            file = await from_store(file_of(ref), source, request)
             if isinstance(ref, ByteRange) and ref.etag is not None and file.etag not in (None, ref.etag):
                 raise changed(ref.path)
             return file
         except PhotoError as error:
             await give_back(number)
             return error
+        except StoreError:
+            await give_back(number)
+            raise
 
     left = iter(enumerate(refs))
     try:
@@ -363,6 +468,31 @@ def copy_in_store(
     return in_reading_loop(copy_all())
 
 
+async def from_store(path: str, source: Source, request: Callable[[], Awaitable[T]]) -> T:
+    """Ask a store for a photo, with retries.
+
+    Raises
+    ------
+    PhotoError
+        If the photo is to blame.
+    StoreError
+        If the store gives no photo any more.
+    """
+    proof = _shared().proof_of(path, source)
+    async with proof.request():
+        try:
+            answer = await persistently(request)
+        except (AccessRefused, Unanswered) as error:
+            await proof.require(source, error)
+            raise
+        except PhotoError as error:
+            if error.kind == "missing":
+                await proof.note(None)
+            raise
+        await proof.note(path)
+        return answer
+
+
 def in_reading_loop(work: Coroutine[Any, Any, T]) -> T:
     """Wait for a coroutine, in the event loop that all reading shares."""
     return asyncio.run_coroutine_threadsafe(work, _shared().loop).result()
@@ -373,4 +503,4 @@ async def persistently(request: Callable[[], Awaitable[T]]) -> T:
     try:
         return await with_async_retries(request)
     except Transient as error:
-        raise PhotoError("unreadable", f"again and again for {RETRY_SECONDS:g} s: {error}") from None
+        raise Unanswered("unreadable", f"again and again for {RETRY_SECONDS:g} s: {error}") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,9 +12,17 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 from reducer.config.settings import Source
+from reducer.errors import StoreError
 from reducer.photos.hashing import OUT_OF_MEMORY, PhotoError
 from reducer.storage.location import ByteRange, Location, PhotoRef, file_of
-from reducer.storage.remote import Transient, is_access_refused, nanoseconds, obstore_at
+from reducer.storage.remote import (
+    CREDENTIALS_ENDED,
+    Transient,
+    is_access_refused,
+    may_pass,
+    nanoseconds,
+    obstore_at,
+)
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -23,6 +32,8 @@ if TYPE_CHECKING:
 FIRST_BYTES = 2**15
 #: HTTP status of an answer to a request for bytes behind the end of an object.
 NO_SUCH_PART = 416
+#: HTTP status and S3's code in the errors of obstore.
+OBSTORE_STATUS, OBSTORE_CODE = re.compile(r"status code: (\d{3})"), re.compile(r"<Code>(\w+)</Code>")
 #: Failure of a photo whose object is not in its store.
 NO_OBJECT = ("missing", "no such object")
 
@@ -107,6 +118,14 @@ class NoSuchPart(PhotoError):
 
     def __init__(self) -> None:
         super().__init__("changed", "it ends before the bytes that were asked for")
+
+
+class AccessRefused(PhotoError):
+    """Access to a photo is refused; perhaps only to this one."""
+
+
+class Unanswered(PhotoError):
+    """No attempt to read a photo has succeeded; perhaps that of no other would."""
 
 
 class CannotCopy(Exception):
@@ -237,14 +256,12 @@ class _S3fsClient(_FsspecClient):
         passing = (botocore.HTTPClientError, botocore.ConnectionError, aiohttp.ClientError, OSError)
         if isinstance(error, botocore.ClientError):
             status = error.response["ResponseMetadata"]["HTTPStatusCode"]
-            if status == NO_SUCH_PART:
-                return NoSuchPart()
-            if status < 500 and status not in (408, 429) and error.response["Error"].get("Code") != "RequestTimeout":
-                translation: Exception = translate_boto_error(error)
-                return translation
-        elif not isinstance(error, passing):
-            return error
-        return Transient(location.safe(error))
+            code = error.response["Error"].get("Code")
+            refused = _refusal(status, code, location.safe(error))
+            return refused or (
+                Transient(location.safe(error)) if may_pass(status, code) else translate_boto_error(error)
+            )
+        return Transient(location.safe(error)) if isinstance(error, passing) else error
 
 
 class _ObstoreClient:
@@ -278,11 +295,27 @@ class _ObstoreClient:
     def translated(self, error: Exception, location: Location) -> Exception:
         from obstore.exceptions import GenericError
 
-        if not isinstance(error, GenericError):
-            return error
-        if f"{NO_SUCH_PART} Range Not Satisfiable" in str(error):
-            return NoSuchPart()
-        return Transient(location.safe(error))
+        text, line = str(error), location.safe(error)
+        if found := OBSTORE_STATUS.search(text):
+            status, code = int(found[1]), OBSTORE_CODE.search(text)
+            if refused := _refusal(status, code and code[1], line):
+                return refused
+            if may_pass(status, code and code[1]):
+                return Transient(line)
+            return PhotoError("unreadable", line) if isinstance(error, GenericError) else error
+        return Transient(line) if isinstance(error, GenericError) else error
+
+
+def _refusal(status: int, code: str | None, message: str) -> Exception | None:
+    """Return what an answer means that is no fault of the photo, or that may be none; None for others."""
+    if code in CREDENTIALS_ENDED:
+        return StoreError(f"the store takes the credentials no more ({message}): give others")
+    if status == NO_SUCH_PART:
+        return NoSuchPart()
+    # The answer to HEAD has no body, so no code.
+    if status in (401, 403) or (status == 400 and code in (None, "400")):
+        return AccessRefused("unreadable", f"access is refused ({message})")
+    return None
 
 
 #: The clients of S3 by the names of ``--reader``.
@@ -301,18 +334,18 @@ def _client_of(location: Location, reader: str) -> Iterator[StoreClient]:
     client = _made(S3_CLIENTS[reader] if location.on_s3 else _FsspecClient)
     try:
         yield client
-    except (PhotoError, Transient, CannotCopy):
+    except (PhotoError, Transient, CannotCopy, StoreError):
         raise
     except Exception as original:
         error = client.translated(original, location)
-        if isinstance(error, PhotoError | Transient):
+        if isinstance(error, PhotoError | Transient | StoreError):
             raise error from None
         if isinstance(error, FileNotFoundError):
             raise PhotoError(*NO_OBJECT) from None
         if isinstance(error, MemoryError):
             raise PhotoError(OUT_OF_MEMORY, "reading it takes more than there is") from None
         if is_access_refused(error):
-            raise PhotoError("unreadable", f"access is refused ({location.safe(error)})") from None
+            raise AccessRefused("unreadable", f"access is refused ({location.safe(error)})") from None
         raise PhotoError("unreadable", location.safe(error)) from None
 
 

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from reducer.config.cluster import ClusterSpec
 from reducer.config.job import path_rule
 from reducer.config.settings import Source
-from reducer.errors import ClusterError, one_line
+from reducer.errors import ClusterError, StoreError, one_line
 from reducer.photos.presence import absences
 from reducer.run.dask.pool import NothingCame, map_unordered
 from reducer.run.dask.workers import Workers
@@ -116,6 +116,8 @@ def _outcomes(
     try:
         with closing(outcomes):
             for outcome in outcomes:
+                if isinstance(outcome.error, StoreError):
+                    raise outcome.error
                 if outcome.error is not None:
                     raise ClusterError(f"{NOT_TOLD}: a worker failed: {one_line(outcome.error)}")
                 yield outcome.item, outcome.result

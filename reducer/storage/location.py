@@ -103,6 +103,12 @@ class Location:
         """True for an object store that speaks S3."""
         return self.path.startswith(("s3://", "s3a://"))
 
+    @property
+    def _is_chain(self) -> bool:
+        """True for a URL within another file system, such as ``zip://a.jpg::s3://bucket/photos.zip``."""
+        first, *others = self.path.split("::")
+        return self.remote and bool(others) and ("://" not in first or any("://" in other for other in others))
+
     def below(self, name: str) -> Location:
         """Return the location of a name in this folder."""
         return Location(
@@ -124,8 +130,13 @@ class Location:
         """
         import fsspec
 
+        options = fsspec_options(self.options, self.on_s3, attempts)
         try:
-            system, path = fsspec.core.url_to_fs(self.path, **fsspec_options(self.options, self.on_s3, attempts))
+            if self._is_chain:
+                system, path = fsspec.core.url_to_fs(self.path, **options)
+            else:  # fsspec would take `::` in a name for a chain
+                kind = fsspec.get_filesystem_class(self.path.partition("://")[0] if self.remote else "file")
+                system, path = kind(**kind._get_kwargs_from_urls(self.path) | options), kind._strip_protocol(self.path)
         except (ImportError, ValueError, TypeError) as error:
             raise InputError(f"{self.path} cannot be opened: {self.safe(error)}") from None
         return system, path
@@ -150,8 +161,11 @@ class Location:
 
     def safe(self, error: BaseException) -> str:
         """Return an error as one line, without the values of options that may be secrets."""
-        # Behind the message obstore shows its innards.
-        line = " ".join(f"{type(error).__name__}: {str(error).partition('Debug source')[0]}".split())
+        # Behind the message obstore shows the answer, which has a number of its own, and its innards.
+        text = str(error).partition("Debug source")[0].partition("<?xml")[0].rstrip(": \n")
+        line = " ".join(f"{type(error).__name__}: {text}".split())
+        # Nothing that differs from one attempt to the next: the same photo has the same error.
+        line = re.sub(r" in \d+(\.\d+)?(ns|µs|us|ms|s)\b| at 0x[0-9a-f]+", "", line)
         for secret in secret_values(self.options):
             line = line.replace(secret, "***")
         return line[:300]

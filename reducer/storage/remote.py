@@ -84,6 +84,27 @@ def parse_options(flag: str, pairs: Iterable[str]) -> dict[str, Any]:
     return options
 
 
+def with_truths(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return storage options in which `BOOLEAN_OPTIONS`, nested ones too, are true or false, however they are spelled.
+
+    Raises
+    ------
+    InputError
+        If one is neither.
+    """
+    found: dict[str, Any] = {}
+    for key, value in options.items():
+        if isinstance(value, Mapping):
+            found[key] = with_truths(value)
+        elif key in BOOLEAN_OPTIONS and not isinstance(value, bool):
+            if str(value).lower() not in BOOLEANS:
+                raise InputError(f"storage option {key}: expected true or false")
+            found[key] = BOOLEANS[str(value).lower()]
+        else:
+            found[key] = value
+    return found
+
+
 def fsspec_options(given: Mapping[str, Any], on_s3: bool, attempts: int) -> dict[str, Any]:
     """Return storage options as fsspec's own file system for the URL takes them.
 
@@ -96,7 +117,7 @@ def fsspec_options(given: Mapping[str, Any], on_s3: bool, attempts: int) -> dict
     attempts : int
         Most attempts at a request, where the client makes it again by itself.
     """
-    options = dict(given)
+    options = with_truths(given)
     if not on_s3:
         return options
     client = dict(options.pop("client_kwargs", None) or {})
@@ -133,7 +154,8 @@ def check_obstore(options: Mapping[str, Any]) -> None:
 
 def obstore_at(bucket: str, options: Mapping[str, Any]) -> Any:
     """Return obstore's store for a bucket, one per process."""
-    return _obstore(bucket, json.dumps({OBSTORE_OPTIONS[key]: value for key, value in sorted(options.items())}))
+    given = sorted(with_truths(options).items())
+    return _obstore(bucket, json.dumps({OBSTORE_OPTIONS[key]: value for key, value in given}))
 
 
 @lru_cache(maxsize=8)
@@ -142,15 +164,36 @@ def _obstore(bucket: str, options: str) -> Any:
 
     given: dict[str, Any] = json.loads(options)
     profile = given.pop("profile", None)
+    # obstore knows nothing of profiles and of ~/.aws, nor of AWS_ENDPOINT_URL: the usual chain is botocore's.
+    given = _botocore_place(profile) | given
     client: ClientConfig = {
         "allow_http": str(given.get("endpoint", "")).startswith("http://"),
         "connect_timeout": timedelta(seconds=CONNECT_SECONDS),
         "timeout": timedelta(seconds=ANSWER_SECONDS),
     }
     if "access_key_id" not in given and not given.get("skip_signature"):
-        # obstore knows nothing of profiles and of ~/.aws: the usual chain is botocore's.
         given["credential_provider"] = _botocore_credentials(profile)
     return S3Store(bucket, **given, client_options=client, retry_config={"max_retries": 0})
+
+
+def _botocore_place(profile: str | None) -> dict[str, str]:
+    """Return the region, and the endpoint if it is not Amazon's, as the environment and AWS's files tell them."""
+    import botocore.session
+    from botocore.exceptions import BotoCoreError
+
+    try:
+        session = botocore.session.Session(profile=profile)
+        region = session.get_config_variable("region")
+        # Any key: none is asked for here, and botocore would look for some.
+        client = session.create_client(
+            "s3", region_name=region or "us-east-1", aws_access_key_id="none", aws_secret_access_key="none"
+        )
+    except BotoCoreError as error:
+        raise PermissionError(str(error)) from None
+    place = {"region": region, "endpoint": client.meta.endpoint_url}
+    if place["endpoint"].endswith((".amazonaws.com", ".amazonaws.com.cn")):
+        del place["endpoint"]
+    return {name: value for name, value in place.items() if value}
 
 
 def _botocore_credentials(profile: str | None) -> Callable[[], dict[str, Any]]:
@@ -192,6 +235,35 @@ def secret_values(options: Mapping[str, Any]) -> Iterator[str]:
             yield value
 
 
+#: HTTP statuses, and codes of S3, of requests that may succeed later although the client is to blame by the number.
+PASSING_STATUSES = (408, 425, 429)
+PASSING_CODES = ("RequestTimeout", "SlowDown")
+#: Codes of writes that came together.
+CONFLICTS = ("OperationAborted", "ConditionalRequestConflict")
+#: Codes by which S3 says that credentials are wrong, or have ended.
+CREDENTIALS_ENDED = (
+    *("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired", "InvalidToken"),
+    *("InvalidAccessKeyId", "SignatureDoesNotMatch", "RequestTimeTooSkewed"),
+)
+
+
+def may_pass(status: int, code: str | None) -> bool:
+    """Tell whether a request may succeed later, by the HTTP status and S3's code of the answer."""
+    return not 400 <= status < 500 or status in PASSING_STATUSES or code in PASSING_CODES
+
+
+def answer_of(error: BaseException) -> tuple[int, str | None] | None:
+    """Return the HTTP status and S3's code that an error of botocore, or one made of it, tells; else None."""
+    cause: BaseException | None = error
+    while cause is not None:
+        response = getattr(cause, "response", None)
+        if isinstance(response, Mapping) and "ResponseMetadata" in response:
+            status: int = response["ResponseMetadata"]["HTTPStatusCode"]
+            return status, response.get("Error", {}).get("Code")
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
 class Transient(Exception):
     """A request failed for a reason that may pass."""
 
@@ -212,6 +284,9 @@ def with_retries(request: Callable[[], T]) -> T:
             return request()
         except Exception as error:
             if is_access_refused(error) or isinstance(error, (FileNotFoundError, *BUGS)):
+                raise
+            answer = answer_of(error)
+            if answer is not None and not may_pass(*answer) and answer[1] not in CONFLICTS:
                 raise
         time.sleep(pause)
     return request()

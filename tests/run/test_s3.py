@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
+import os
 import random
 import re
 import socket
@@ -17,20 +19,22 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import faultproxy
 import fsspec
 import pytest
 from commands import flags, invoke
-from faultproxy import FaultProxy, Plan, one_in
+from faultproxy import Fault, FaultProxy, Plan, one_in
 from jobs import IN_PROCESS, READERS, SERIAL, ledger, reduced_files, run_on
 from s3server import S3Server
 from waiting import wait_for
 
 import reducer.photos.reader
 import reducer.run.dask.worker
-from reducer import ClusterError, InputError, Job, reduce_images
+from reducer import ClusterError, InputError, Job, reduce_images, resume
 from reducer.api.result import Result
 from reducer.config.resolved import resolve
 from reducer.config.settings import Source
+from reducer.errors import StoreError
 from reducer.photos.reader import read_all
 from reducer.photos.requests import PhotoFile
 from reducer.run.folder import RunFolder
@@ -259,7 +263,7 @@ def test_an_object_that_is_not_there_is_asked_for_once(
     assert photo_requests(proxy)["/trial/train/f/e/e/feedbeef.jpg"] == 1
 
 
-def test_what_is_refused_is_not_asked_for_again(
+def test_credentials_that_are_wrong_end_the_run_and_no_photo_fails(
     collection: Path,
     s3: S3Server,
     proxy: FaultProxy,
@@ -273,12 +277,135 @@ def test_what_is_refused_is_not_asked_for_again(
     wrong = s3.options(endpoint_url=proxy.endpoint, secret="a-planted-wrong-secret")
     given: dict[str, Any] = {"manifest": str(collection / "train.csv"), "limit_labels": 4, "max_failures": 1.0}
     job = Job("s3://trial/train", str(tmp_path / "run"), keep=8, storage_options=wrong, reader=reader, **given)
-    result = reduce_images(job, SERIAL, progress=False)
-    failed = result.images[result.images.reason == "failed"]
-    assert len(failed) == result.summary["photos_read"] + result.summary["photos_looked_for"] > 0
-    assert failed.error.str.startswith("unreadable: access is refused").all()
-    assert not failed.error.str.contains(f"a-planted-wrong-secret|{s3.secret}").any()
+    with pytest.raises(StoreError, match=r"SignatureDoesNotMatch|credentials no more|reducer resume") as caught:
+        reduce_images(job, SERIAL, progress=False)
+    assert "a-planted-wrong-secret" not in str(caught.value)
+    assert s3.secret not in str(caught.value)
     assert set(photo_requests(proxy).values()) == {1}
+    assert ledger(tmp_path / "run").num_rows == 0
+
+
+ENDINGS = {
+    "expired": ("400 Bad Request", "ExpiredToken", "The provided token has expired."),
+    "unknown key": ("403 Forbidden", "InvalidAccessKeyId", "The key is not known."),
+    "clock": ("403 Forbidden", "RequestTimeTooSkewed", "The time is too far off."),
+    "refused": ("403 Forbidden", "AccessDenied", "Access Denied"),
+}
+
+
+@pytest.mark.parametrize("how", ENDINGS)
+def test_access_that_ends_in_a_run_ends_it_and_it_goes_on_later(
+    s3: S3Server,
+    remote: Path,
+    proxy: FaultProxy,
+    tmp_path: Path,
+    reader: str,
+    how: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(faultproxy.ERRORS, "status-500", ENDINGS[how])
+    counted = itertools.count()
+
+    def plan(method: str, path: str, number: int) -> Fault | None:
+        return Fault("status-500") if ".jpg" in path and next(counted) >= 60 else None
+
+    proxy.plan = plan
+    with pytest.raises(StoreError, match=f"reducer resume {tmp_path / 'run'}"):
+        s3_run(s3, tmp_path / "run", proxy.endpoint, partition_images=20, reader=reader)
+    assert "failed" not in set(ledger(tmp_path / "run")["reason"].to_pylist())
+    proxy.plan = None
+    given = {"storage_options": s3.options(), "manifest_storage_options": s3.options()}
+    resume(tmp_path / "run", SERIAL, progress=False, **given)
+    assert reduced_files(tmp_path / "run") == reduced_files(remote)
+
+
+def test_one_key_that_is_refused_is_that_photos_fault(
+    s3: S3Server, proxy: FaultProxy, tmp_path: Path, reader: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(faultproxy.ERRORS, "status-500", ENDINGS["refused"])
+    system = fsspec.filesystem("s3", **s3.options(skip_instance_cache=True))
+    photos = sorted(system.find("trial/train"))
+    names = {Path(photos[number]).name for number in (0, 100, 200)}  # the first of all among them
+    proxy.plan = lambda method, path, number: (
+        Fault("status-500") if Path(path.partition("?")[0]).name in names else None
+    )
+    result = s3_run(s3, tmp_path / "run", proxy.endpoint, rank_all=True, reader=reader)
+    failed = result.images[result.images["reason"] == "failed"]
+    assert {f"{photo}.jpg" for photo in failed["id"]} == names
+    assert failed["error"].str.startswith("unreadable: access is refused").all()
+
+
+def test_a_store_that_is_gone_ends_the_run(
+    s3: S3Server, remote: Path, proxy: FaultProxy, tmp_path: Path, reader: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reducer.storage.remote.RETRY_SECONDS", 3.0)
+    counted = itertools.count()
+    proxy.plan = lambda method, path, number: Fault("refuse") if ".jpg" in path and next(counted) >= 60 else None
+    with pytest.raises(StoreError, match="the store gives no photo, not even one that was read before"):
+        s3_run(s3, tmp_path / "run", proxy.endpoint, partition_images=20, reader=reader)
+    assert "failed" not in set(ledger(tmp_path / "run")["reason"].to_pylist())
+
+
+def test_workers_tell_that_the_store_takes_the_credentials_no_more(
+    s3: S3Server, proxy: FaultProxy, tmp_path: Path, reader: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(faultproxy.ERRORS, "status-500", ENDINGS["expired"])
+    counted = itertools.count()
+    proxy.plan = lambda method, path, number: Fault("status-500") if ".jpg" in path and next(counted) >= 60 else None
+    given: dict[str, Any] = {"manifest": "s3://trial/train.csv", "manifest_storage_options": s3.options()}
+    opened = s3.options(endpoint_url=proxy.endpoint)
+    job = Job("s3://trial/train", str(tmp_path / "run"), storage_options=opened, reader=reader, rank_all=True, **given)
+    with pytest.raises(StoreError, match="the store takes the credentials no more"):
+        reduce_images(job, IN_PROCESS, progress=False)
+    assert "failed" not in set(ledger(tmp_path / "run")["reason"].to_pylist())
+
+
+def test_colons_in_keys_and_paths_are_no_chain(
+    photos: dict[str, bytes], s3: S3Server, bucket: str, tmp_path: Path, reader: str
+) -> None:
+    client = s3.client()
+    names = ["a/0 gothic::church.jpg", "a/[1].jpg", "a/2.jpg", "b::c/3.jpg", "b::c/4.jpg", "b::c/5 ü+%20.jpg"]
+    for name, content in zip(names, photos.values(), strict=False):
+        client.put_object(Bucket=bucket, Key=f"photos::of/{name}", Body=content)
+        path = tmp_path / "photos::of [1]" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    given: dict[str, Any] = {"keep": 2, "report": False}
+    stored = Job(
+        f"s3://{bucket}/photos::of", str(tmp_path / "a::b"), storage_options=s3.options(), reader=reader, **given
+    )
+    result = reduce_images(stored, SERIAL, progress=False)
+    assert result.summary["failures"] == {}
+    assert set(result.images["id"]) == set(names)
+    local = reduce_images(Job(str(tmp_path / "photos::of [1]"), str(tmp_path / "c"), **given), SERIAL, progress=False)
+    assert local.images["hash"].equals(result.images["hash"])
+    assert (tmp_path / "a::b" / "reduced.csv").read_bytes() == (tmp_path / "c" / "reduced.csv").read_bytes()
+
+
+def test_both_readers_find_the_store_as_aws_tools_do(
+    s3: S3Server, remote: Path, tmp_path: Path, reader: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home" / ".aws"
+    home.mkdir(parents=True)
+    (home / "config").write_text(f"[profile lab]\nendpoint_url = {s3.endpoint}\nregion = eu-central-1\n")
+    (home / "credentials").write_text(f"[lab]\naws_access_key_id = {s3.key}\naws_secret_access_key = {s3.secret}\n")
+    code = (
+        "import sys; from reducer import ClusterSpec, Job, reduce_images\n"
+        "run, reader, *profile = sys.argv[1:]\n"
+        "opened = {'profile': profile[0]} if profile else {}\n"
+        "job = Job('s3://trial/train', run, manifest='s3://trial/train.csv', keep=8, report=False, reader=reader,\n"
+        "    storage_options=opened, manifest_storage_options=opened)\n"
+        "reduce_images(job, ClusterSpec(workers=0), progress=False)\n"
+    )
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    keys = {"AWS_ACCESS_KEY_ID": s3.key, "AWS_SECRET_ACCESS_KEY": s3.secret, "AWS_ENDPOINT_URL": s3.endpoint}
+    for name, environment, profile in (
+        ("env", plain | keys, []),
+        ("profile", plain | {"HOME": str(tmp_path / "home")}, ["lab"]),
+    ):
+        command = [sys.executable, "-c", code, str(tmp_path / name), reader, *profile]
+        subprocess.run(command, check=True, timeout=60, env=environment)
+        assert reduced_files(tmp_path / name) == reduced_files(remote)
 
 
 def test_photos_stay_in_order_and_at_most_so_many_are_under_way(

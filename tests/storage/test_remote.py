@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from botocore.exceptions import ClientError
 
-from reducer.storage.remote import Transient, with_async_retries, with_retries
+from reducer import InputError, Job
+from reducer.storage import remote
+from reducer.storage.remote import Transient, with_async_retries, with_retries, with_truths
 
 
 class Flaky:
@@ -77,3 +80,50 @@ def test_the_last_error_is_raised_when_time_is_up(error: Exception, monkeypatch:
     with pytest.raises(type(error), match="down"):
         with_retries(request)
     assert request.calls > 1
+
+
+def test_true_and_false_in_any_spelling_wherever_they_stand() -> None:
+    given = {"anon": "False", "client_kwargs": {"use_ssl": "no", "region_name": "no"}, "requester_pays": 1, "key": "no"}
+    assert with_truths(given) == {
+        "anon": False,
+        "client_kwargs": {"use_ssl": False, "region_name": "no"},
+        "requester_pays": True,
+        "key": "no",
+    }
+    with pytest.raises(InputError, match="storage option anon: expected true or false"):
+        with_truths({"anon": "perhaps"})
+    with pytest.raises(InputError, match="storage option use_ssl: expected true or false"):
+        Job("s3://bucket", "run", storage_options={"client_kwargs": {"use_ssl": "perhaps"}})
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "passes"),
+    [
+        *(
+            (500, "InternalError", True),
+            (503, "SlowDown", True),
+            (429, None, True),
+            (425, None, True),
+            (408, None, True),
+        ),
+        *((400, "RequestTimeout", True), (400, "BadDigest", False), (404, "NoSuchKey", False), (409, "Other", False)),
+        *((409, "OperationAborted", True), (409, "ConditionalRequestConflict", True)),
+    ],
+)
+def test_writes_are_tried_again_where_that_may_help(
+    status: int, code: str, passes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "RETRY_SECONDS", 0.3)
+    answer = {"ResponseMetadata": {"HTTPStatusCode": status}, "Error": {"Code": code}}
+    asked = []
+
+    def request() -> None:
+        asked.append(1)
+        try:
+            raise ClientError(answer, "PutObject")
+        except ClientError as error:
+            raise OSError("as s3fs translates it") from error
+
+    with pytest.raises(OSError, match="as s3fs"):
+        remote.with_retries(request)
+    assert (len(asked) > 1) == passes

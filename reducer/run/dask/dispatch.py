@@ -12,7 +12,7 @@ from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from reducer.config.cluster import ClusterSpec
-from reducer.errors import ClusterError
+from reducer.errors import ClusterError, StoreError
 from reducer.run.dask.check import check_photo_access, check_same_environment
 from reducer.run.dask.code import code_digest
 from reducer.run.dask.messages import RunContext, WorkerRejected, WorkItem
@@ -245,6 +245,8 @@ class Dispatch:
                 reason = compare_with(self.environment, result.environment, f"worker {result.worker}") or reason
             self._leave_out(result.worker, reason)
             self._send_again(attempt)
+        elif isinstance(error, StoreError):
+            raise error
         elif isinstance(error, WorkersGone):
             self._send_again(attempt)
         elif isinstance(error, TaskLost | MemoryError) or outcome.killed_workers:

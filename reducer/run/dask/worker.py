@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reducer.config.settings import PhotoSettings, Source
-from reducer.errors import InputError
+from reducer.errors import InputError, StoreError
 from reducer.photos.process import PhotoResult, ProcessPhotos, process_photos
 from reducer.photos.sandbox import (
     MEMORY_SHARE,
@@ -245,8 +245,11 @@ def read_failure(ref: PhotoRef, settings: PhotoSettings, source: Source) -> str 
     from reducer.photos.hashing import PhotoError
     from reducer.photos.reader import read_all
 
-    with closing(read_all([ref], source, max_pixels=settings.max_pixels)) as files:
-        file = next(files)
+    try:
+        with closing(read_all([ref], source, max_pixels=settings.max_pixels)) as files:
+            file = next(files)
+    except StoreError as error:
+        return str(error)
     return str(file) if isinstance(file, PhotoError) else None
 
 

@@ -41,6 +41,9 @@ from reducer.storage.tables import (
 
 log = logging.getLogger("reducer")
 
+#: Versions of objects; and keys with empty segments, with dots for segments, or with control characters.
+VERSIONED = r"\?versionId="
+NOT_FOR_OBSTORE = r"[\x00-\x1f\x7f]|[^:]//|/\.{1,2}(/|$)|^\.{1,2}/"
 #: The column of GLDv2's train_clean.csv that lists the ids of a label.
 ID_LISTS = "images"
 
@@ -108,11 +111,38 @@ def read_manifest(job: Job, keys: MemberKeys | None = None) -> Manifest:
         check_images(job)
     if job.manifest is not None:
         found = check(_read_table(job, keys), {}, f"--manifest {job.manifest}", job.path_column)
+        if keys is None:
+            _check_keys(job, found.table)
         return replace(found, types=_types(job), columns=_travelling(job))
+    found = _listed(job)
+    _check_keys(job, found.table)
+    return found
+
+
+def _listed(job: Job) -> Manifest:
+    """Return the photos that a listing of IMAGES finds."""
     is_excluded = _excluding(job.exclude)
     if job.images_location.remote:
         return check(*list_remote(job.images_location, is_excluded))
     return check(*list_folder(job.images, is_excluded))
+
+
+def _check_keys(job: Job, table: pa.Table) -> None:
+    """Refuse objects of S3 that the reader cannot name, or names otherwise than they are called."""
+    if not job.hashes_photos:
+        return
+    told = table["path"].null_count < table.num_rows
+    if not (job.images_location.on_s3 or (told and job.path_column is not None)):
+        return
+    patterns = [(VERSIONED, "name a version of an object (?versionId=): give the keys alone, the newest is read")]
+    if job.reader == "obstore":
+        patterns.append((NOT_FOR_OBSTORE, "have keys that --reader obstore cannot name: use --reader s3fs"))
+    for pattern, what in patterns:
+        for column in (table["path"],) if told else (table["id"], table["label"]):
+            found = pc.match_substring_regex(column, pattern)
+            if count := pc.sum(found).as_py():
+                example = column[pc.index(found, True).as_py()].as_py()
+                raise InputError(f"{count:,} photos, such as {example!r}, {what}")
 
 
 def _types(job: Job) -> dict[str, str]:

@@ -246,6 +246,30 @@ def test_paths_by_template_and_by_column(tmp_path: Path) -> None:
         manifest_of(tmp_path, "id,landmark_id\nabc,1\nxy,1\n", path_template="{id[2]}/{id}")
 
 
+@pytest.mark.parametrize(
+    ("path", "reader", "message"),
+    [
+        ("s3://bucket/a//b.jpg", "obstore", r"2 photos, such as 's3://bucket/a//b.jpg', have keys .* --reader s3fs"),
+        ("s3://bucket/a/../b.jpg", "obstore", "cannot name"),
+        ("s3://bucket/./b.jpg", "obstore", "cannot name"),
+        ("s3://bucket/a\x01b.jpg", "obstore", "cannot name"),
+        ("s3://bucket/a.jpg?versionId=1", "s3fs", r"name a version of an object \(\?versionId=\)"),
+        ("s3://bucket/a..b/.c/d::e?f.jpg", "obstore", None),
+        ("s3://bucket/a//b.jpg", "s3fs", None),
+    ],
+)
+def test_keys_that_a_reader_cannot_name_are_refused(
+    path: str, reader: str, message: str | None, tmp_path: Path
+) -> None:
+    lines = ["id,landmark_id,file", f"1,x,{path}", f"2,x,{path}", "3,x,s3://bucket/c.jpg"]
+    given = {"path_column": "file", "reader": reader, "storage_options": {"anon": True}}
+    if message is None:
+        manifest_of(tmp_path, "\n".join(lines) + "\n", **given)
+        return
+    with pytest.raises(InputError, match=message):
+        manifest_of(tmp_path, "\n".join(lines) + "\n", **given)
+
+
 LIST = "id,landmark_id\n0007,x\n08,y;z\n09,NA\n"
 ROWS = [("0007", "x"), ("08", "y;z"), ("09", "NA")]
 TABLE = pa.table({"id": [row[0] for row in ROWS], "landmark_id": [row[1] for row in ROWS]})
