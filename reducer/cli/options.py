@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import click
 from click.core import ParameterSource
 
+from reducer.cli.streams import lasting_streams
 from reducer.config.cluster import ClusterFile, ClusterSpec
 from reducer.config.settings import EMBED_BATCH, EMBED_MEAN, EMBED_SIZE, EMBED_STD, STORAGE_OPTIONS
 from reducer.errors import InputError, ReducerError
@@ -100,9 +101,14 @@ def exit_codes(command: Callable[..., None]) -> Callable[..., None]:
         if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:
             before[hangup] = signal.signal(hangup, stop)
         try:
-            command(**kwargs)
+            with lasting_streams():
+                command(**kwargs)
         except ReducerError as error:
             end(f"Error: {error}", error.exit_code)
+        except ValueError as error:
+            if "dask config file" not in str(error):
+                raise
+            end(f"Error: Dask's own settings cannot be read: {' '.join(str(error).split())[:300]}", 2)
         except KeyboardInterrupt:
             end(_stopped(kwargs), 130)
         except Terminated as stopped:

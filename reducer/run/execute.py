@@ -202,6 +202,9 @@ def recording_stop(
     except BaseException as stop:
         with suppress(ReducerError):  # a full disk has no room for it either, and is what is reported
             folder.write_summary(summary | counters.figures() | {"status": "stopped"})
+        if isinstance(stop, KeyboardInterrupt):  # what a notebook shows last
+            again = go_on or f"the same call again, or reducer.resume({folder.path!r})"
+            stop.args = (f"What was hashed so far is kept. To go on: {again}",)
         if isinstance(stop, BudgetError | ListingError):
             more = "more" if isinstance(stop, BudgetError) else "other options"
             advice = f"run again with {more}, another --output and --reuse {folder.path}"

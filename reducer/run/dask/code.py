@@ -6,6 +6,7 @@ library.
 
 from __future__ import annotations
 
+import platform
 from functools import lru_cache
 from typing import Any
 
@@ -53,3 +54,8 @@ def package_files() -> dict[str, bytes]:
             else:
                 files[prefix + entry.name] = entry.read_bytes()
     return files
+
+
+def minor_version(version: str | None = None) -> str:
+    """Return the first two numbers of a version of Python; default that of this process."""
+    return ".".join((version or platform.python_version()).split(".")[:2])

@@ -22,6 +22,7 @@ from dask.system import CPU_COUNT as CPU_COUNT
 
 from reducer.config.cluster import TLS, ClusterSpec
 from reducer.errors import ClusterError, InputError, one_line
+from reducer.run.dask.code import minor_version
 from reducer.run.dask.ship_code import same_code
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ DASK_SETTINGS: dict[str, Any] = {
 
 #: Dask's settings for clusters whose workers are processes on this machine: `dask_setup`, below.
 LOCAL_SETTINGS = {"distributed.worker.preload": ["reducer.run.dask.connect"]}
+#: Seconds after which is said what is waited for, and that Dask may take beyond its timeout.
+SIGN_OF_LIFE, GRACE = 5.0, 2.0
 #: What to install where a cluster class cannot be imported.
 EXTRAS = {"asyncssh": "reducer[ssh]", "dask_jobqueue": "reducer[slurm]", "dask_kubernetes": "reducer[kubernetes]"}
 
@@ -101,7 +104,9 @@ def connect(spec: ClusterSpec) -> Iterator[Client]:
 
     if spec.address:
         with _client_at(spec) as client:
+            _check_python(client)
             _wait_for_workers(client, spec)
+            _check_python(client)
             with same_code(client, spec.rules.ship_code):
                 yield client
         return
@@ -117,6 +122,8 @@ def connect(spec: ClusterSpec) -> Iterator[Client]:
             cluster = _start(make, spec)
             with Client(cluster, timeout=spec.timeout, set_as_default=False) as client:
                 _wait_for_workers(client, spec)
+                if not local:
+                    _check_python(client)
                 # Processes that we start on this machine run our code: they import it from where we do.
                 with nullcontext() if local else same_code(client, spec.rules.ship_code):
                     yield client
@@ -206,13 +213,61 @@ def _has_bokeh() -> bool:
     return importlib.util.find_spec("bokeh") is not None
 
 
+def _check_python(client: Client) -> None:
+    """Refuse a scheduler or workers of another Python: functions travel as bytecode, of which it may die.
+
+    By Dask's own request, which sends no function.
+
+    Raises
+    ------
+    InputError
+        Naming both versions.
+    """
+    found: Any = client.get_versions(packages=[])
+    here = minor_version()
+    others = {
+        "the scheduler": found["scheduler"],
+        **{f"the worker {name}": it for name, it in found["workers"].items()},
+    }
+    for name, versions in others.items():
+        there = minor_version((versions or {}).get("host", {}).get("python", here))
+        if there != here:
+            raise InputError(
+                f"{name} runs Python {there}, and this is Python {here}: functions travel between them, and have to be "
+                f"of one version. Use Python {there} here, or a cluster with Python {here}"
+            )
+
+
 def _client_at(spec: ClusterSpec) -> Client:
     from distributed import Client
 
-    try:
-        return Client(spec.address, timeout=spec.timeout, set_as_default=False, security=_security(spec.security))
-    except (OSError, ValueError, TypeError) as error:
-        reason = one_line(error)
+    made: list[Client] = []
+    errors: list[BaseException] = []
+
+    def make() -> None:
+        try:
+            made.append(
+                Client(spec.address, timeout=spec.timeout, set_as_default=False, security=_security(spec.security))
+            )
+        except BaseException as error:
+            errors.append(error)
+
+    # In a thread of its own: Dask waits without end for what takes a connection and is no scheduler.
+    thread = threading.Thread(target=make, daemon=True)
+    thread.start()
+    thread.join(SIGN_OF_LIFE)
+    if thread.is_alive():
+        log.warning("waiting for the scheduler at %s, up to %g s (client: timeout)", spec.address, spec.timeout)
+        thread.join(max(0.0, spec.timeout + GRACE - SIGN_OF_LIFE))
+    if made:
+        return made[0]
+    if not errors:
+        reason = f"no answer in {spec.timeout:g} s; is it another program's port, such as the dashboard's?"
+    elif isinstance(errors[0], OSError | ValueError | TypeError | LookupError):
+        reason = one_line(errors[0])
+        errors.clear()
+    else:
+        raise errors[0]
     # A client that did not come up closes itself when it is collected. Where that happens while another one starts, in
     # its thread, each waits for the other's lock: so it is collected here and now, when no error refers to it any more.
     gc.collect()
@@ -323,7 +378,16 @@ def _close(cluster: Any) -> None:
 def _wait_for_workers(client: Client, spec: ClusterSpec) -> None:
     rules = spec.rules
     try:
-        client.wait_for_workers(rules.min, timeout=rules.wait)
+        try:
+            client.wait_for_workers(rules.min, timeout=min(SIGN_OF_LIFE, rules.wait))
+        except TimeoutError:
+            if rules.wait <= SIGN_OF_LIFE:
+                raise
+            there = len(client.nthreads())
+            log.warning(
+                "waiting for workers: %d of %d are there, up to %g s (workers: wait)", there, rules.min, rules.wait
+            )
+            client.wait_for_workers(rules.min, timeout=rules.wait - SIGN_OF_LIFE)
     except TimeoutError:
         joined = len(client.nthreads())
         who = {0: "no worker has", 1: "1 worker has"}.get(joined, f"{joined} workers have")

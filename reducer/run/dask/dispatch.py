@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from reducer.config.cluster import ClusterSpec
 from reducer.errors import ClusterError, StoreError
 from reducer.run.dask.check import check_photo_access, check_same_environment
-from reducer.run.dask.code import code_digest
+from reducer.run.dask.code import code_digest, minor_version
 from reducer.run.dask.messages import RunContext, WorkerRejected, WorkItem
 from reducer.run.dask.pool import HAND_OVER, Outcome, Pool, Sent, TaskLost, WorkersGone
 from reducer.run.dask.worker import TOPIC, as_partition, unpacked
@@ -155,6 +155,7 @@ class Dispatch:
         self.context: RunContext = RunContext(
             run_token=uuid.uuid4().hex,
             code=code_digest(),
+            python=minor_version(),
             environment=self.environment.digest,
             readable_photo=readable,
             beat=min(MOST_BEAT, self.rules.stall / 4),

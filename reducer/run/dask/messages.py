@@ -19,6 +19,8 @@ class RunContext:
         Names this run, in the Dask keys too: no result of an earlier run answers for this one.
     code : str
         Digest of our own code (`reducer.run.dask.code.code_digest`).
+    python : str
+        Minor version of Python on the client.
     environment : str
         Digest of what decides hashes (`reducer.run.tasks.environment.Environment.digest`).
     readable_photo : str, ByteRange or None
@@ -31,6 +33,7 @@ class RunContext:
 
     run_token: str
     code: str
+    python: str
     environment: str
     readable_photo: PhotoRef | None
     beat: float

@@ -7,6 +7,7 @@ waits without end for the next task, and for a result whose worker is cut off; h
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import queue
 import time
@@ -16,6 +17,8 @@ from collections.abc import Callable, Collection, Generator, Iterable, Mapping, 
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from reducer.errors import ClusterError
 
@@ -30,6 +33,11 @@ Submit = Callable[[list[Item], "list[str] | None"], "Iterable[Future[Any]]"]
 WINDOW = 4
 #: Seconds between two looks at the cluster, that the scheduler may take to answer, and a worker to hand over a result.
 TICK, ANSWER, HAND_OVER = 1.0, 10.0, 30.0
+
+#: Seconds without any worker after which that is said.
+SIGN_OF_LIFE = 5.0
+
+log = logging.getLogger("reducer")
 
 
 class TaskLost(Exception):
@@ -148,6 +156,7 @@ class Pool(Generic[Item]):
         self.threads: dict[str, int] = {}
         self.next_look = -math.inf
         self.alone_since: float | None = None
+        self.told_since: float | None = None
 
     def outcomes(self) -> Generator[Outcome[Item]]:
         """Run all items.
@@ -222,6 +231,11 @@ class Pool(Generic[Item]):
     def _wait_for_workers(self) -> None:
         now = time.monotonic()
         self.alone_since = self.alone_since or now
+        if now - self.alone_since > SIGN_OF_LIFE and self.told_since != self.alone_since:
+            self.told_since = self.alone_since
+            limit = "" if self.wait == math.inf else f", up to {self.wait:g} s (workers: wait)"
+            with logging_redirect_tqdm([log]):
+                log.warning("no worker is there: waiting for one%s", limit)
         for sent in self.sent.values():  # waiting for a worker is not stalling
             sent.since = now
         if now - self.alone_since > self.wait:

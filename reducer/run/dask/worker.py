@@ -23,7 +23,7 @@ from reducer.photos.sandbox import (
     process_in_sandbox,
     process_one_in_sandbox,
 )
-from reducer.run.dask.code import code_digest
+from reducer.run.dask.code import code_digest, minor_version
 from reducer.run.dask.messages import RunContext, WorkerRejected, WorkItem
 from reducer.run.tasks.environment import environment
 from reducer.run.tasks.hash_stage import InProcessProcessor, run_piece, run_shards
@@ -214,17 +214,23 @@ def call_on_host(host: str, function: Callable[..., Any], *arguments: Any) -> An
     return function(*arguments)
 
 
+#: Of the last runs that this process took part in, by their tokens: on a cluster that stands there come many.
 _rejections: dict[str, WorkerRejected | None] = {}
+RUNS_REMEMBERED = 16
 
 
 def _rejection(worker: str, context: RunContext, settings: PhotoSettings, source: Source) -> WorkerRejected | None:
     """Say why this worker process must not take part, or None; found out once per run."""
     if context.run_token not in _rejections:
+        for token in list(_rejections)[: -RUNS_REMEMBERED + 1]:
+            _rejections.pop(token, None)
         _rejections[context.run_token] = _check_worker(worker, context, settings, source)
     return _rejections[context.run_token]
 
 
 def _check_worker(worker: str, context: RunContext, settings: PhotoSettings, source: Source) -> WorkerRejected | None:
+    if minor_version() != context.python:
+        return WorkerRejected(worker, f"it runs Python {minor_version()}, the client Python {context.python}")
     if code_digest() != context.code:
         return WorkerRejected(worker, "it has another version of reducer")
     try:
