@@ -111,7 +111,7 @@ def cut(
     rules.check_scale(unit_of(summary["job"]), summary["job"]["hash_size"] ** 2)
     target = None if output is None else _target(summary, Location(str(output), storage_options or {}))
 
-    ledger = folder.whole_ledger(summary, [*LIST_COLUMNS, *DECIDING])
+    ledger = folder.whole_ledger(summary, ["row", *DECIDING])
     try:
         selection = select(ledger, rules, _always_kept(folder, summary["job"], ledger["row"]))
     except NeedsRanksError as error:
@@ -119,7 +119,10 @@ def cut(
             f"{error}, which this cut needs. First: reducer resume {folder.path} --rank-all (it ranks the "
             f"{error.unranked.unread:,} photos of labels that were kept whole, and looks at no other)"
         ) from None
-    rows, form = ledger.filter(pa.array(selection.kept)), ListForm.of(summary)
+    # Of photos that are left out only what decides is held.
+    kept = ledger["row"].filter(pa.array(selection.kept)).combine_chunks()
+    rows, form = folder.parts.ledger([*LIST_COLUMNS], pc.field("row").isin(kept)), ListForm.of(summary)
+    folder.check_unchanged(summary)
     result = _result(rows, rules, selection, form, folder, unit_of(summary["job"]))
     if target is not None:
         folder.lists.write_list(target, rows, form, KINDS[Path(target.path).suffix], result.unit)

@@ -35,15 +35,16 @@ def apply_filters(folder: RunFolder, plan: Plan) -> tuple[dict[str, Tally], floa
         `Selection.reached`.
     """
     names = folder.parts.names()
-    parts = [folder.parts.read(name) for name in names]
-    ledger = pa.concat_tables([rows.select(["row", *DECIDING]) for rows, _ in parts])
+    # Read twice: of all parts at once only what decides is held.
+    ledger = pa.concat_tables([folder.parts.read(name)[0].select(["row", *DECIDING]) for name in names])
     always = np.isin(ledger["row"].to_numpy(), plan.always_kept_rows)
     selection = select(ledger, plan.job.cut_rules, always)
     settings = plan.job.settings_without_model
     vector_parts = folder.vectors.names() if settings.by_vectors else []
     tallies = {}
     start = 0
-    for name, (before, tally) in zip(names, parts, strict=True):
+    for name in names:
+        before, tally = folder.parts.read(name)
         part = slice(start, start + before.num_rows)
         start = part.stop
         chosen = with_column(before, "kept", pa.array(selection.kept[part]))

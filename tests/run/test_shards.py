@@ -271,6 +271,8 @@ def test_sums_that_do_not_fit_are_told_before_the_start(
     lines = [f"{md5(path.read_bytes())} *{path.name}" for path in sorted(tars.iterdir())]
     sums = tmp_path / "sums"
     (sums / "empty").mkdir(parents=True)
+    (sums / "latin").mkdir()
+    (sums / "latin" / "md5.images_000.txt").write_bytes(b"caf\xe9")
     (sums / "few.txt").write_text("\n".join(lines[1:]) + "\n")
     (sums / "odd.txt").write_text("\n".join([*lines, "not a sum"]) + "\n")
     for given, message in (
@@ -278,6 +280,7 @@ def test_sums_that_do_not_fit_are_told_before_the_start(
         ("few.txt", f"has no sum of 1 of 6 shards: {tars}/images_000.tar"),
         ("odd.txt", "holds 'not a sum': expected what md5sum writes"),
         ("empty", "holds no file that ends in .txt or .md5"),
+        ("latin", "md5.images_000.txt is not UTF-8 text"),
     ):
         arguments = [tars, "--manifest", tiny / "train.csv", "--output", tmp_path / "run", "--md5", sums / given]
         code, out, err = invoke("run", *arguments)

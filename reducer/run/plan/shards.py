@@ -198,7 +198,7 @@ def _published(job: Job) -> dict[str, set[str]]:
             files = sorted(path for path in system.ls(root, detail=False) if path.endswith((".txt", ".md5")))
             if not files:
                 raise InputError(f"{where} holds no file that ends in .txt or .md5")
-            contents = {path: content.decode() for path, content in system.cat(files).items()}
+            contents = {path: _text_of(where, path, content) for path, content in system.cat(files).items()}
         else:
             contents = {root: "\n".join(read_lines(where, location))}
     sums: defaultdict[str, set[str]] = defaultdict(set)
@@ -209,6 +209,13 @@ def _published(job: Job) -> dict[str, set[str]]:
                 raise InputError(f"{where}: {path} holds {line[:80]!r}: expected what md5sum writes (a sum and a name)")
             sums[_stem(match["name"] or _shard_of(path))].add(match["sum"].lower())
     return sums
+
+
+def _text_of(where: str, path: str, content: bytes) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: {path} is not UTF-8 text ({error})") from None
 
 
 def _shard_of(path: str) -> str:

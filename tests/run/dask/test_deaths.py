@@ -244,7 +244,7 @@ def test_ranking_tells_that_it_goes_on() -> None:
         def log_event(self, topic: str, sign: dict[str, object]) -> None:
             told.append((topic, sign["run"], sign["worker"]))
 
-    context = RunContext("token", "", "", None, beat=0.02, patience=1)
+    context = RunContext("token", "", "", "", None, beat=0.02, patience=1)
     beat = _Heartbeat(Told(), WorkItem(ShardTask(3, (), None, None, None), context))  # type: ignore[arg-type]
     with beat.steadily():
         time.sleep(0.3)

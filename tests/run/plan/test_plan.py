@@ -131,7 +131,13 @@ def test_tasks_travel_small(tmp_path: Path) -> None:
     for size in (1000, 10_000):
         plan = plan_of(tmp_path, path_template=None, partition_images=size)
         context = RunContext(
-            "f" * 32, "f" * 16, "f" * 16, with_paths(path_rule(plan.job), plan.read)["path"][0].as_py(), 10.0, 600.0
+            "f" * 32,
+            "f" * 16,
+            "3.11",
+            "f" * 16,
+            with_paths(path_rule(plan.job), plan.read)["path"][0].as_py(),
+            10.0,
+            600.0,
         )
         partition_tasks = PartitionTasks(plan.job, plan.numbered(1).partitions())
         works = [WorkItem(partition_tasks.task(index), context) for index in partition_tasks.rows]
