@@ -130,9 +130,10 @@ def finish(folder: RunFolder, job: ResolvedJob, counters: Counters) -> Result:
     if failed > job.max_failures * tried:
         ledger = folder.parts.ledger(["path", "error", "reason"])
         first = ledger.filter(pc.equal(ledger["reason"], FAILED)).slice(0, 1).to_pylist()[0]
+        hint = f". Perhaps {summary['path_hint']}" if summary.get("path_hint") else ""
         raise TooManyFailuresError(
             f"{failed} of {tried} photos {how} have failed, over --max-failures {job.max_failures:g}. "
             f"Everything is written to {job.output}; the column error of images/ says why. The first: "
-            f"{first['path']}: {first['error']}"
+            f"{first['path']}: {first['error']}{hint}"
         )
     return Result(job.output if job.output_location.remote else Path(job.output), summary, folder, job)

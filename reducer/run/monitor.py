@@ -15,6 +15,8 @@ from reducer.errors import TooManyFailuresError
 from reducer.run.counters import Counters
 from reducer.run.dask.dispatch import Dispatch
 from reducer.run.folder import RunFolder
+from reducer.run.join import MISSING
+from reducer.run.path_hints import path_hint
 from reducer.run.tasks.serial import InProcess
 from reducer.storage.codecs import NO_VECTOR
 
@@ -114,6 +116,9 @@ class Monitor:
             advice = "the model, --embed-mean, --embed-std and --embed-output"
         else:
             advice = "IMAGES, --path-template or --path-column, and that the workers see this path"
+        path, _, _ = (first_failure or "").rpartition(f": {MISSING}: ")
+        if path and (hint := path_hint([path])):
+            advice = f"the paths: {hint}"
         raise TooManyFailuresError(
             f"the first {tally.tried} photos have all failed, so the run was given up. The first path tried: "
             f"{first_failure}. Check {advice}"

@@ -19,6 +19,8 @@ from reducer.config.settings import STORAGE_OPTIONS
 from reducer.errors import InputError
 from reducer.run.fingerprint import Fingerprint
 from reducer.run.folder import RunFolder
+from reducer.run.join import MISSING
+from reducer.run.path_hints import TRIED, path_hint
 from reducer.run.plan.plan import Plan
 from reducer.selection.facility_location import FACILITY_LOCATION_CANDIDATES
 from reducer.storage.location import absolute
@@ -165,11 +167,20 @@ def outcome(plan: Plan, folder: RunFolder) -> dict[str, Any]:
         "always_keep_failed": _always_keep_failed(plan, ledger),
         "reasons": reasons,
         "failures": failure_kinds(ledger["error"]),
+        "path_hint": _path_hint(folder, ledger["error"]),
         # Of photos that were not read only a folder's listing knows the size.
         "bytes_kept": pc.sum(ledger.filter(ledger["kept"])["bytes"]).as_py() or 0,
         "bytes_left_out": pc.sum(left_out).as_py() or 0,
         "photos_left_out_of_unknown_size": left_out.null_count,
     }
+
+
+def _path_hint(folder: RunFolder, error: pa.ChunkedArray) -> str | None:
+    """Say by which change of their paths missing photos would be found, if by any."""
+    if not pc.any(pc.starts_with(error, f"{MISSING}:")).as_py():
+        return None
+    is_missing = pc.starts_with(pc.field("error"), f"{MISSING}:")
+    return path_hint(folder.parts.ledger(["path"], is_missing)["path"].slice(0, TRIED).to_pylist())
 
 
 def _labels_short(job: ResolvedJob, ledger: pa.Table) -> list[str]:

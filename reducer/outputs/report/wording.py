@@ -42,6 +42,8 @@ def remarks(summary: dict[str, Any], output: str) -> list[str]:
         if summary["job"]["vectors"] is not None and list(summary["failures"]) == ["no vector"]:
             again = ""  # with other vectors it is another run
         lines.append(f"Failed: {kinds} (the column error of {output}/images says more{again})")
+    if summary.get("path_hint"):
+        lines.append(f"Perhaps {summary['path_hint']}")
     if names := summary["labels_partitioned"]:
         lines.append(
             f"Labels so large that facility location has chosen from parts of them first: {len(names):,}: "

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+import unicodedata
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -41,6 +43,8 @@ from reducer.storage.tables import (
 
 log = logging.getLogger("reducer")
 
+#: Folders of a collection that is divided for training and testing.
+SPLITS = frozenset(("train", "training", "val", "valid", "validation", "dev", "test", "testing"))
 #: Versions of objects; and keys with empty segments, with dots for segments, or with control characters.
 VERSIONED = r"\?versionId="
 NOT_FOR_OBSTORE = r"[\x00-\x1f\x7f]|[^:]//|/\.{1,2}(/|$)|^\.{1,2}/"
@@ -116,7 +120,22 @@ def read_manifest(job: Job, keys: MemberKeys | None = None) -> Manifest:
         return replace(found, types=_types(job), columns=_travelling(job))
     found = _listed(job)
     _check_keys(job, found.table)
+    _warn_of_folders(job, pc.unique(found.table["label"]).to_pylist(), found.table["label"])
     return found
+
+
+def _warn_of_folders(job: Job, labels: Sequence[str], label: pa.ChunkedArray) -> None:
+    """Say where folders seem to be no labels: splits above them, and IMAGES itself."""
+    tops = {name.partition("/")[0] for name in labels if "/" in name}
+    if len(tops) > 1 and tops <= SPLITS and all("/" in name or name == "." for name in labels):
+        shown = ", ".join(sorted(tops))
+        log.warning("IMAGES %s: the labels begin with %s; to take one: %s/%s", job.images, shown, job.images, min(tops))
+    if "." in labels and len(labels) > 1:
+        count = pc.sum(pc.equal(label, ".")).as_py()
+        log.warning(
+            "IMAGES %s: %d photos lie in no folder and have the label '.'; to leave them out: --exclude '/*.*'",
+            *(job.images, count),
+        )
 
 
 def _listed(job: Job) -> Manifest:
@@ -202,6 +221,7 @@ def check(
         If photos with the same id and label have different paths.
     """
     label, names = ranked(table["label"])
+    _warn_of_like_labels(where, names.to_pylist())
     table = table.drop_columns("label")
     release_unused()
     order, new = text_order(table["id"])
@@ -225,6 +245,17 @@ def check(
         shared_examples=tuple(table["id"].take(pa.array(shared[:EXAMPLES])).to_pylist()),
         skipped_files=skipped_files,
     )
+
+
+def _warn_of_like_labels(where: str, names: Sequence[str]) -> None:
+    """Name labels that differ by blanks, case or Unicode form alone: they are taken for different ones."""
+    alike: defaultdict[str, list[str]] = defaultdict(list)
+    for name in names:
+        alike["".join(unicodedata.normalize("NFKC", name).casefold().split())].append(name)
+    groups = [group for group in alike.values() if len(group) > 1]
+    if groups:
+        shown = "; ".join(" and ".join(map(repr, group[:3])) for group in groups[:EXAMPLES])
+        log.warning("%s: %d labels differ by blanks, case or Unicode form alone: %s", where, len(groups), shown)
 
 
 def _without_duplicates(

@@ -316,7 +316,11 @@ class _Reading:
         labelled = [photo for photo in self.seen if photo.label is not None]
         if len(labelled) < len(self.seen):
             field = self.task.label_field
-            beside = "a .cls beside it" if field is None else f"a .json beside it that has the field {field!r}"
+            beside = (
+                "a .cls beside it"
+                if field is None
+                else f"a .json beside it whose field {field!r} is text or a whole number (or give a --manifest)"
+            )
             self.skipped[f"photo without {beside}"] += len(self.seen) - len(labelled)
         return labelled
 

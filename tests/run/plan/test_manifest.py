@@ -461,6 +461,40 @@ def test_patterns_leave_files_and_folders_out(tmp_path: Path, patterns: list[str
         assert found.skipped_files.keys() == {"left out by --exclude"}
 
 
+def test_labels_that_look_alike_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    labels = ["Notre Dame", "notre dame ", "Caf\u00e9", "Cafe\u0301", "1", "10", "other"]
+    rows = [f"{number},{label}" for number, label in enumerate(labels)]
+    manifest_of(tmp_path, "id,landmark_id\n" + "\n".join(rows) + "\n")
+    assert "2 labels differ by blanks, case or Unicode form alone: " in caplog.text
+    assert "'Notre Dame' and 'notre dame '" in caplog.text
+    caplog.clear()
+    manifest_of(tmp_path, "id,landmark_id\n1,1\n2,10\n3,01\n")
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["train/a/1.jpg", "val/a/2.jpg"], "the labels begin with train, val; to take one: {}/train"),
+        (["a/1.jpg", "2.jpg", "3.jpg"], "2 photos lie in no folder and have the label '.'"),
+        (["train/a/1.jpg", "museum/b/2.jpg"], None),
+        (["train/1.jpg", "test/2.jpg"], None),
+        (["1.jpg", "2.jpg"], None),
+    ],
+)
+def test_folders_that_seem_to_be_no_labels_are_told(
+    names: list[str], message: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"12345")
+    read_manifest(Job(str(tmp_path), "run"))
+    if message is None:
+        assert not caplog.records
+    else:
+        assert message.format(tmp_path) in caplog.text
+
+
 def test_a_folder_that_is_left_out_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a/1.jpg", "private/2.jpg"):
         (tmp_path / name).parent.mkdir()
