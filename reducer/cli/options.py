@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import functools
 import json
 import logging
@@ -101,6 +102,7 @@ def exit_codes(command: Callable[..., None]) -> Callable[..., None]:
         if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:
             before[hangup] = signal.signal(hangup, stop)
         try:
+            check_encoding()
             with lasting_streams():
                 command(**kwargs)
         except ReducerError as error:
@@ -118,6 +120,22 @@ def exit_codes(command: Callable[..., None]) -> Callable[..., None]:
                 signal.signal(signum, handler)
 
     return wrapped
+
+
+def check_encoding() -> None:
+    """Refuse a Python that takes the names of files for another encoding than UTF-8.
+
+    Raises
+    ------
+    InputError
+        If it does, by a locale that Python does not mend by itself.
+    """
+    encoding = sys.getfilesystemencoding()
+    if codecs.lookup(encoding).name != "utf-8":
+        raise InputError(
+            f"names of files are {encoding} here, by the locale, and would be read wrongly: set PYTHONUTF8=1, or a "
+            "locale of UTF-8 such as LC_ALL=C.UTF-8, for workers too"
+        )
 
 
 def end(message: str, code: int) -> NoReturn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,15 @@ def test_an_error_keeps_its_exit_code_where_nobody_reads(tmp_path: Path) -> None
     for how in ("2>&-", "2>&1 | true", "2> /dev/full"):
         done = subprocess.run(["bash", "-c", f"set -o pipefail; {command} {how}"], timeout=60, check=False)
         assert done.returncode == 2
+
+
+def test_names_that_would_be_read_wrongly_are_told(collection: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "reducer", "run", f"{collection}/train", "--output", str(tmp_path / "run")]
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(command, timeout=60, check=False, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2
+    assert done.stderr.startswith("Error: names of files are ascii here, by the locale")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("content", ["distributed: [broken: {", "- a list"])

@@ -13,7 +13,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from dask.system import CPU_COUNT as CPU_COUNT
 
 from reducer.config.cluster import TLS, ClusterSpec
 from reducer.errors import ClusterError, InputError, one_line
+from reducer.formatting import format_bytes
 from reducer.run.dask.code import minor_version
 from reducer.run.dask.ship_code import same_code
 
@@ -54,6 +55,8 @@ DASK_SETTINGS: dict[str, Any] = {
 LOCAL_SETTINGS = {"distributed.worker.preload": ["reducer.run.dask.connect"]}
 #: Seconds after which is said what is waited for, and that Dask may take beyond its timeout.
 SIGN_OF_LIFE, GRACE = 5.0, 2.0
+#: Bytes of memory that a worker takes before its first photo.
+LEAST_MEMORY = 200_000_000
 #: What to install where a cluster class cannot be imported.
 EXTRAS = {"asyncssh": "reducer[ssh]", "dask_jobqueue": "reducer[slurm]", "dask_kubernetes": "reducer[kubernetes]"}
 
@@ -106,6 +109,7 @@ def connect(spec: ClusterSpec) -> Iterator[Client]:
         with _client_at(spec) as client:
             _check_python(client)
             _wait_for_workers(client, spec)
+            _check_memory(client)
             _check_python(client)
             with same_code(client, spec.rules.ship_code):
                 yield client
@@ -122,6 +126,7 @@ def connect(spec: ClusterSpec) -> Iterator[Client]:
             cluster = _start(make, spec)
             with Client(cluster, timeout=spec.timeout, set_as_default=False) as client:
                 _wait_for_workers(client, spec)
+                _check_memory(client)
                 if not local:
                     _check_python(client)
                 # Processes that we start on this machine run our code: they import it from where we do.
@@ -238,6 +243,23 @@ def _check_python(client: Client) -> None:
             )
 
 
+def _check_memory(client: Client) -> None:
+    """Refuse workers (by the first of them) with too little memory to start in: Dask would restart them for ever.
+
+    Raises
+    ------
+    InputError
+        Naming one of them.
+    """
+    for name, worker in client.scheduler_info()["workers"].items():
+        limit = worker.get("memory_limit")
+        if limit and limit < LEAST_MEMORY:
+            raise InputError(
+                f"the worker {name} may take {format_bytes(limit)} of memory, and Python with all that is imported takes "
+                f"about {format_bytes(LEAST_MEMORY)}: give each worker at least {format_bytes(2 * LEAST_MEMORY)}"
+            )
+
+
 def _client_at(spec: ClusterSpec) -> Client:
     from distributed import Client
 
@@ -323,11 +345,26 @@ def _start(make: Any, spec: ClusterSpec) -> Any:
                     "; if this is your own script, put the call under `if __name__ == '__main__':`, since the worker "
                     "processes import it"
                 )
+            hint = hint or _limit_hint()
             raise InputError(f"the cluster {path} does not start: {cause}{hint}{_install_hint(error)}") from None
         finally:
             chatter.setLevel(level)
     _size(cluster, spec)
     return cluster
+
+
+def _limit_hint() -> str:
+    """Say that the memory of a process is limited, if it is."""
+    with suppress(ImportError):  # Windows has no such module
+        import resource
+
+        most = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if most != resource.RLIM_INFINITY:
+            return (
+                f"; a process may take only {format_bytes(most)} here (ulimit -v), which is too little for Dask: raise "
+                "it, or take --workers 0"
+            )
+    return ""
 
 
 def _cluster_class(path: str) -> Any:

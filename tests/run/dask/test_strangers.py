@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import resource
 import socket
 import threading
 import time
@@ -74,3 +75,16 @@ def test_another_python_is_refused_before_anything_is_sent(who: str, monkeypatch
         monkeypatch.setattr(client, "get_versions", of_another)
         with pytest.raises(InputError, match=r"runs Python 3\.99, and this is Python 3\.\d+: .*Use Python 3\.99 here"):
             _check_python(client)
+
+
+def test_workers_with_too_little_memory_are_refused(collection: Path, tmp_path: Path) -> None:
+    kwargs = {"n_workers": 1, "memory_limit": "150MiB", "dashboard_address": None}
+    spec = ClusterSpec(class_path="distributed.LocalCluster", kwargs=kwargs)
+    with pytest.raises(InputError, match=r"may take 157\.3 MB of memory, .*: give each worker at least 400\.0 MB"):
+        reduce_images(job_on(collection, tmp_path / "run"), spec, progress=False)
+
+
+def test_a_limit_of_memory_is_told_where_a_cluster_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert connect._limit_hint() == ""
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (600_000_000, 600_000_000))
+    assert "a process may take only 600.0 MB here (ulimit -v)" in connect._limit_hint()
