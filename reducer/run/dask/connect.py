@@ -255,7 +255,7 @@ def _check_memory(client: Client) -> None:
         limit = worker.get("memory_limit")
         if limit and limit < LEAST_MEMORY:
             raise InputError(
-                f"the worker {name} may take {format_bytes(limit)} of memory, and Python with all it imports takes about "
+                f"the worker {name} may take {format_bytes(limit)} of memory, and Python with its imports takes about "
                 f"{format_bytes(LEAST_MEMORY)}: give each worker at least {format_bytes(2 * LEAST_MEMORY)}"
             )
 
