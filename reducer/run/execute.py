@@ -202,7 +202,7 @@ def recording_stop(
     except BaseException as stop:
         with suppress(ReducerError):  # a full disk has no room for it either, and is what is reported
             folder.write_summary(summary | counters.figures() | {"status": "stopped"})
-        if isinstance(stop, KeyboardInterrupt):  # what a notebook shows last
+        if isinstance(stop, KeyboardInterrupt) and not stop.args:  # a notebook shows this last
             again = go_on or f"the same call again, or reducer.resume({folder.path!r})"
             stop.args = (f"What was hashed so far is kept. To go on: {again}",)
         if isinstance(stop, BudgetError | ListingError):

@@ -623,6 +623,17 @@ def test_a_finished_run_is_told_to_be_at_work_before_anything_of_it_is_taken_out
     assert reduced_files(run) == reduced_files(tmp_path / "whole")
 
 
+def test_a_notebook_that_is_interrupted_says_how_to_go_on(
+    collection: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("reducer.run.execute.write_partitions", interrupted)
+    with pytest.raises(KeyboardInterrupt, match=r"What was hashed so far is kept\. To go on: the same call again, or"):
+        run_on(collection, tmp_path / "run")
+
+
 def test_photos_that_are_out_of_sight_are_no_failures(collection: Path, tmp_path: Path) -> None:
     shutil.copytree(collection, tmp_path / "copy")
     run_on(tmp_path / "copy", tmp_path / "run", partition_images=30)

@@ -96,7 +96,7 @@ def picture(path: Path) -> bool:
 LEFT: dict[str, dict[str, Callable[[Path], object]]] = {
     "Use": {
         **dict.fromkeys(("run", "trial", "templated", "by-model", "test-set", "clean", "run-python"), reduced),
-        "listed": lambda run: lines(run / "reduced.csv")[0] == "photo,class" and reduced(run),
+        "listed": lambda run: lines(run / "reduced.csv")[0] == "photo,class,file" and reduced(run),
     },
     "See it": dict.fromkeys(("counts.png", "closest.png", "kept.png"), picture),
     "Read each photo once": {
