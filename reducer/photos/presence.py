@@ -21,6 +21,16 @@ HEADS_PER_PAGE = 12.5
 BY_HEAD = 1000
 
 
+#: Number of the first photo among those that are looked for, and their paths.
+Batch = tuple[int, list[str]]
+
+
+def absent_in(batch: Batch, source: Source) -> dict[int, str]:
+    """Return the failures of photos that are not there, by their places in the batch; see `absences`."""
+    errors = absences(batch[1], source)
+    return {place: error for place, error in enumerate(errors) if error is not None}
+
+
 def absences(paths: Sequence[str], source: Source) -> list[str | None]:
     """Tell which photos are not there, without reading any.
 

@@ -16,7 +16,7 @@ from reducer.config.cluster import ClusterSpec
 from reducer.config.job import path_rule
 from reducer.config.settings import Source
 from reducer.errors import ClusterError, StoreError, one_line
-from reducer.photos.presence import absences
+from reducer.photos.presence import Batch, absent_in
 from reducer.run.dask.pool import NothingCame, map_unordered
 from reducer.run.dask.workers import Workers
 from reducer.run.plan.plan import Plan
@@ -32,9 +32,6 @@ ABSENT_SCHEMA = pa.schema({"row": pa.int64(), "error": pa.string()})
 
 #: What cannot be told, before why.
 NOT_TOLD = "whether the photos that are kept unread are there is not known"
-
-#: Number of the first photo among those that are looked for, and their paths.
-Batch = tuple[int, list[str]]
 
 
 def is_looked_for(plan: Plan) -> NDArray[np.bool_]:
@@ -103,10 +100,10 @@ def _outcomes(
     client, rules = workers.client, workers.spec.rules
     if client is None:
         for batch in batches:
-            yield batch, errors_of(batch, source)
+            yield batch, absent_in(batch, source)
         return
     outcomes = map_unordered(
-        *(client, errors_of, batches, source),
+        *(client, absent_in, batches, source),
         name="look",
         avoid=left_out,
         wait=rules.wait,
@@ -123,9 +120,3 @@ def _outcomes(
                 yield outcome.item, outcome.result
     except NothingCame:
         raise ClusterError(f"{NOT_TOLD}: no answer for {rules.stall:g} s (workers: stall)") from None
-
-
-def errors_of(batch: Batch, source: Source) -> dict[int, str]:
-    """Return the failures of photos that are not there, by their places in the batch."""
-    errors = absences(batch[1], source)
-    return {place: error for place, error in enumerate(errors) if error is not None}

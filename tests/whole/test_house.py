@@ -41,6 +41,21 @@ def test_no_module_hides_a_public_name() -> None:
     assert not rooms & PUBLIC
 
 
+def test_workers_need_no_packages_of_the_client() -> None:
+    """Reducer is sent to workers that have Dask, Pillow, imagehash, pyarrow and s3fs: no more is imported there."""
+    code = (
+        "import importlib, sys\n"
+        "class Missing:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.partition('.')[0] in ('tqdm', 'pathspec', 'matplotlib', 'jinja2'):\n"
+        "            raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Missing())\n"
+        "for name in sys.argv[1:]: importlib.import_module(name)\n"
+    )
+    of_tasks = ["run.dask.worker", "photos.presence", "outputs.report.thumbnails", "outputs.export.batches"]
+    subprocess.run([sys.executable, "-c", code, *(f"reducer.{name}" for name in of_tasks)], check=True)
+
+
 @pytest.mark.parametrize("name", [found.name for found in MODULES if found.ispkg])
 def test_every_room_says_what_it_is_for_and_what_it_may_not_know(name: str) -> None:
     room = importlib.import_module(name)

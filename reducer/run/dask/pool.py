@@ -18,8 +18,6 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from tqdm.contrib.logging import logging_redirect_tqdm
-
 from reducer.errors import ClusterError
 
 if TYPE_CHECKING:
@@ -234,6 +232,8 @@ class Pool(Generic[Item]):
         if now - self.alone_since > SIGN_OF_LIFE and self.told_since != self.alone_since:
             self.told_since = self.alone_since
             limit = "" if self.wait == math.inf else f", up to {self.wait:g} s (workers: wait)"
+            from tqdm.contrib.logging import logging_redirect_tqdm  # which workers, that import this module, may lack
+
             with logging_redirect_tqdm([log]):
                 log.warning("no worker is there: waiting for one%s", limit)
         for sent in self.sent.values():  # waiting for a worker is not stalling
