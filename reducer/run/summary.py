@@ -204,10 +204,12 @@ def _labels_of_one_hash(ledger: pa.Table) -> list[str]:
     hashed = ledger.select(["label", "hash"]).filter(pc.is_valid(ledger["hash"]))
     of_hash = pc.value_counts(hashed["hash"])
     common = of_hash.field("values").filter(pc.greater_equal(of_hash.field("counts"), LIKE_PHOTOS))
-    like = hashed.filter(pc.is_in(hashed["hash"], value_set=common)).group_by(["label", "hash"])
+    like = hashed.filter(pc.is_in(hashed["hash"], value_set=common))
     most: dict[str, int] = {}
-    for row in like.aggregate([([], "count_all")]).to_pylist():
-        most[row["label"]] = max(row["count_all"], most.get(row["label"], 0))
+    # Not by `Table.group_by`: by two columns of text it took gigabytes of memory for a few rows (pyarrow 18).
+    for both, count in counts(pc.binary_join_element_wise(like["hash"], like["label"], " ")).items():
+        label = both.partition(" ")[2]
+        most[label] = max(count, most.get(label, 0))
     sizes = counts(hashed["label"].filter(pc.is_in(hashed["label"], value_set=pa.array(most, pa.string()))))
     return sorted(label for label, count in most.items() if count >= LIKE_PHOTOS and 2 * count > sizes[label])
 
