@@ -127,13 +127,16 @@ def read_manifest(job: Job, keys: MemberKeys | None = None) -> Manifest:
 def _warn_of_folders(job: Job, labels: Sequence[str], label: pa.ChunkedArray) -> None:
     """Say where folders seem to be no labels: splits above them, and IMAGES itself."""
     tops = {name.partition("/")[0] for name in labels if "/" in name}
-    if len(tops) > 1 and tops <= SPLITS and all("/" in name or name == "." for name in labels):
+    is_split = bool(tops) and {top.lower() for top in tops} <= SPLITS
+    if is_split and all("/" in name or name == "." for name in labels):
         shown = ", ".join(sorted(tops))
         log.warning("IMAGES %s: the labels begin with %s; to take one: %s/%s", job.images, shown, job.images, min(tops))
     if "." in labels and len(labels) > 1:
         count = pc.sum(pc.equal(label, ".")).as_py()
+        # The second pattern takes the folders in again: a pattern of names with dots would leave labels out.
         log.warning(
-            "IMAGES %s: %d photos lie in no folder and have the label '.'; to leave them out: --exclude '/*.*'",
+            "IMAGES %s: %d photos lie in no folder and have the label '.'; to leave them out: "
+            "--exclude '/*' --exclude '!/*/'",
             *(job.images, count),
         )
 

@@ -6,6 +6,7 @@ import io
 import json
 import lzma
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -478,6 +479,7 @@ def test_labels_that_look_alike_are_named(tmp_path: Path, caplog: pytest.LogCapt
         (["train/a/1.jpg", "val/a/2.jpg"], "the labels begin with train, val; to take one: {}/train"),
         (["a/1.jpg", "2.jpg", "3.jpg"], "2 photos lie in no folder and have the label '.'"),
         (["train/a/1.jpg", "museum/b/2.jpg"], None),
+        (["Train/a/1.jpg", "Train/b/2.jpg"], "the labels begin with Train; to take one: {}/Train"),
         (["train/1.jpg", "test/2.jpg"], None),
         (["1.jpg", "2.jpg"], None),
     ],
@@ -493,6 +495,21 @@ def test_folders_that_seem_to_be_no_labels_are_told(
         assert not caplog.records
     else:
         assert message.format(tmp_path) in caplog.text
+
+
+def test_the_option_that_leaves_photos_in_no_folder_out_leaves_the_labels_as_they_are(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("St. Paul/1.jpg", "v1.0/inner.d/2.jpg", "plain/3.jpg", "4.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"12345")
+    read_manifest(Job(str(tmp_path), "run"))
+    patterns = tuple(re.findall("--exclude '(.+?)'", caplog.text))
+    caplog.clear()
+    found = read_manifest(Job(str(tmp_path), "run", exclude=patterns))
+    assert sorted(found.table["id"].to_pylist()) == ["St. Paul/1.jpg", "plain/3.jpg", "v1.0/inner.d/2.jpg"]
+    assert found.skipped_files == {"left out by --exclude": 1}
+    assert not caplog.records
 
 
 def test_a_folder_that_is_left_out_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
