@@ -40,7 +40,6 @@ KINDS = {
     b"{": JSON_LINES,
     b"[": "a JSON array",
     b"<": "HTML or XML",
-    b"ORC": "an ORC file",
     b"SQLite format 3": "an SQLite database",
     b"\xd0\xcf\x11\xe0": "an Excel workbook",
     b"\x89HDF": "an HDF5 file",
@@ -49,8 +48,17 @@ KINDS = {
     b"%PDF": "a PDF",
     b"7z\xbc\xaf": "a 7z archive",
     b"Rar!": "a RAR archive",
+    b"PK\x05\x06": "an empty zip archive",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd",
+    b"\x04\x22\x4d\x18": "compressed by lz4",
+    b"\xff\xd8\xff": "a JPEG photo",
+    b"\x89PNG": "a PNG picture",
+    b"version https://git-lfs": "a pointer of Git LFS, in the place of the file that `git lfs pull` fetches",
 }
-LONGEST_MAGIC = max(map(len, KINDS))
+#: Kinds whose beginning a header of CSV may have too: they count where the text holds NUL, as no text does.
+BINARY_KINDS = {b"ORC": "an ORC file", b"Obj\x01": "an Avro file", b"\xff\xff\xff\xff": "a stream of Arrow"}
+TAR_MAGIC, TAR_MAGIC_AT = b"ustar", 257
+BEGINNING = 512
 #: What unpacks files that begin so.
 COMPRESSED: dict[bytes, Callable[[IO[bytes]], Any]] = {
     b"\x1f\x8b": gzip.open,
@@ -323,21 +331,35 @@ def _opened(where: str, location: Location) -> Iterator[tuple[IO[bytes], str]]:
                 start = _start_of(file)
             if not start:
                 raise InputError(f"{where} is empty: expected a CSV or Parquet file")
-            kind = next((kind for magic, kind in KINDS.items() if start.startswith(magic)), CSV)
+            kind = _kind_of(start)
             if kind in (PARQUET, FEATHER) and not file.seekable():
                 file = io.BytesIO(file.read())
             yield file, kind
     except (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, UnicodeDecodeError) as error:
         raise InputError(f"{where} cannot be read: {error}") from None
     except (pa.ArrowInvalid, csv.Error) as error:
+        if "invalid UTF8" in str(error):
+            raise InputError(f"{where} cannot be read: it is not UTF-8 text; save it as UTF-8") from None
         raise InputError(f"{where} cannot be read: {' '.join(str(error).split())[:300]}") from None
 
 
 def _start_of(file: IO[bytes]) -> bytes:
     """Return the first bytes of a file, which stays at its beginning."""
-    start = file.read(LONGEST_MAGIC)
+    start = file.read(BEGINNING)
     file.seek(0)
     return start
+
+
+def _kind_of(start: bytes) -> str:
+    """Return the kind of a file that begins so."""
+    text = start.removeprefix(codecs.BOM_UTF8).lstrip()
+    kind = next((kind for magic, kind in KINDS.items() if text.startswith(magic)), CSV)
+    if kind != CSV or b"\0" not in start:
+        return kind
+    if start.startswith(TAR_MAGIC, TAR_MAGIC_AT):
+        return "a tar archive"
+    kinds = (kind for magic, kind in BINARY_KINDS.items() if start.startswith(magic))
+    return next(kinds, "neither text in UTF-8 nor a kind of table that is known here")
 
 
 def _unpacked(where: str, file: IO[bytes], opened: ExitStack) -> IO[bytes]:
@@ -380,7 +402,7 @@ def _first_row(where: str, file: IO[bytes]) -> tuple[list[str], str]:
 
 def _json_rows(where: str, file: IO[bytes]) -> Iterator[dict[str, Any]]:
     """Yield the objects of JSON lines."""
-    for number, line in enumerate(file, 1):
+    for number, line in enumerate((line.removeprefix(codecs.BOM_UTF8) for line in file), 1):
         if not line.strip():
             continue
         try:

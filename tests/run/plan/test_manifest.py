@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,7 +23,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jobs import reduced_files
-from pyarrow import feather
+from pyarrow import feather, orc
 
 from reducer import InputError, Job
 from reducer.config.job import path_rule
@@ -155,7 +156,7 @@ def test_a_line_break_in_quotes_is_part_of_the_value(tmp_path: Path) -> None:
         ('id,landmark_id\na,1\nb,""\n', r"column 'landmark_id' is empty in row 2 \("),
         ("id,landmark_id\n" + "x,\n" * 9, r"empty in row 1, 2, 3, 4, 5 and 4 more"),
         ("id,landmark_id\na,1\nb,2,3\n", r"Expected 2 columns, got 3"),
-        (b"id,landmark_id\n\xff\xfe,1\n", r"cannot be read: .*UTF8"),
+        (b"id,landmark_id\n\xff\xfe,1\n", r"cannot be read: it is not UTF-8 text"),
         (b"PAR1 but no more", r"cannot be read"),
         (gzip.compress(b"id,landmark_id\na,1\n" * 99, mtime=0)[:-9], r"cannot be read: Compressed file ended"),
         (b"\x1f\x8b and no gzip", r"train\.csv.*"),
@@ -290,6 +291,15 @@ def written(write: Callable[[io.BytesIO], object]) -> bytes:
     return file.getvalue()
 
 
+def tarred() -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        member = tarfile.TarInfo("train.csv")
+        member.size = len(LIST)
+        archive.addfile(member, io.BytesIO(LIST.encode()))
+    return file.getvalue()
+
+
 def separated(separator: str) -> str:
     return "".join(separator.join(f'"{cell}"' for cell in line.split(",")) + "\n" for line in LIST.splitlines())
 
@@ -310,6 +320,8 @@ KINDS_OF_MANIFEST = {
     "JSON lines, gzip": gzip.compress(
         b"".join(json.dumps({"id": a, "landmark_id": b}).encode() + b"\n" for a, b in ROWS)
     ),
+    "JSON lines, marked as UTF-8, after an empty line": b"\xef\xbb\xbf\n"
+    + b"".join(json.dumps({"id": a, "landmark_id": b}).encode() + b"\n" for a, b in ROWS),
     "Feather": written(lambda file: feather.write_feather(TABLE, file)),
     "Parquet": written(lambda file: pq.write_table(TABLE, file)),
 }
@@ -336,6 +348,20 @@ def test_manifests_of_many_kinds_are_read_whatever_their_name(kind: str, tmp_pat
         (b'{"id": 1, "landmark_id": 2}\n[]\n', "line 2 is no JSON object"),
         (b'{"id": 1, "landmark_id": 2}\n{"id": "b", "landmark_id": 2}\n', "cannot be read|several types"),
         (b'{"id": 1, "landmark_id": 2}\n{"id": 2}\n', "column 'landmark_id' is empty in row 2"),
+        (b"\xef\xbb\xbf[\n{}]", "is a JSON array"),
+        (b"\n  <!doctype html>", "is HTML or XML"),
+        (bytes(pa.compress(LIST.encode(), "zstd", asbytes=True)), "is compressed by zstd"),
+        (bytes(pa.compress(LIST.encode(), "lz4", asbytes=True)), "is compressed by lz4"),
+        (tarred(), "is a tar archive"),
+        (gzip.compress(tarred()), "is a tar archive"),
+        (written(lambda file: orc.write_table(TABLE, file)), "is an ORC file"),
+        (written(lambda file: pa.ipc.new_stream(file, TABLE.schema).write_table(TABLE)), "is a stream of Arrow"),
+        (b"Obj\x01\x04\x16avro.schema\0", "is an Avro file"),
+        (LIST.encode("utf-16-le"), "is neither text in UTF-8 nor"),
+        (LIST.encode("utf-32"), "is neither text in UTF-8 nor"),
+        (zipped(), "is an empty zip archive"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a pointer of Git LFS"),
+        (LIST.replace("x", "\u00e9").encode("latin-1"), "it is not UTF-8 text; save it as UTF-8"),
         (b"PK\x03\x04 no archive", "cannot be read: File is not a zip file"),
         (b"BZh9 no bz2", "."),
     ],
@@ -344,6 +370,11 @@ def test_what_is_no_table_is_named_in_one_line(content: bytes, message: str, tmp
     with pytest.raises(InputError, match=message) as caught:
         manifest_of(tmp_path, content)
     assert "\n" not in str(caught.value)
+
+
+def test_a_header_may_begin_as_another_kind_of_file_does(tmp_path: Path) -> None:
+    found = manifest_of(tmp_path, "ORCID,landmark_id\na,x\n", id_column="ORCID", path_template="{id}.jpg")
+    assert [row[1:] for row in rows(found)] == [("a", "x")]
 
 
 def test_a_folder_of_parquet_parts_is_a_manifest(tmp_path: Path) -> None:
