@@ -31,8 +31,9 @@ CHANGES: dict[str, Callable[[str], str]] = {
     "in the Unicode form NFC": lambda path: unicodedata.normalize("NFC", path),
     "in the Unicode form NFD": lambda path: unicodedata.normalize("NFD", path),
     "with an extension that stands twice only once": lambda path: re.sub(r"(\.\w+)\1$", r"\1", path),
-    "with a folder that stands twice only once": lambda path: re.sub(r"/([^/]+)/\1/", r"/\1/", path),
+    "with folders that stand twice only once": lambda path: re.sub(r"/(.+?)/\1/", r"/\1/", path),
     "with .jpg behind": lambda path: f"{path}.jpg",
+    "with .jpg for an ending": lambda path: f"{os.path.splitext(path)[0]}.jpg",
     "with .JPG for an ending": lambda path: f"{os.path.splitext(path)[0]}.JPG",
     **{f"with numbers of {width} digits, zeros before them": _padded(width) for width in range(2, 17)},
 }

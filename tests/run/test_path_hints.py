@@ -17,9 +17,10 @@ WRONG = {
     "in the Unicode form NFD": (unicodedata.normalize("NFD", "é{}.jpg"), "é{}.jpg"),
     "in the Unicode form NFC": ("é{}.jpg", unicodedata.normalize("NFD", "é{}.jpg")),
     "with an extension that stands twice only once": ("p{}.jpg", "p{}.jpg.jpg"),
-    "with a folder that stands twice only once": ("sub/p{}.jpg", "sub/sub/p{}.jpg"),
+    "with folders that stand twice only once": ("sub/p{}.jpg", "sub/sub/p{}.jpg"),
     "with .jpg behind": ("p{}.jpg", "p{}"),
     "with .JPG for an ending": ("p{}.JPG", "p{}.jpg"),
+    "with .jpg for an ending": ("p{}.jpg", "p{}.JPG"),
     "with numbers of 6 digits, zeros before them": ("00001{}.jpg", "1{}.jpg"),
 }
 
@@ -40,6 +41,14 @@ def test_the_change_that_finds_the_photos_is_told(what: str, keep: int, tmp_path
     told = f"Perhaps the first 6 missing photos are found {what}: {tmp_path / 'photos' / there.format(0)}"
     assert told in out
     assert told in err
+
+
+def test_several_folders_may_stand_twice(tmp_path: Path) -> None:
+    there = tmp_path / "data/train/a/1.jpg"
+    there.parent.mkdir(parents=True)
+    there.touch()
+    hint = path_hint([str(tmp_path / "data/train/data/train/a/1.jpg")])
+    assert hint == f"the missing photo is found with folders that stand twice only once: {there}"
 
 
 def test_nothing_is_told_where_no_one_change_finds_all(tmp_path: Path) -> None:
