@@ -121,7 +121,7 @@ def cut(
         ) from None
     # Of photos that are left out only what decides is held.
     kept = ledger["row"].filter(pa.array(selection.kept)).combine_chunks()
-    rows, form = folder.parts.ledger([*LIST_COLUMNS], pc.field("row").isin(kept)), ListForm.of(summary)
+    rows, form = folder.parts.ledger(list(LIST_COLUMNS), pc.field("row").isin(kept)), ListForm.of(summary)
     folder.check_unchanged(summary)
     result = _result(rows, rules, selection, form, folder, unit_of(summary["job"]))
     if target is not None:

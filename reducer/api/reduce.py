@@ -17,6 +17,7 @@ from reducer.config.checks import flag
 from reducer.config.cluster import ClusterSpec
 from reducer.config.job import Job
 from reducer.config.resolved import ResolvedJob, resolve
+from reducer.config.settings import STORAGE_OPTIONS
 from reducer.errors import InputError
 from reducer.run.dask.connect import refuse_import_of_main
 from reducer.run.fingerprint import avoid_digest, settings_of
@@ -33,7 +34,6 @@ CUT_SETTINGS = ("keep", "min_distance", "total", "max_bytes", "min_per_label")
 FILE_SETTINGS = ("format", "extra_columns", "cross_label")
 #: Fields of a job that may differ when it goes on, and hold from then on.
 CHANGEABLE = ("reader", "read_ahead", "check", "max_failures", "report", "break_lock")
-STORAGE = ("storage_options", "manifest_storage_options", "output_storage_options")
 
 
 def reduce_images(job: Job, cluster: ClusterSpec | None = None, *, progress: bool = True) -> Result:
@@ -108,16 +108,16 @@ def _go_on(
     InputError
         If the job is another one, or its photos are others by now.
     """
+    changes = {name: getattr(job, name) for name in (*CHANGEABLE, *STORAGE_OPTIONS, "output")}
     saved = folder.plan.read()
     if saved is None:  # `resume` tells how that can be
-        return resume_run(folder, spec, {"output": job.output}, progress=progress)
+        return resume_run(folder, spec, changes, progress=progress)
     rows, terms = saved
     _check_settings(job, summary, terms)
     before = Plan(job, rows, terms["manifest"], folder.plan.read_shards(), terms["is_listed"])
     _check_photos(job, before, make_plan(job))
     state = "finished: these are its results" if summary["status"] == "done" else "unfinished: it goes on"
     log.warning("%s holds this run already, %s (--overwrite begins anew)", job.output, state)
-    changes = {name: getattr(job, name) for name in (*CHANGEABLE, *STORAGE, "output")}
     return resume_run(folder, spec, changes, rank_all=job.rank_all, progress=progress)
 
 

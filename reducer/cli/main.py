@@ -76,8 +76,9 @@ def main() -> None:
 @click.option(
     "--manifest",
     metavar="FILE",
-    help="CSV or Parquet file with one row per photo, or GLDv2's train_clean.csv. Without one, every photo below "
-    "IMAGES is taken: its folder is its label, its relative path its id. In tar shards, every sample of WebDataset's.",
+    help="CSV, JSON lines, Parquet or Feather file with one row per photo, or GLDv2's train_clean.csv. Without one, "
+    "every photo below IMAGES is taken: its folder is its label, its relative path its id. In tar shards, every sample "
+    "of WebDataset's.",
 )
 @cluster_options
 @click.option("--id-column", default="id", show_default=True, help="The manifest's column of photo ids.")

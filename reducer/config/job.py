@@ -67,9 +67,9 @@ class Job:
     output : str
         The run folder to write, a local path or a URL.
     manifest : str, optional
-        CSV or Parquet file with one row per photo, a local path or a URL. Without a manifest every photo file below
-        ``images`` is taken, its folder is its label and its relative path its id; in tar shards every sample of
-        WebDataset's.
+        File with one row per photo (CSV, JSON lines, Parquet or Feather, or a folder of Parquet files), a local path
+        or a URL. Without a manifest every photo file below ``images`` is taken, its folder is its label and its
+        relative path its id; in tar shards every sample of WebDataset's.
     exclude : tuple of str, optional
         Files and folders below ``images`` that are left out where it is listed, as patterns of gitignore.
     id_column, label_column : str

@@ -37,6 +37,12 @@ def _load_plugins() -> None:
             getattr(importlib.import_module(name), function)()
 
 
+def why_unreadable(extension: str) -> str:
+    """Say that a file is left out for its extension, with its dot and in small letters, and what would read it."""
+    remedy = f" ({REMEDIES[extension]})" if extension in REMEDIES else ""
+    return f"file ending in {extension}{remedy}"
+
+
 def is_photo(name: str) -> bool:
     """Tell whether the extension of a file name is one of a format of photos that can be decoded here."""
     return is_extension(os.path.splitext(name)[1])

@@ -1,4 +1,4 @@
-"""Read named columns of a CSV or Parquet file as text, refusing what is not as it should be."""
+"""Read named columns of a file that holds a table as text, refusing what is not as it should be."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ EXPECTED = "give CSV, JSON lines, Parquet or Feather"
 CSV_BLOCKS = pa.csv.ReadOptions(block_size=2**26)
 
 
-def column_names(where: str, location: Location) -> list[str]:
-    """Names of a file's columns.
+def columns_of(where: str, location: Location) -> list[pa.Field]:
+    """Names and types of a file's columns; those of CSV are text.
 
     Parameters
     ----------
@@ -95,14 +95,17 @@ def column_names(where: str, location: Location) -> list[str]:
     with _opened(where, location if parts is None else parts[0]) as (file, kind):
         _readable(where, kind)
         if kind == PARQUET:
-            names: list[str] = pq.read_schema(file).names
-        elif kind == FEATHER:
-            names = feather.read_table(file, memory_map=False).column_names
-        elif kind == JSON_LINES:
-            names = list(next(_json_rows(where, file), {}))
-        else:
-            names, _ = _first_row(where, file)
-    return names
+            return list(pq.read_schema(file))
+        if kind == FEATHER:
+            return list(pa.ipc.open_file(file).schema)
+        if kind == JSON_LINES:
+            return [pa.field(name, pa.array([value]).type) for name, value in next(_json_rows(where, file), {}).items()]
+        return [pa.field(name, pa.string()) for name in _first_row(where, file)[0]]
+
+
+def column_names(where: str, location: Location) -> list[str]:
+    """Names of a file's columns; parameters and errors as for `columns_of`."""
+    return [field.name for field in columns_of(where, location)]
 
 
 def read_columns(where: str, location: Location, wanted: Sequence[str], hint: str) -> pa.Table:
@@ -111,7 +114,7 @@ def read_columns(where: str, location: Location, wanted: Sequence[str], hint: st
     Parameters
     ----------
     where, location
-        As for `column_names`.
+        As for `columns_of`.
     wanted : sequence of str
         Which; each cell must hold text or a whole number.
     hint : str
@@ -159,37 +162,19 @@ def _read(where: str, location: Location, wanted: list[str]) -> pa.Table:
         return _read_csv(file, wanted, separator)
 
 
-def column_types(where: str, location: Location, names: Sequence[str]) -> dict[str, str]:
-    """Return Arrow's names of the types of columns, those that hold no text; parameters as for `read_columns`."""
-    types = _types_of(where, location)
-    types = {name: kind.value_type if pa.types.is_dictionary(kind) else kind for name, kind in types.items()}
-    return {name: str(types[name]) for name in names if name in types and pa.types.is_integer(types[name])}
+def whole_number_type(columns: Sequence[pa.Field], name: str) -> str | None:
+    """Return Arrow's name of the type of a column of `columns_of`, if it holds whole numbers; else None."""
+    kind = next((field.type for field in columns if field.name == name), None)
+    if kind is not None and pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return str(kind) if kind is not None and pa.types.is_integer(kind) else None
 
 
-def bytes_columns(where: str, location: Location) -> set[str]:
-    """Return the names of columns of bytes, such as pictures, or of structs that hold some."""
-    return {name for name, kind in _types_of(where, location).items() if _holds_bytes(kind)}
-
-
-def _holds_bytes(kind: pa.DataType) -> bool:
+def holds_bytes(kind: pa.DataType) -> bool:
+    """Tell whether values of a type are bytes, such as pictures, or hold some."""
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind):
         return True
-    return any(_holds_bytes(kind.field(place).type) for place in range(kind.num_fields))
-
-
-def _types_of(where: str, location: Location) -> dict[str, pa.DataType]:
-    """Return the types of the columns of a file; none for CSV, which holds text."""
-    parts = parts_of(where, location)
-    with _opened(where, location if parts is None else parts[0]) as (file, kind):
-        if kind == PARQUET:
-            schema = pq.read_schema(file)
-        elif kind == FEATHER:
-            schema = pa.ipc.open_file(file).schema
-        elif kind == JSON_LINES:
-            schema = pa.Table.from_pylist([next(_json_rows(where, file), {})]).schema
-        else:
-            return {}
-    return dict(zip(schema.names, schema.types, strict=True))
+    return any(holds_bytes(kind.field(place).type) for place in range(kind.num_fields))
 
 
 def read_others(where: str, location: Location, names: Sequence[str]) -> Iterator[pa.Table]:
@@ -198,7 +183,7 @@ def read_others(where: str, location: Location, names: Sequence[str]) -> Iterato
     Parameters
     ----------
     where, location
-        As for `column_names`.
+        As for `columns_of`.
     names : sequence of str
         Which; there are some.
 
@@ -330,7 +315,7 @@ def _opened(where: str, location: Location) -> Iterator[tuple[IO[bytes], str]]:
                 file = io.BytesIO(file.read().decode("utf-16").encode())
                 start = _start_of(file)
             if not start:
-                raise InputError(f"{where} is empty: expected a CSV or Parquet file")
+                raise InputError(f"{where} is empty: {EXPECTED}")
             kind = _kind_of(start)
             if kind in (PARQUET, FEATHER) and not file.seekable():
                 file = io.BytesIO(file.read())

@@ -147,7 +147,7 @@ def export(
     >>> export("run", "photos", layout="by-label", resize=512)  # doctest: +SKIP
     """
     options = ExportOptions(layout, link, resize, shard_bytes)
-    refuse_secret("--list", str(list_file), "what opens it by --output-storage-option KEY=VALUE")
+    refuse_secret("--list", str(list_file or ""), "what opens it by --output-storage-option KEY=VALUE")
     run_folder = RunFolder(Location(str(run), output_storage_options or {}))
     summary = run_folder.finished()
     job = resolve(job_of(summary, {"output": str(run), "storage_options": storage_options or {}}))

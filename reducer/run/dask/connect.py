@@ -107,8 +107,7 @@ def connect(spec: ClusterSpec) -> Iterator[Client]:
 
     if spec.address:
         with _client_at(spec) as client:
-            _check_python(client)
-            _wait_for_workers(client, spec)
+            _wait_for_workers(client, spec)  # by a request that sends no function
             _check_memory(client)
             _check_python(client)
             with same_code(client, spec.rules.ship_code):

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from reducer.config.job import Job
 from reducer.errors import InputError
-from reducer.photos.formats import REMEDIES, is_photo
+from reducer.photos.formats import is_photo, why_unreadable
 from reducer.storage.location import Location, explaining_errors
 from reducer.storage.schemas import MANIFEST_SCHEMA
 
@@ -35,10 +35,7 @@ def _why_skipped(name: str, *, is_folder: bool = False) -> str | None:
     if is_folder or is_photo(name):
         return None
     extension = os.path.splitext(name)[1].lower()
-    if not extension:
-        return "file without an extension"
-    remedy = f" ({REMEDIES[extension]})" if extension in REMEDIES else ""
-    return f"file ending in {extension}{remedy}"
+    return why_unreadable(extension) if extension else "file without an extension"
 
 
 def check_images(job: Job) -> None:

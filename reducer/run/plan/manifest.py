@@ -33,12 +33,12 @@ from reducer.storage.schemas import MANIFEST_SCHEMA
 from reducer.storage.sorting import in_groups, is_new, ranked, text_order, text_ranks
 from reducer.storage.tables import (
     EXAMPLES,
-    bytes_columns,
-    column_names,
-    column_types,
+    columns_of,
+    holds_bytes,
     read_columns,
     refuse_empty,
     release_unused,
+    whole_number_type,
 )
 
 log = logging.getLogger("reducer")
@@ -114,10 +114,12 @@ def read_manifest(job: Job, keys: MemberKeys | None = None) -> Manifest:
     if keys is None:
         check_images(job)
     if job.manifest is not None:
-        found = check(_read_table(job, keys), {}, f"--manifest {job.manifest}", job.path_column)
+        where = f"--manifest {job.manifest}"
+        columns = columns_of(where, job.manifest_location)
+        found = check(_read_table(job, keys, [field.name for field in columns]), {}, where, job.path_column)
         if keys is None:
             _check_keys(job, found.table)
-        return replace(found, types=_types(job), columns=_travelling(job))
+        return replace(found, types=_types(job, columns), columns=_travelling(job, columns))
     found = _listed(job)
     _check_keys(job, found.table)
     _warn_of_folders(job, pc.unique(found.table["label"]).to_pylist(), found.table["label"])
@@ -167,29 +169,26 @@ def _check_keys(job: Job, table: pa.Table) -> None:
                 raise InputError(f"{count:,} photos, such as {example!r}, {what}")
 
 
-def _types(job: Job) -> dict[str, str]:
+def _types(job: Job, columns: Sequence[pa.Field]) -> dict[str, str]:
     """Return Arrow's types of ids and labels of a manifest, where they are no text."""
-    where, columns = f"--manifest {job.manifest}", {"id_type": job.id_column, "label_type": job.label_column}
-    if job.id_column not in column_names(where, job.manifest_location):  # lists of ids
-        columns = {"label_type": job.label_column}
-    types = column_types(where, job.manifest_location, list(columns.values()))
-    return {name: types[column] for name, column in columns.items() if column in types}
+    known = {"id_type": job.id_column, "label_type": job.label_column}
+    types = {which: whole_number_type(columns, name) for which, name in known.items()}
+    return {which: kind for which, kind in types.items() if kind is not None}
 
 
-def _travelling(job: Job) -> tuple[str, ...]:
+def _travelling(job: Job, columns: Sequence[pa.Field]) -> tuple[str, ...]:
     """Return the columns of a manifest, in its order, if any beside ids and labels travels along."""
-    where = f"--manifest {job.manifest}"
-    names = column_names(where, job.manifest_location)
+    names = [field.name for field in columns]
     if not job.extra_columns or job.id_column not in names:  # lists of ids have no others
         return ()
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        log.warning("%s: columns of one name stay out of the reduced lists: %s", where, ", ".join(map(repr, twice)))
-    columns = [name for name in names if name not in twice]
-    if (content := bytes_columns(where, job.manifest_location)) & set(columns):
-        columns = [name for name in columns if name not in content]
-        log.warning("%s: columns of bytes stay out of the reduced lists: %s", where, ", ".join(sorted(content)))
-    return tuple(columns) if len(columns) > 2 else ()
+    twice = {name for name in names if names.count(name) > 1}
+    of_bytes = {field.name for field in columns if holds_bytes(field.type)} - {job.id_column, job.label_column}
+    for left_out, what in ((twice, "of one name"), (of_bytes, "of bytes")):
+        if left_out:
+            shown = ", ".join(map(repr, sorted(left_out)))
+            log.warning("--manifest %s: columns %s stay out of the reduced lists: %s", job.manifest, what, shown)
+    left = tuple(name for name in names if name not in twice | of_bytes)
+    return left if len(left) > 2 else ()
 
 
 def _excluding(patterns: tuple[str, ...] | None) -> Callable[[str], bool]:
@@ -300,11 +299,10 @@ def _without_duplicates(
     return order, rows[first][starts[labels > 1]], np.sort(rows[~first & is_new(path)])
 
 
-def _read_table(job: Job, keys: MemberKeys | None) -> pa.Table:
-    """Read ``id``, ``label`` and ``path`` from the file of the manifest; no path where `with_paths` makes it."""
+def _read_table(job: Job, keys: MemberKeys | None, names: Sequence[str]) -> pa.Table:
+    """Read ``id``, ``label`` and ``path`` from a manifest with these columns; no path where `with_paths` makes it."""
     where, manifest = f"--manifest {job.manifest}", job.manifest_location
     hint = "Say which to use with --id-column, --label-column and --path-column"
-    names = column_names(where, manifest)
     lists = job.id_column not in names and ID_LISTS in names
     if lists and job.path_column:
         raise InputError(

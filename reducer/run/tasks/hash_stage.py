@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from reducer.config.settings import PhotoSettings, Source
 from reducer.photos.disk import DISK_BLOCK, too_large
-from reducer.photos.formats import REMEDIES, is_extension
+from reducer.photos.formats import REMEDIES, is_extension, why_unreadable
 from reducer.photos.hashing import OUT_OF_MEMORY, PhotoError, pillow_settings
 from reducer.photos.process import PhotoResult, embedded, process_photo, process_photos, with_vectors
 from reducer.photos.reader import Shards
@@ -257,7 +257,7 @@ class _Reading:
         elif is_extension(last := posixpath.splitext(name)[1].lower()):
             self.skipped["photo with a dot in its name (the key of a sample ends at the first one)"] += 1
         elif last in REMEDIES:
-            self.skipped[f"file ending in {last} ({REMEDIES[last]})"] += 1
+            self.skipped[why_unreadable(last)] += 1
 
     def _take(self, key: str, member: Member, scan: TarScan, hash_it: bool) -> None:
         shard = self.shard
